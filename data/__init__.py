@@ -1,0 +1,764 @@
+"""Faces for every stage: loaders, person-disjoint splits and their manifest (protocol.md "Data"; paper Sec. 4 and App. A).
+
+    faces = data.load("synthetic")                              # the embedded rendered faces, needs nothing
+    faces = data.load("folder", root="lfw")                     # one folder a person: LFW, or photographs of your own
+    faces = data.load("celeba", root="celeba")                  # img_align_celeba/ and identity_CelebA.txt
+    split = data.split_persons(faces, train=2000, validation=100, target=30, seed=0)
+    data.write_manifest("people.json", faces, split)
+
+In: image files. Out: `Faces` with images uint8 (N, 3, 64, 64), RGB, in CelebA's frame: eye centres on average at row 33.4,
+columns 22.3 and 41.2. All errors a user can cause are `DataError`, one line that names the file or setting and what to do.
+An image that cannot be used never stops a load: it is skipped, named with its reason in `Faces.skipped` and counted on stderr.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as pillow_version
+
+try:
+    from tqdm import tqdm
+except ImportError:  # the bar is a comfort: without tqdm one line says that decoding has begun
+    tqdm = None
+
+SIZE = 64  # side of every image, pixels (App. A)
+CROPS = ("lfw", "centre", "celeba", "none")
+DATA_SETS = ("synthetic", "folder", "celeba")
+MAX_PIXELS = 50_000_000  # larger images are skipped before they are decoded
+MAX_BYTES = 256 * 2**20  # larger files are skipped before they are read
+MIN_SIDE = 8  # pixels; anything smaller shows no face
+MAX_SCAN_PIXELS = 2_500_000_000  # progressive JPEG: scans x pixels, a bound on decoding time
+MAX_DEPTH = 8  # folders below the root
+MAX_TEXT_BYTES = 64 * 2**20  # identity file or manifest
+CACHE_VERSION = 1
+# Formats left out: EPS and WMF call other programs, FITS unpacks gzip without a bound, the rest hold no pixels Pillow decodes.
+UNUSED_FORMATS = frozenset({"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
+NOT_PHOTOGRAPHS = frozenset({"thumbs.db", "desktop.ini"})
+TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = tuple(TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
+
+
+class DataError(ValueError):
+    """What the user gave cannot be used; the message is one line that names the file or setting and what to do."""
+
+
+class _Skip(Exception):
+    """One image cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Faces:
+    """Faces of many persons, images resident in memory.
+
+    images   torch uint8 (N, 3, 64, 64), RGB, 0..255
+    person   torch int64 (N,), index into names
+    names    person index -> name, sorted, every person has at least one image; unprintable characters are escaped
+    files    N sources: path relative to the root, or "person-00003/0007" for rendered faces
+    skipped  files that were not used, "path: reason"
+    data     which loader made them: "synthetic", "folder" or "celeba"
+    identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); columns in data.synthetic
+    """
+
+    images: torch.Tensor
+    person: torch.Tensor
+    names: tuple[str, ...]
+    files: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    data: str = "folder"
+    identity: torch.Tensor | None = None
+    content: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint person indices, ascending: train, validation, target; and the seed that drew them."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    target: tuple[int, ...]
+    seed: int
+
+
+# ---- one image
+
+
+def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, float, float, float]:
+    """The square (left, top, right, bottom), in pixels, that brings an upright image to CelebA's frame (protocol.md "Data").
+
+    crop: "lfw"     left 57, top 39, side 139 of 250 x 250; other square sizes in proportion
+          "celeba"  rows 45-172, columns 25-152 of 178 x 218; other sizes of that shape in proportion
+          "centre"  the largest centred square
+          "none"    the whole image, squeezed to a square if it is not one
+          None      by size: 250 x 250 lfw, 178 x 218 celeba, 64 x 64 none, otherwise centre
+    Raises DataError for an unknown crop or one that does not fit the image's shape.
+    """
+    crop = _check_crop(crop)
+    if crop is None:
+        crop = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}.get((width, height), "centre")
+    if crop == "lfw":
+        if width != height:
+            raise DataError(f"crop lfw needs a square image, this one is {width}x{height}; use crop centre")
+        k = width / 250
+        return 57 * k, 39 * k, 196 * k, 178 * k
+    if crop == "celeba":
+        if abs(width * 218 - height * 178) > 218:  # off by more than a column
+            raise DataError(f"crop celeba needs the shape 178x218, this image is {width}x{height}; use crop centre")
+        kx, ky = width / 178, height / 218
+        return 25 * kx, 45 * ky, 153 * kx, 173 * ky
+    if crop == "centre":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return left, top, left + side, top + side
+    return 0, 0, width, height
+
+
+def load_image(path: str | os.PathLike[str], crop: str | None = None) -> torch.Tensor:
+    """One photograph, decoded as the loaders do: torch uint8 (3, 64, 64), RGB.
+
+    Upright by its EXIF orientation; first frame of an animation; transparency over white; grey, palette, CMYK and 16-bit
+    become 8-bit RGB; colour profiles are ignored; antialiased (bicubic). crop: see `crop_box`.
+    Raises DataError naming the file and the reason.
+    """
+    crop = _check_crop(crop)
+    with warnings.catch_warnings():
+        _quiet_pillow()
+        try:
+            pixels = _decode(_read_bytes(os.fspath(path)), crop)
+        except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
+            raise DataError(f"{_printable(os.fspath(path))}: {_reason(error)}") from None
+    return torch.from_numpy(pixels)
+
+
+def _decode(raw: bytes, crop: str | None) -> np.ndarray:
+    """An image file's bytes -> uint8 (3, 64, 64). Raises whatever Pillow raises, or _Skip; memory stays below 1 GB."""
+    if not raw:
+        raise _Skip("empty file")
+    Image.init()
+    with Image.open(io.BytesIO(raw), formats=[name for name in Image.ID if name not in UNUSED_FORMATS]) as image:
+        W, H = image.size
+        if W * H > MAX_PIXELS:
+            raise _Skip(f"{W}x{H} pixels is too large (limit {MAX_PIXELS // 10**6} megapixels)")
+        if image.format in ("JPEG", "MPO"):
+            if "progressive" in image.info and raw.count(b"\xff\xda") * W * H > MAX_SCAN_PIXELS:
+                raise _Skip("progressive JPEG with too many scans")
+            shrink = min(W, H) // (4 * SIZE)
+            if shrink > 1:  # let the decoder halve large photographs, never below four times the size needed
+                image.draft(None, (W // shrink, H // shrink))
+        drafted = image.size != (W, H)
+        image.load()
+        try:
+            turn = TRANSPOSE.get(image.getexif().get(0x0112))
+        except Exception:  # noqa: BLE001  absurd EXIF says nothing about the picture
+            turn = None
+        upright = image.transpose(turn) if turn is not None else image
+        if not drafted:
+            W, H = upright.size
+        elif turn in QUARTER_TURNS:
+            W, H = H, W
+        if min(W, H) < MIN_SIDE:
+            raise _Skip(f"{W}x{H} pixels is too small")
+        left, top, right, bottom = crop_box(W, H, crop)
+        kx, ky = upright.width / W, upright.height / H
+        box = (left * kx, top * ky, min(right * kx, upright.width), min(bottom * ky, upright.height))
+        small = _eight_bit(upright).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+        if small.mode == "RGBA":
+            small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))  # (3, 64, 64)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB, or RGBA where there is transparency. 16-bit greys are scaled by 1/257, wider ones by their range."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        grey = np.array(image, dtype=np.float32)
+        np.nan_to_num(grey, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        top = 65535.0 if image.mode.startswith("I;16") else float(grey.max())
+        levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        grey *= 255.0 / next((level for level in levels if top <= level), top)
+        grey += 0.5
+        return Image.fromarray(np.clip(grey, 0, 255, out=grey).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        try:
+            return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        except Exception:  # noqa: BLE001  a transparency entry that does not fit the image: drop it
+            image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _read_bytes(path: str) -> bytes:
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):  # a pipe or device would block or never end
+        raise _Skip("not a regular file")
+    if about.st_size > MAX_BYTES:
+        raise _Skip(f"{about.st_size // 2**20} MiB is too large (limit {MAX_BYTES // 2**20} MiB)")
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES)
+
+
+def _quiet_pillow() -> None:
+    """Inside `warnings.catch_warnings`: Pillow's remarks are dropped, its decompression-bomb warning becomes an error."""
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def _reason(error: BaseException) -> str:
+    """Why an image was skipped, one short printable line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow reads"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "too large (decompression bomb)"
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if not isinstance(error, _Skip | OSError | DataError):
+        text = f"broken image ({type(error).__name__}: {text})"
+    return _printable(text.strip() or type(error).__name__)[:160]
+
+
+def _printable(text: str) -> str:
+    """text with everything unprintable (line ends, undecodable bytes) and the backslash escaped, so that it is one safe line."""
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _check_crop(crop: str | None) -> str | None:
+    if crop in (None, "", "auto"):
+        return None
+    if crop not in CROPS:
+        raise DataError(f"unknown crop {crop!r}: choose {', '.join(CROPS)}, or leave it out to go by the image's size")
+    return crop
+
+
+def _say(text: str) -> None:
+    print(f"data: {text}", file=sys.stderr)
+
+
+# ---- many images
+
+
+def _decode_all(paths: Sequence[str], crop: str | None, progress: bool) -> tuple[np.ndarray, list[str | None]]:
+    """Files -> uint8 (kept, 3, 64, 64) in one array that is allocated once, and per file None or why it was skipped."""
+    images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
+    reasons: list[str | None] = [None] * len(paths)
+    stop = threading.Event()
+
+    def work(start: int, end: int) -> int:
+        for i in range(start, end):
+            if stop.is_set():
+                break
+            try:
+                images[i] = _decode(_read_bytes(paths[i]), crop)
+            except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
+                reasons[i] = _reason(error)
+        return end - start
+
+    show = progress and len(paths) >= 500
+    if show and tqdm is None:
+        _say(f"decoding {len(paths)} images (install tqdm to see a progress bar)")
+    bar = tqdm(total=len(paths), desc="decoding", unit="image", disable=None) if show and tqdm is not None else None
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, _cores())) as pool:
+        _quiet_pillow()
+        try:
+            for done in as_completed([pool.submit(work, i, min(i + 32, len(paths))) for i in range(0, len(paths), 32)]):
+                if bar is not None:
+                    bar.update(done.result())
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            if bar is not None:
+                bar.close()
+    kept = 0
+    for i, reason in enumerate(reasons):
+        if reason is None:
+            if kept < i:
+                images[kept] = images[i]
+            kept += 1
+    return images[:kept], reasons
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    crop: str | None = None,
+    cache: str | os.PathLike[str] | None = "runs/cache",
+    progress: bool = True,
+    **options: int,
+) -> Faces:
+    """Load a data set (protocol.md "Data") -> Faces.
+
+    name     "synthetic"  rendered heads; options persons=370, images_per_person=12, seed=0; takes no root and no crop
+             "folder"     root/person/.../image, the person is the first folder; or flat root/person_0001.jpg, the person is
+                          the name before the trailing _number or -number. Any format Pillow reads, told by content, except
+                          those that would run other programs (EPS, WMF). Hidden files are ignored.
+             "celeba"     root/img_align_celeba/ and root/identity_CelebA.txt; names are the identities, five digits
+    crop     see `crop_box`; None goes by the image's size (celeba: "celeba")
+    cache    folder for decoded images, one file a (root, crop), used while every file's path, size, time and mode are as they
+             were and rebuilt otherwise; None reads the images every time. A cache that cannot be written only warns.
+    progress a bar while 500 or more images are decoded
+    Raises DataError: unknown name, crop or option, missing or empty folder, no readable image, bad identity file.
+    """
+    crop = _check_crop(crop)
+    root = os.fspath(root) if root is not None else ""
+    if name not in DATA_SETS:
+        raise DataError(f"unknown data {name!r}: choose {', '.join(DATA_SETS)}")
+    if name == "synthetic":
+        if root or crop:
+            raise DataError("synthetic faces take no root and no crop: for photographs choose folder or celeba")
+        return _load_synthetic(cache, progress, options)
+    if options:
+        raise DataError(f"{name} takes no option {', '.join(sorted(options))}")
+    if not root:
+        raise DataError(f"{name} needs a root: the folder that holds the images")
+    if name == "celeba":
+        crop = crop or "celeba"
+    try:
+        is_folder = stat.S_ISDIR(os.stat(root).st_mode)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{_printable(root)}: cannot be read ({_reason(error)}); check the root") from None
+    if not is_folder:
+        raise DataError(f"{_printable(root)}: is not a folder; give the folder that holds the images as root")
+
+    if name == "folder":
+        entries, refused = _list_folder(root)
+        identity_file = None
+    else:
+        identity_file, entries = _list_celeba(root)
+        refused = []
+    listing = [[file, *about] for file, about in entries]
+    signature = _digest([CACHE_VERSION, pillow_version, name, crop, listing, refused])
+    store = _cache_path(cache, name, [os.path.realpath(root), crop])
+    faces = _read_cache(store, signature)
+    if faces is None:
+        if name == "folder":
+            files, people, refused = _folder_people(root, [file for file, _ in entries], refused)
+        else:
+            files, people, refused = _celeba_people(identity_file, entries[1:])
+        faces = _from_files(name, root, files, people, refused, crop, progress)
+        _write_cache(store, signature, faces)
+    if faces.skipped:
+        more = f"; and {len(faces.skipped) - 3} more" if len(faces.skipped) > 3 else ""
+        total = len(faces) + len(faces.skipped)
+        _say(f"{len(faces.skipped)} of {total} files skipped: {'; '.join(faces.skipped[:3])}{more}")
+    return faces
+
+
+def _from_files(
+    name: str,
+    root: str,
+    files: Sequence[str],
+    people: Sequence[str],
+    refused: Sequence[str],
+    crop: str | None,
+    progress: bool,
+) -> Faces:
+    if not files:
+        why = f" ({refused[0]})" if refused else ""
+        raise DataError(f"{_printable(root)}: no images{why}; expected one folder a person with images in it")
+    images, reasons = _decode_all([os.path.join(root, file) for file in files], crop, progress)
+    skipped = [*refused, *(f"{_printable(file)}: {why}" for file, why in zip(files, reasons) if why is not None)]
+    if not len(images):
+        raise DataError(f"{_printable(root)}: none of its {len(files)} files is a readable image ({skipped[-1]})")
+    kept = [i for i, why in enumerate(reasons) if why is None]
+    names = sorted({people[i] for i in kept})
+    index = {person: k for k, person in enumerate(names)}
+    return Faces(
+        images=torch.from_numpy(images),
+        person=torch.tensor([index[people[i]] for i in kept], dtype=torch.int64),
+        names=tuple(names),
+        files=tuple(_printable(files[i]) for i in kept),
+        skipped=tuple(skipped),
+        data=name,
+    )
+
+
+# ---- folder
+
+
+Entry = tuple[str, tuple[int, int, int]]  # path relative to the root, (size, mtime in ns, mode)
+
+
+def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
+    """Every regular file below root, sorted by relative path, and what was refused. Links are followed, no folder twice."""
+    entries: list[Entry] = []
+    refused: list[str] = []
+    about = os.stat(root)
+    seen = {(about.st_dev, about.st_ino)}
+    todo = [("", 0)]
+    while todo:
+        folder, depth = todo.pop(0)
+        try:
+            with os.scandir(os.path.join(root, folder)) as scan:
+                children = sorted(scan, key=lambda entry: entry.name)
+        except OSError as error:
+            if not folder:
+                raise DataError(f"{_printable(root)}: cannot be read ({_reason(error)}); check its permissions") from None
+            refused.append(f"{_printable(folder)}: {_reason(error)}")
+            continue
+        for child in children:
+            if child.name.startswith(".") or child.name.lower() in NOT_PHOTOGRAPHS:
+                continue
+            path = os.path.join(folder, child.name)
+            try:
+                about = child.stat()
+            except OSError as error:  # a broken link, or a loop of links
+                refused.append(f"{_printable(path)}: {_reason(error)}")
+                continue
+            if stat.S_ISDIR(about.st_mode):
+                if (about.st_dev, about.st_ino) in seen:
+                    refused.append(f"{_printable(path)}: link to a folder that is read already")
+                elif depth >= MAX_DEPTH:
+                    refused.append(f"{_printable(path)}: more than {MAX_DEPTH} folders deep")
+                else:
+                    seen.add((about.st_dev, about.st_ino))
+                    todo.append((path, depth + 1))
+            elif stat.S_ISREG(about.st_mode):
+                entries.append((path, (about.st_size, about.st_mtime_ns, about.st_mode)))
+            else:
+                refused.append(f"{_printable(path)}: not a regular file")
+    return sorted(entries), sorted(refused)
+
+
+def _folder_people(root: str, files: Sequence[str], refused: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Files that can be photographs, the person of each, and what was refused."""
+    nested = [file for file in files if os.sep in file]
+    if nested:
+        loose = [f"{_printable(file)}: lies beside the persons' folders" for file in files if os.sep not in file]
+        return nested, [_printable(file.split(os.sep)[0]) for file in nested], [*refused, *loose]
+    stems = [os.path.splitext(file)[0] for file in files]
+    return list(files), [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems], list(refused)
+
+
+# ---- celeba
+
+
+def _list_celeba(root: str) -> tuple[str, list[Entry]]:
+    """The identity file's path, and the entries of that file (first) and of every image, sorted."""
+    identity_file = os.path.join(root, "identity_CelebA.txt")
+    try:
+        about = os.stat(identity_file)
+    except OSError as error:
+        raise DataError(f"{_printable(identity_file)}: {_reason(error)}; put CelebA's identity file there") from None
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_TEXT_BYTES:
+        raise DataError(f"{_printable(identity_file)}: is not a text file of lines like '000001.jpg 2880'")
+    folder = next((f for f in ("img_align_celeba/img_align_celeba", "img_align_celeba") if os.path.isdir(f"{root}/{f}")), None)
+    if folder is None:
+        raise DataError(f"{_printable(root)}: has no folder img_align_celeba; unpack img_align_celeba.zip there")
+    images: list[Entry] = []
+    try:
+        with os.scandir(os.path.join(root, folder)) as scan:
+            for child in scan:
+                try:
+                    about_image = child.stat()
+                except OSError:  # a broken link counts as absent
+                    continue
+                if stat.S_ISREG(about_image.st_mode) and not child.name.startswith("."):
+                    facts = (about_image.st_size, about_image.st_mtime_ns, about_image.st_mode)
+                    images.append((f"{folder}/{child.name}", facts))
+    except OSError as error:
+        raise DataError(f"{_printable(folder)}: cannot be read ({_reason(error)}); check its permissions") from None
+    return identity_file, [("identity_CelebA.txt", (about.st_size, about.st_mtime_ns, about.st_mode)), *sorted(images)]
+
+
+def read_identities(path: str | os.PathLike[str], present: Sequence[str] | None = None) -> dict[str, str]:
+    """identity_CelebA.txt -> {"000001.jpg": "02880", ...}, in the file's order.
+
+    Lines "name identity", identity a whole number; one or two header lines, blank lines, commas and CRLF are tolerated.
+    present: the image names there are. Raises DataError naming file, line number and what to do: malformed line, image
+    listed twice, image that is absent, no line at all.
+    """
+    shown = _printable(os.fspath(path))
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_TEXT_BYTES).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        raise DataError(f"{shown}: {_reason(error)}; put CelebA's identity file there") from None
+    there = None if present is None else frozenset(present)
+    identities: dict[str, str] = {}
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
+        words = line.replace(",", " ").split()
+        if not words or (number <= 2 and not identities and "." not in words[0]):  # blank, or a header
+            continue
+        where = f"{shown}, line {number}"
+        if len(words) != 2 or not re.fullmatch(r"[0-9]{1,9}", words[1]) or "/" in words[0] or "\\" in words[0]:
+            raise DataError(f"{where}: {_printable(line)[:60]!r} is not like '000001.jpg 2880'; mend or remove the line")
+        image, identity = words[0], f"{int(words[1]):05d}"
+        if image in identities:
+            raise DataError(f"{where}: image {_printable(image)[:60]} is listed a second time; remove one of the lines")
+        if there is not None and image not in there:
+            hint = "unpack all of img_align_celeba.zip, or remove the line"
+            raise DataError(f"{where}: image {_printable(image)[:60]} is not in img_align_celeba; {hint}")
+        identities[image] = identity
+    if not identities:
+        raise DataError(f"{shown}: holds no line like '000001.jpg 2880'; put CelebA's identity file there")
+    return identities
+
+
+def _celeba_people(identity_file: str, images: Sequence[Entry]) -> tuple[list[str], list[str], list[str]]:
+    by_name = {file.rsplit("/", 1)[1]: file for file, _ in images}
+    identities = read_identities(identity_file, list(by_name))
+    order = sorted(identities)
+    extra = sorted(by_name.keys() - identities.keys())
+    refused = [f"{_printable(by_name[image])}: no line in identity_CelebA.txt" for image in extra]
+    return [by_name[image] for image in order], [identities[image] for image in order], refused
+
+
+# ---- synthetic
+
+
+def _load_synthetic(cache: str | os.PathLike[str] | None, progress: bool, options: dict[str, int]) -> Faces:
+    from . import synthetic
+
+    settings = {"persons": 370, "images_per_person": 12, "seed": 0}
+    for key, value in options.items():
+        if key not in settings:
+            raise DataError(f"synthetic takes no option {key!r}: there are {', '.join(settings)}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
+            raise DataError(f"synthetic: {key} must be a whole number of at least {0 if key == 'seed' else 1}, not {value!r}")
+    settings.update(options)
+    persons, per_person, seed = settings.values()
+    if persons > 100_000:
+        raise DataError(f"synthetic: persons must be at most 100000, not {persons}")
+    source = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
+    signature = _digest([CACHE_VERSION, settings, source])
+    store = _cache_path(cache, "synthetic", [settings])
+    faces = _read_cache(store, signature)
+    if faces is None:
+        images, person, identity, content = (
+            torch.as_tensor(made) for made in synthetic.synthetic_faces(persons, per_person, seed, progress)
+        )
+        counts = [0] * persons
+        files = []
+        for k in person.tolist():
+            files.append(f"person-{k:05d}/{counts[k]:04d}")
+            counts[k] += 1
+        faces = Faces(
+            images=images,
+            person=person.to(torch.int64),
+            names=tuple(f"person-{k:05d}" for k in range(persons)),
+            files=tuple(files),
+            data="synthetic",
+            identity=identity,
+            content=content,
+        )
+        _write_cache(store, signature, faces)
+    return faces
+
+
+# ---- cache: one .npz a data set, read without pickle
+
+
+def _digest(content: Any) -> str:
+    """sha256 of the canonical JSON of content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def _cache_path(cache: str | os.PathLike[str] | None, name: str, key: Any) -> Path | None:
+    return None if cache is None or cache == "" else Path(cache) / f"{name}-{_digest(key)[:16]}.npz"
+
+
+def _read_cache(store: Path | None, signature: str) -> Faces | None:
+    """The cached faces, or None where there are none, they are out of date or the file is broken (zip checks its CRC)."""
+    if store is None or not store.is_file():
+        return None
+    try:
+        with np.load(store, allow_pickle=False) as held:
+            about = json.loads(held["about"].tobytes())
+            if about["signature"] != signature:
+                return None
+            images, person = held["images"], held["person"]
+            extra = {key: torch.from_numpy(held[key]) for key in ("identity", "content") if key in held}
+        names, files, skipped = (tuple(about[key]) for key in ("names", "files", "skipped"))
+        N = len(files)
+        fits = images.dtype == np.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
+        fits = fits and person.dtype == np.int64 and person.shape == (N,)
+        if not fits or person.min() < 0 or person.max() >= len(names):
+            raise ValueError("arrays do not fit together")
+        return Faces(torch.from_numpy(images), torch.from_numpy(person), names, files, skipped, about["data"], **extra)
+    except Exception as error:  # noqa: BLE001  a broken cache costs time, never the run
+        _say(f"cache {_printable(str(store))} is broken ({_reason(error)}), built anew")
+        return None
+
+
+def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
+    if store is None:
+        return
+    about = {key: getattr(faces, key) for key in ("names", "files", "skipped", "data")}
+    text = json.dumps({**about, "signature": signature}).encode("ascii")
+    arrays = {"about": np.frombuffer(text, dtype=np.uint8), "images": faces.images.numpy(), "person": faces.person.numpy()}
+    for key in ("identity", "content"):
+        if getattr(faces, key) is not None:
+            arrays[key] = getattr(faces, key).numpy()
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(store, lambda file: np.savez(file, **arrays))
+    except OSError as error:
+        _say(f"cache {_printable(str(store))} cannot be written ({_reason(error)}); the next run decodes the images again")
+
+
+def _write_atomically(path: Path, write: Any) -> None:
+    """write(file) into a file beside path, synced, then renamed: path is the old file or the whole new one."""
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# ---- persons
+
+
+def person_images(faces: Faces, person: int) -> torch.Tensor:
+    """Indices of one person's images, int64, ascending."""
+    return torch.nonzero(faces.person == person).flatten()
+
+
+def image_counts(faces: Faces) -> torch.Tensor:
+    """How many images each person has, int64 (len(names),)."""
+    return torch.bincount(faces.person, minlength=len(faces.names))
+
+
+def split_persons(
+    faces: Faces,
+    train: int | None = None,
+    validation: int = 100,
+    target: int = 30,
+    seed: int = 0,
+    min_target_images: int = 10,
+) -> Split:
+    """Draw disjoint train, validation and target persons (Sec. 4; protocol.md "Persons").
+
+    target      persons with at least min_target_images images
+    validation  persons with at least two images
+    train       the rest, or that many of the rest (None: all of it); persons with a single image are among them: latent
+                optimisation uses them, real positive pairs need two (`image_counts`)
+    The order of the draw is sha256(seed, name): it depends on no folder order, hash seed or library version. Changing
+    train changes neither targets nor validation persons, and more train persons contain fewer; validation persons do not
+    change the targets; new people in the data replace at most as many of the drawn as they are.
+    Raises DataError saying how many persons there are and what to lower.
+    """
+    for key, value in (("train", train), ("validation", validation), ("target", target)):
+        if value is not None and value < 0:
+            raise DataError(f"{key} persons: {value} is negative; give 0 or more")
+    counts = image_counts(faces).tolist()
+    keys = [hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest() for name in faces.names]
+    order = sorted(range(len(counts)), key=lambda k: keys[k])
+
+    enough = [k for k in order if counts[k] >= max(min_target_images, 2)]
+    if len(enough) < target:
+        raise DataError(
+            f"{target} target persons asked for, but {len(enough)} of the {len(counts)} persons have at least "
+            f"{max(min_target_images, 2)} images; lower the number of target persons or the images they need, or add images"
+        )
+    targets = set(enough[:target])
+    pairs = [k for k in order if counts[k] >= 2 and k not in targets]
+    if len(pairs) < validation:
+        raise DataError(
+            f"{validation} validation persons asked for, but beside the {target} targets {len(pairs)} of the {len(counts)} "
+            f"persons have two or more images; lower the number of validation or target persons, or add images"
+        )
+    held = targets | set(pairs[:validation])
+    rest = [k for k in reversed(order) if k not in held]  # from the far end, so that validation seldom shifts train
+    if len(rest) < (1 if train is None else train):
+        raise DataError(
+            f"{'train' if train is None else train} persons asked for, but {len(rest)} of the {len(counts)} persons are left "
+            f"beside {target} targets and {validation} for validation; lower one of the numbers, or add persons"
+        )
+    return Split(tuple(sorted(rest[:train])), tuple(sorted(pairs[:validation])), tuple(sorted(targets)), seed)
+
+
+PARTS = ("train", "validation", "target")
+
+
+def write_manifest(path: str | os.PathLike[str], faces: Faces, split: Split) -> None:
+    """Write people.json: {"data", "images", "seed", "train", "validation", "target": sorted names, "sha256"}, atomically.
+
+    sha256 is taken over the canonical JSON (sorted keys, no spaces, ASCII) of all other entries. Raises DataError where the
+    file cannot be written.
+    """
+    content: dict[str, Any] = {"data": faces.data, "images": len(faces), "seed": split.seed}
+    for part in PARTS:
+        content[part] = sorted(faces.names[k] for k in getattr(split, part))
+    text = json.dumps({**content, "sha256": _digest(content)}, indent=1).encode("ascii")
+    try:
+        _write_atomically(Path(path), lambda file: file.write(text + b"\n"))
+    except OSError as error:
+        raise DataError(f"{_printable(os.fspath(path))}: cannot be written ({_reason(error)})") from None
+
+
+def read_manifest(path: str | os.PathLike[str], faces: Faces) -> Split:
+    """The Split that `write_manifest` wrote, as indices into these faces.
+
+    Raises DataError: unreadable or malformed file, a hash that does not fit, a person named twice or in two parts, persons
+    that are absent from faces, or another number of images (rows name images by index, so the data must be the same).
+    """
+    shown = _printable(os.fspath(path))
+    try:
+        with open(path, "rb") as file:
+            held = json.loads(file.read(MAX_TEXT_BYTES).decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{shown}: cannot be read ({_reason(error)}); give the folder of a finished run") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{shown}: is not valid JSON; restore it or start a new run") from None
+    numbers = isinstance(held, dict) and all(type(held.get(key)) is int for key in ("seed", "images"))
+    if not numbers or not isinstance(held.get("data"), str) or not isinstance(held.get("sha256"), str):
+        raise DataError(f"{shown}: is not a manifest of persons; restore it or start a new run")
+    for part in PARTS:
+        if not isinstance(held.get(part), list) or not all(isinstance(name, str) for name in held[part]):
+            raise DataError(f"{shown}: {part!r} is not a list of names; restore it or start a new run")
+    if _digest({key: value for key, value in held.items() if key != "sha256"}) != held["sha256"]:
+        raise DataError(f"{shown}: its sha256 does not fit, it was changed by hand; restore it or start a new run")
+    people = [name for part in PARTS for name in held[part]]
+    if len(people) != len(set(people)):
+        twice = next(name for name in people if people.count(name) > 1)
+        raise DataError(f"{shown}: person {_printable(twice)[:60]} stands in it twice; start a new run")
+    index = {name: k for k, name in enumerate(faces.names)}
+    absent = sorted(name for name in people if name not in index)
+    if absent:
+        raise DataError(
+            f"{shown}: {len(absent)} of its {len(people)} persons, such as {_printable(absent[0])[:60]}, are not in this data; "
+            f"use the data of that run ({_printable(held['data'])[:60]}) or start a new run"
+        )
+    if held["images"] != len(faces):
+        raise DataError(
+            f"{shown}: was written for {held['images']} images, this data has {len(faces)}; use the data of that run or start a new run"
+        )
+    train, validation, target = (tuple(sorted(index[name] for name in held[part])) for part in PARTS)
+    return Split(train, validation, target, held["seed"])
