@@ -1,0 +1,231 @@
+"""metrics.py against scikit-learn, against hand-made answers, and on tiny runs with planted faults."""
+
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import metrics
+
+HEADER = "attack,mirroring,selection,seed,target,anchor,candidate,person,role,distance"
+
+
+def samples():
+    rng = np.random.default_rng(0)
+    yield "separated", [0.1, 0.2], [0.3, 0.4, 0.5]
+    yield "reversed", [3.0, 4.0], [1.0]
+    yield "one each, tied", [1.0], [1.0]
+    yield "constant", [2.0] * 5, [2.0] * 3
+    yield "zeros", [0.0, 0.0, 1.0], [0.0, 2.0]
+    yield "ties", rng.integers(0, 5, 40).astype(float), rng.integers(1, 7, 90).astype(float)
+    yield "plain", rng.normal(1, 0.3, 101), rng.normal(1.4, 0.5, 33)
+
+
+@pytest.mark.parametrize("genuine, intruders", [s[1:] for s in samples()], ids=[s[0] for s in samples()])
+def test_areas_equal_scikit_learn(genuine, intruders):
+    truth = np.r_[np.zeros(len(genuine)), np.ones(len(intruders))]
+    score = np.r_[genuine, intruders]
+    balanced = np.where(truth == 1, 1 / len(intruders), 1 / len(genuine))
+    assert metrics.auroc(genuine, intruders) == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+    assert metrics.average_precision(genuine, intruders) == pytest.approx(
+        average_precision_score(truth, score), abs=1e-12
+    )
+    expected = average_precision_score(truth, score, sample_weight=balanced)
+    assert metrics.aupr(genuine, intruders) == pytest.approx(expected, abs=1e-12)
+
+
+def test_balanced_precision_ignores_the_prior_and_starts_at_chance():
+    genuine, intruders = np.arange(10.0), np.arange(3.0, 9.0)
+    assert metrics.aupr(genuine, np.tile(intruders, 7)) == pytest.approx(metrics.aupr(genuine, intruders))
+    assert (
+        metrics.average_precision(genuine, np.tile(intruders, 7)) > metrics.average_precision(genuine, intruders) + 0.1
+    )
+    assert metrics.aupr([1.0] * 9, [1.0] * 2) == 0.5
+
+
+def test_intruder_as_positive_class_fits_the_published_pairs():
+    # An attack that carries a seventh of the intruders all the way: eyeglasses on ours, published 0.868 / 0.896.
+    rng = np.random.default_rng(0)
+    genuine = rng.normal(1.0, 0.25, 20000)
+    intruders = np.r_[rng.normal(0.7, 0.3, 3000), rng.normal(1.9, 0.3, 17000)]
+    area, positive_intruder = metrics.auroc(genuine, intruders), metrics.aupr(genuine, intruders)
+    positive_genuine = metrics.aupr(-intruders, -genuine)
+    assert 0.84 < area < 0.9 and area + 0.01 < positive_intruder < area + 0.06
+    assert positive_genuine < area - 0.05
+    # A published PR below ROC (weak AT, eye patch, 0.571 / 0.556) is possible too: genuine outliers farthest of all.
+    genuine = np.r_[rng.normal(1.0, 0.2, 15000), rng.normal(1.6, 0.5, 5000)]
+    intruders = rng.normal(1.14, 0.2, 20000)
+    assert metrics.aupr(genuine, intruders) < metrics.auroc(genuine, intruders) - 0.01
+
+
+@pytest.mark.parametrize("bad", [([], [1.0]), ([1.0], []), ([math.nan], [1.0]), ([1.0], [math.inf])])
+def test_no_area_without_both_classes_or_with_non_finite_distances(bad):
+    for area in (metrics.auroc, metrics.aupr, metrics.average_precision):
+        with pytest.raises(ValueError, match="distance"):
+            area(*bad)
+
+
+def test_detection_at_five_percent():
+    genuine = np.arange(1.0, 101.0)
+    delta = metrics.threshold(genuine, 0.05)
+    assert delta == pytest.approx(np.percentile(genuine, 95)) and (genuine >= delta).mean() == 0.05
+    # Eq. (1): at delta an intruder is different; an evading image at delta is still recognised.
+    assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0]) == pytest.approx(2 / 3)
+    assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0, 300.0], evading=True) == 0.5
+    assert metrics.threshold(genuine, 0.0) == 100 and metrics.threshold(genuine, 1.0) == 1
+    for bad in ([], 0.05), ([1.0], 1.5):
+        with pytest.raises(ValueError):
+            metrics.threshold(*bad)
+
+
+def test_bootstrap_equals_a_loop_over_resampled_targets():
+    rng = np.random.default_rng(1)
+    g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)
+    i, it = rng.integers(2, 12, 90).astype(float), rng.integers(0, 6, 90)  # target 5 has intruders alone
+    fast = metrics.bootstrap(g, gt, i, it, n=50, seed=3)
+    slow = []
+    for counts in np.random.default_rng(3).multinomial(6, np.full(6, 1 / 6), size=50):
+        a, b = np.repeat(g, counts[gt]), np.repeat(i, counts[it])
+        if len(a) and len(b):
+            slow.append(metrics.auroc(a, b))
+    assert fast == pytest.approx(np.array(slow), abs=1e-12)
+
+
+def test_interval_is_seeded_covers_and_is_fast():
+    rng = np.random.default_rng(2)
+    target = np.repeat(np.arange(30), 64)
+    shift = rng.normal(0, 0.5, 30)
+    g, gt = rng.normal(0, 1, 30 * 12) + np.repeat(shift, 12), np.repeat(np.arange(30), 12)
+    i = rng.normal(1.5, 1, len(target)) + shift[target]
+    start = time.process_time()
+    lo, hi = metrics.bootstrap_interval(g, gt, i, target)
+    assert time.process_time() - start < 0.5
+    assert lo < metrics.auroc(g, i) < hi and 0.005 < hi - lo < 0.2
+    assert (lo, hi) == metrics.bootstrap_interval(g, gt, i, target)
+    assert (lo, hi) != metrics.bootstrap_interval(g, gt, i, target, seed=1)
+    narrow = metrics.bootstrap_interval(g, gt, i, target, level=0.5)
+    assert lo < narrow[0] < narrow[1] < hi
+    assert all(math.isnan(v) for v in metrics.bootstrap_interval(g, gt * 0, i, target * 0))
+
+
+def write(run, method, name, rows, sidecar=None, header=HEADER):
+    """rows: (role, target, candidate, distance[, mirroring, selection]) or finished lines."""
+    folder = run / method / "attacks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [header]
+    for r in rows:
+        if isinstance(r, str):
+            lines.append(r)
+            continue
+        role, target, candidate, distance, *config = r
+        m, s = config or (1, 1)
+        person = target if role == "genuine" else "other"
+        lines.append(f"{name},{m},{s},0,{target},7,{candidate},{person},{role},{distance}")
+    (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    if sidecar is not None:
+        (folder / f"{name}.json").write_text(json.dumps(sidecar))
+    return folder / f"{name}.csv"
+
+
+CLEAN = [("genuine", "a", 1, 0.1), ("genuine", "a", 2, 0.3), ("genuine", "b", 3, 0.2), ("genuine", "b", 4, 0.4)]
+INTRUDERS = [
+    ("intruder", "a", 10, 1.0),
+    ("intruder", "a", 11, 2.0),
+    ("intruder", "b", 12, 3.0),
+    ("intruder", "b", 13, 4.0),
+]
+
+
+def attacked(*distances):
+    return [(*row[:3], d) for row, d in zip(INTRUDERS, distances)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    write(tmp_path, "ours", "clean", CLEAN + INTRUDERS)
+    write(tmp_path, "ours", "eyeglasses", attacked(0.05, 2.0, 0.35, 4.0))
+    return tmp_path
+
+
+def test_summary_by_hand(run):
+    write(run, "ours", "evasion", [("genuine", "a", 1, 0.1), ("genuine", "a", 2, 3.5), ("genuine", "b", 3, 9.0)])
+    write(run, "ours", "noise", [("genuine", "a", 1, 5.0), ("intruder", "a", 10, 1.0)])  # both roles made anew
+    result = metrics.summary(run)["ours"]
+    assert list(result) == ["clean", "evasion", "eyeglasses", "noise"]
+    assert result["clean"]["auroc"] == 1 and result["clean"]["interval"] == [1, 1]
+    assert result["clean"]["n_targets"] == 2 and result["clean"]["detected"] == 1
+    assert result["eyeglasses"]["auroc"] == (0 + 4 + 3 + 4) / 16
+    assert (result["eyeglasses"]["n_genuine"], result["eyeglasses"]["n_intruders"]) == (4, 4)
+    assert result["eyeglasses"]["detected"] == 0.5  # delta = 0.385
+    assert result["evasion"]["n_genuine"] == 3 and result["evasion"]["n_intruders"] == 4  # against clean intruders
+    assert result["evasion"]["auroc"] == (4 + 1 + 0) / 12 and result["evasion"]["detected"] == pytest.approx(1 / 3)
+    assert result["noise"]["auroc"] == 0 and result["noise"]["interval"] == [None, None]
+
+
+def test_summary_takes_only_the_setting_asked_for(run):
+    write(run, "ours", "clean", CLEAN + INTRUDERS + [(*r[:3], 1.0, 0, 1) for r in CLEAN + INTRUDERS])
+    assert metrics.summary(run, 0, 1)["ours"]["clean"]["auroc"] == 0.5
+    assert "eyeglasses" not in metrics.summary(run, 0, 1)["ours"]
+    assert metrics.summary(run)["ours"]["clean"]["auroc"] == 1
+    with pytest.raises(metrics.UsageError, match="mirroring 0 and selection 0"):
+        metrics.summary(run, 0, 0)
+
+
+def test_worst_is_the_strongest_attack_per_intruder(run):
+    write(run, "ours", "square", attacked(3.0, 0.01, 0.5, 4.0))
+    write(run, "ours", "eye_patch", [("intruder", "a", 99, 0.0)])  # other intruders: cannot be compared per intruder
+    rows = metrics.worst(metrics.read_run(run).methods["ours"], 1, 1)
+    assert [r.distance for r in rows] == [0.05, 0.01, 0.35, 4.0]
+    assert metrics.summary(run)["ours"]["worst"]["auroc"] == (0 + 0 + 3 + 4) / 16
+
+
+def test_command_prints_table_or_json(run, capsys):
+    assert metrics.main(["--run", str(run), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == metrics.summary(run)
+    keys = {"auroc", "aupr", "ap", "n_targets", "n_genuine", "n_intruders", "interval"}
+    assert keys <= set(printed["ours"]["eyeglasses"])
+    assert metrics.main(["--run", str(run)]) == 0
+    assert "eyeglasses" in capsys.readouterr().out
+
+
+GOOD = "clean,1,1,0,a,7,1,a,genuine,0.5"
+BAD = {
+    "missing column": (["clean,1"], "attack,mirroring", ":1:", "selection"),
+    "short row": ([GOOD, "clean,1,1,0,a"], HEADER, ":3:", "5 fields"),
+    "distance": ([GOOD, GOOD.replace("0.5", "near")], HEADER, ":3:", "'near'"),
+    "not finite": ([GOOD.replace("0.5", "nan")], HEADER, ":2:", "finite"),
+    "negative": ([GOOD.replace("0.5", "-1")], HEADER, ":2:", "finite"),
+    "mirroring": ([GOOD.replace("clean,1", "clean,2")], HEADER, ":2:", "mirroring is 2"),
+    "candidate": ([GOOD.replace(",1,a,", ",x,a,")], HEADER, ":2:", "candidate is 'x'"),
+    "role": ([GOOD.replace("genuine", "friend")], HEADER, ":2:", "friend"),
+    "twice": ([GOOD, GOOD], HEADER, ":3:", "twice"),
+    "no rows": ([], HEADER, ":1:", "no rows"),
+}
+
+
+@pytest.mark.parametrize("lines, header, place, why", BAD.values(), ids=BAD.keys())
+def test_bad_rows_are_one_line_and_exit_2(tmp_path, capsys, lines, header, place, why):
+    path = write(tmp_path, "ours", "clean", lines, header=header)
+    assert metrics.main(["--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{path}{place}" in error and why in error
+
+
+def test_bad_folders_bytes_and_json_are_one_line_and_exit_2(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    broken = write(tmp_path / "bytes", "ours", "clean", [GOOD])
+    broken.write_bytes(b"\xff\xfe\x00" + broken.read_bytes())
+    write(tmp_path / "json", "ours", "clean", [GOOD], sidecar=[1])
+    for name, why in (
+        ("absent", "no such folder"),
+        ("empty", "holds no rows"),
+        ("bytes", "clean.csv:1"),
+        ("json", "a list"),
+    ):
+        assert metrics.main(["--run", str(tmp_path / name)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and why in captured.err and not captured.out
