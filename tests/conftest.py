@@ -1,0 +1,62 @@
+"""Without a GPU the kernels run in the Triton interpreter: it must be chosen before Triton is first imported."""
+
+import importlib
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+OPS = ("masked_step", "gaussian_cutout", "place_patches", "window_energy", "tanh_perturb", "augment", "adain")
+
+
+@pytest.fixture(autouse=True)
+def kernel_mode(request, monkeypatch):
+    """In tests/test_<op>.py: kernels run, and torch.empty comes filled with NaN. Elsewhere, also in subprocesses: the references
+    run, since the interpreter is slow."""
+    if request.module.__name__.split("test_")[-1] not in OPS:
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # its fill_uninitialized_memory is on by default
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def launched(monkeypatch, request):
+    """Names of the kernels the test launched, in order, with their constexpr arguments: (name, {constexpr: value})."""
+    module = importlib.import_module("kernels." + request.module.__name__.split("test_")[-1])
+    calls = []
+
+    class Recorder:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                calls.append((self.name, constants))
+                return self.kernel[grid](*args, **constants)
+
+            return launch
+
+    for name, value in list(vars(module).items()):
+        if name.startswith("_") and name.endswith("kernel") and hasattr(value, "arg_names"):
+            monkeypatch.setattr(module, name, Recorder(name, value))
+    return calls
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Bit for bit, except that the interpreter truncates to bfloat16 where a GPU rounds: there one bfloat16 step (2^-7) is allowed."""
+    if got.dtype != torch.bfloat16 or got.is_cuda or got.dtype != want.dtype or got.shape != want.shape:
+        return torch.equal(got, want)
+    return bool(((got.float() - want.float()).abs() <= 2.0**-7 * want.float().abs()).all())
