@@ -27,6 +27,7 @@ import numpy as np
 
 COLUMNS = ("attack", "mirroring", "selection", "seed", "target", "anchor", "candidate", "person", "role", "distance")
 FPR = 0.05  # Sec. 4.3
+METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
 
 
 class UsageError(ValueError):
@@ -141,6 +142,29 @@ def bootstrap(
     return ((drawn @ wins) * drawn).sum(1)[pairs > 0] / pairs[pairs > 0]
 
 
+def detection_interval(
+    genuine: Any,
+    genuine_target: Any,
+    attacked: Any,
+    attacked_target: Any,
+    fpr: float = FPR,
+    evading: bool = False,
+    n: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of `detection_at_fpr`, resampling targets, delta anew each time; (nan, nan) below two targets."""
+    g, d = np.asarray(genuine, dtype=np.float64), np.asarray(attacked, dtype=np.float64)
+    _, code = np.unique(np.r_[np.asarray(genuine_target), np.asarray(attacked_target)], return_inverse=True)
+    of_g, of_d, T = code[: len(g)], code[len(g) :], int(code.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(T, np.full(T, 1 / T), size=n)  # (n, T)
+    drawn = drawn[(drawn[:, np.unique(of_g)].sum(1) > 0) & (drawn[:, np.unique(of_d)].sum(1) > 0)]
+    if T < 2 or not len(drawn):
+        return math.nan, math.nan
+    shares = [detection_at_fpr(g.repeat(c[of_g]), d.repeat(c[of_d]), fpr, evading) for c in drawn]
+    return _percentiles(np.array(shares), level)
+
+
 def _percentiles(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     lo, hi = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
@@ -252,16 +276,22 @@ def pick(attack: Attack | None, role: str, mirroring: int, selection: int) -> li
     return [r for r in rows if r.role == role and r.mirroring == mirroring and r.selection == selection]
 
 
+DERIVED = ("eyeglasses+indirect", "worst")  # Sec. 4.4; ours
+WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect")  # one printed patch, any of them
+
+
 def sides(attacks: Mapping[str, Attack], name: str, mirroring: int, selection: int) -> tuple[list[Row], list[Row]]:
     """(genuine, intruder) rows that judge attack `name`: its own rows, and clean ones for a role it did not attack.
-    `worst` is the lowest distance per pair over every attack (see `worst`)."""
+    The derived attacks take the lowest distance per pair: of the direct and the indirect attack, or of all (`worst`)."""
+    genuine, intruders = (pick(attacks.get(name), role, mirroring, selection) for role in ("genuine", "intruder"))
     if name == "worst":
-        return pick(attacks.get("clean"), "genuine", mirroring, selection), worst(attacks, mirroring, selection)
-    own, clean = attacks.get(name), attacks.get("clean")
-    parts = [pick(own, role, mirroring, selection) for role in ("genuine", "intruder")]
-    if any(parts):
-        parts = [p or pick(clean, role, mirroring, selection) for p, role in zip(parts, ("genuine", "intruder"))]
-    return parts[0], parts[1]
+        intruders = worst(attacks, mirroring, selection)
+    elif name in DERIVED:
+        intruders = closest(*(pick(attacks.get(part), "intruder", mirroring, selection) for part in name.split("+")))
+    if genuine or intruders:
+        genuine = genuine or pick(attacks.get("clean"), "genuine", mirroring, selection)
+        intruders = intruders or pick(attacks.get("clean"), "intruder", mirroring, selection)
+    return genuine, intruders
 
 
 def closest(*several: Sequence[Row]) -> list[Row]:
@@ -271,24 +301,20 @@ def closest(*several: Sequence[Row]) -> list[Row]:
     return [min((d[key] for d in by_pair), key=lambda r: r.distance) for key in sorted(shared)]
 
 
-WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect")  # one printed patch, any of them
-
-
 def worst(attacks: Mapping[str, Attack], mirroring: int, selection: int) -> list[Row]:
-    """Per intruder the strongest attack, over those that attacked the very pairs eyeglasses did; [] if fewer than two."""
+    """Per intruder the strongest attack, over those that attacked every pair eyeglasses did; [] if fewer than two."""
     chosen = [pick(attacks.get(a), "intruder", mirroring, selection) for a in WORST]
     first = {(r.target, r.candidate) for r in chosen[0]}
     chosen = [rows for rows in chosen if first and first <= {(r.target, r.candidate) for r in rows}]
-    return [r for r in closest(*chosen) if (r.target, r.candidate) in first] if len(chosen) > 1 else []
+    return closest(*chosen) if len(chosen) > 1 else []
 
 
 def merits(
-    genuine: Sequence[Row], intruders: Sequence[Row], evading: bool = False, delta_from: Sequence[Row] = ()
-) -> dict:
-    """The figures of one attack; `delta_from`: clean genuine rows that set delta where the genuine ones are attacked."""
+    genuine: Sequence[Row], intruders: Sequence[Row], clean: Sequence[Row], evading: bool = False
+) -> dict[str, Any]:
+    """The figures of one attack; delta comes from the clean genuine rows."""
     g, i = [r.distance for r in genuine], [r.distance for r in intruders]
-    reference = [r.distance for r in delta_from] or g
-    lo, hi = bootstrap_interval(g, [r.target for r in genuine], i, [r.target for r in intruders])
+    detected = detection_at_fpr([r.distance for r in clean], g if evading else i, FPR, evading)
     return {
         "auroc": auroc(g, i),
         "aupr": aupr(g, i),
@@ -296,27 +322,69 @@ def merits(
         "n_targets": len({r.target for r in genuine} & {r.target for r in intruders}),
         "n_genuine": len(g),
         "n_intruders": len(i),
-        "interval": [None if math.isnan(lo) else lo, None if math.isnan(hi) else hi],
-        "detected": detection_at_fpr(reference, g if evading else i, FPR, evading),
+        "detected": detected,
     }
 
 
-def summary(run: Run | Path | str, mirroring: int = 1, selection: int = 1) -> dict[str, dict[str, dict[str, Any]]]:
-    """{method: {attack: figures}}; `detected` is the share detected at 5 % FPR. Attacks without rows under this setting,
-    or without clean rows to be judged against, are left out."""
-    run = run if isinstance(run, Run) else read_run(run)
-    result: dict[str, dict[str, dict[str, Any]]] = {}
-    for method, attacks in run.methods.items():
+def measure(
+    runs: Sequence[Run], method: str, name: str, mirroring: int = 1, selection: int = 1
+) -> dict[str, Any] | None:
+    """The figures of one method under one attack, None without its rows (or without clean rows to judge it against).
+
+    Over several runs: means, counts summed, `range` [lowest, highest] of each mean, `runs` how many had the rows;
+    `interval` is then that of the mean AU-ROC, targets resampled within each run.
+    """
+    found, draws = [], []
+    for number, run in enumerate(runs):
+        attacks = run.methods.get(method, {})
         clean = pick(attacks.get("clean"), "genuine", mirroring, selection)
-        for name in ["clean", *sorted(set(attacks) - {"clean"}), "worst"]:
-            genuine, intruders = sides(attacks, name, mirroring, selection)
-            if clean and genuine and intruders:
-                evading = name != "clean" and not pick(attacks.get(name), "intruder", mirroring, selection)
-                evading = evading and name != "worst"
-                result.setdefault(method, {})[name] = merits(genuine, intruders, evading, clean)
+        genuine, intruders = sides(attacks, name, mirroring, selection)
+        if clean and genuine and intruders:
+            evading = name not in (*DERIVED, "clean") and not pick(attacks[name], "intruder", mirroring, selection)
+            found.append(merits(genuine, intruders, clean, evading))
+            if found[-1]["n_targets"] > 1:
+                draws.append(bootstrap(*_columns(genuine), *_columns(intruders), seed=number))
+    if not found:
+        return None
+    result = {k: sum(f[k] for f in found) / (1 if k.startswith("n_") else len(found)) for k in found[0]}
+    result["interval"] = [None, None]
+    if len(draws) == len(found):
+        shortest = min(map(len, draws))
+        result["interval"] = list(_percentiles(np.mean([d[:shortest] for d in draws], 0)))
+    if len(runs) > 1:
+        spread = [k for k in found[0] if not k.startswith("n_")]
+        result |= {"range": {k: [f(m[k] for m in found) for f in (min, max)] for k in spread}, "runs": len(found)}
+    return result
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[float], list[str]]:
+    return [r.distance for r in rows], [r.target for r in rows]
+
+
+def names(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{method: attacks}: the paper's methods first, clean first, the derived attacks last."""
+    held: dict[str, set[str]] = {}
+    for run in runs:
+        for method, attacks in run.methods.items():
+            held.setdefault(method, set()).update(attacks)
+    methods = sorted(held, key=lambda m: (METHODS.index(m) if m in METHODS else len(METHODS), m))
+    return {m: ["clean", *sorted(held[m] - {"clean"}), *DERIVED] for m in methods}
+
+
+def summary(
+    run: Run | Path | str | Sequence[Run], mirroring: int = 1, selection: int = 1
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """{method: {attack: figures}}, see `measure`; `detected` is the share detected at 5 % FPR. Attacks without rows under
+    this setting are left out."""
+    runs = [read_run(run)] if isinstance(run, (str, Path)) else [run] if isinstance(run, Run) else run
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for method, attacks in names(runs).items():
+        for name in attacks:
+            if figures := measure(runs, method, name, mirroring, selection):
+                result.setdefault(method, {})[name] = figures
     if not result:
         raise UsageError(
-            f"--run {run.folder}: no clean rows with mirroring {mirroring} and selection {selection}; "
+            f"--run {runs[0].folder}: no clean rows with mirroring {mirroring} and selection {selection}; "
             "run attacks.py with that setting"
         )
     return result
@@ -325,16 +393,19 @@ def summary(run: Run | Path | str, mirroring: int = 1, selection: int = 1) -> di
 def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A summary as text, one line per method and attack."""
     lines = [
-        f"{'method':<14}{'attack':<20}{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  n"
+        f"{'method':<14}{'attack':<21}{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  n"
     ]
     for method, attacks in result.items():
         for name, m in attacks.items():
             lo, hi = m["interval"]
             between = "one target" if lo is None else f"{lo:.3f}-{hi:.3f}"
             lines.append(
-                f"{method:<14}{name:<20}{m['auroc']:>7.3f}  {between:<15}{m['aupr']:>6.3f}{m['ap']:>7.3f}"
+                f"{method:<14}{name:<21}{m['auroc']:>7.3f}  {between:<15}{m['aupr']:>6.3f}{m['ap']:>7.3f}"
                 f"{m['detected']:>10.1%}  {m['n_targets']} targets, {m['n_genuine']} genuine, {m['n_intruders']} intruders"
             )
+            if "range" in m:
+                low, high = m["range"]["auroc"]
+                lines[-1] += f", {m['runs']} runs: {low:.3f}-{high:.3f}"
     return "\n".join(lines)
 
 

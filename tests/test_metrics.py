@@ -229,3 +229,41 @@ def test_bad_folders_bytes_and_json_are_one_line_and_exit_2(tmp_path, capsys):
         assert metrics.main(["--run", str(tmp_path / name)]) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and why in captured.err and not captured.out
+
+
+def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = []
+    for k in range(2):
+        rows = [("genuine", f"t{t}", j, abs(rng.normal(1, 0.3))) for t in range(6) for j in range(5)]
+        rows += [("intruder", f"t{t}", 50 + j, abs(rng.normal(1.2 + k, 0.5))) for t in range(6) for j in range(9)]
+        write(tmp_path / str(k), "ours", "clean", rows)
+        runs.append(metrics.read_run(tmp_path / str(k)))
+    write(tmp_path / "1", "no-at", "clean", CLEAN + INTRUDERS)
+    runs[1] = metrics.read_run(tmp_path / "1")
+    a, b = (metrics.summary(r)["ours"]["clean"] for r in runs)
+    both = metrics.summary(runs)
+    assert both["ours"]["clean"]["auroc"] == pytest.approx((a["auroc"] + b["auroc"]) / 2)
+    assert both["ours"]["clean"]["range"]["auroc"] == [a["auroc"], b["auroc"]] and both["ours"]["clean"]["runs"] == 2
+    assert both["ours"]["clean"]["n_targets"] == 12
+    lo, hi = both["ours"]["clean"]["interval"]
+    assert lo < both["ours"]["clean"]["auroc"] < hi and hi - lo < a["interval"][1] - a["interval"][0]
+    assert both["no-at"]["clean"]["runs"] == 1 and "runs 1" not in metrics.table(both)
+    assert "2 runs: " in metrics.table(both)
+
+
+def test_detection_interval(tmp_path):
+    rng = np.random.default_rng(0)
+    g, gt = rng.normal(1, 0.3, 300), np.repeat(np.arange(30), 10)
+    d, dt = rng.normal(1.6, 0.3, 150), np.repeat(np.arange(30), 5)
+    lo, hi = metrics.detection_interval(g, gt, d, dt, evading=True)
+    assert lo < metrics.detection_at_fpr(g, d, evading=True) < hi and hi - lo < 0.3
+    assert metrics.detection_interval(g, gt, d, dt)[0] == pytest.approx(1 - hi, abs=0.02)
+    assert all(math.isnan(v) for v in metrics.detection_interval(g, gt * 0, d, dt * 0))
+
+
+def test_more_successful_of_direct_and_indirect(run):
+    write(run, "ours", "indirect", attacked(0.5, 0.3, 0.5, 5.0))
+    result = metrics.summary(run)["ours"]
+    assert result["eyeglasses+indirect"]["auroc"] == (0 + 2.5 + 3 + 4) / 16
+    assert result["indirect"]["auroc"] > result["eyeglasses+indirect"]["auroc"]
