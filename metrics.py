@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -409,6 +410,151 @@ def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+OK, FAILED, NOT_RUN = "OK", "FAILED", "not run"
+
+
+class Check(NamedTuple):
+    """A health check's outcome: `status` is OK, FAILED or NOT_RUN."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def field(sidecar: Mapping[str, Any], name: str) -> Any:
+    """A value of an attack's sidecar, at the top or one level down (its config, its health); None without it."""
+    inner = (v for v in sidecar.values() if isinstance(v, Mapping))
+    return next((d[name] for d in (sidecar, *inner) if d.get(name) is not None), None)
+
+
+def _verdict(name: str, detail: str, bad: Sequence[str], ran: int, missing: str) -> Check:
+    if not ran:
+        return Check(name, NOT_RUN, missing)
+    return Check(name, FAILED if bad else OK, "; ".join(bad) if bad else f"{detail} ({ran} compared)")
+
+
+def check_gradients(attacks: Mapping[str, Attack]) -> Check:
+    """Fails when an attack met a gradient that was zero everywhere, or not finite: then it could not have succeeded."""
+    counts = {a: [field(v.sidecar, k) for k in ("zero_gradients", "nonfinite")] for a, v in attacks.items()}
+    counts = {a: [c or 0 for c in v] for a, v in counts.items() if v != [None, None]}
+    bad = [f"{a}: {z} zero, {n} non-finite" for a, (z, n) in counts.items() if z or n]
+    return _verdict("gradients", "none zero or non-finite", bad, len(counts), "no attack counted its gradients")
+
+
+def _effort(attack: Attack) -> tuple[float, float] | None:
+    found = [field(attack.sidecar, k) for k in ("iterations", "restarts")]
+    return None if None in found else (float(found[0]), float(found[1]))
+
+
+def check_effort(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Check:
+    """Fails when more iterations or restarts weaken an attack: its mean distance is on the defender's side by more than
+    `tolerance` (a share). Compares `<attack>.csv` with `<attack>-<anything>.csv` on the pairs both hold, and the curves
+    `by_iterations` and `by_restarts` (mean distance after so many) of a sidecar."""
+    bad, ran = [], 0
+
+    def judge(label: str, weak: float, strong: float, evading: bool) -> None:
+        nonlocal ran
+        ran += 1
+        if strong < weak * (1 - tolerance) if evading else strong > weak * (1 + tolerance):
+            bad.append(f"{label}: mean distance from {weak:.4g} to {strong:.4g}")
+
+    for name, attack in attacks.items():
+        evading = all(r.role == "genuine" for r in attack.rows)
+        for curve in ("by_iterations", "by_restarts"):
+            points = sorted((int(k), float(v)) for k, v in (field(attack.sidecar, curve) or {}).items())
+            for (few, weak), (many, strong) in pairwise(points):
+                judge(f"{name}, {few} to {many} {curve[3:]}", weak, strong, evading)
+        for other, more in attacks.items():
+            mine, theirs = _effort(attack), _effort(more)
+            if name.split("-")[0] != other.split("-")[0] or not mine or not theirs or mine == theirs:
+                continue
+            weak_strong = _paired(attack.rows, more.rows)
+            if mine[0] <= theirs[0] and mine[1] <= theirs[1] and weak_strong:
+                judge(f"{name} {_times(mine)} to {other} {_times(theirs)}", *weak_strong, evading)
+    return _verdict("more effort", "more never weakened an attack", bad, ran, "no attack ran at two strengths")
+
+
+def _times(effort: tuple[float, float]) -> str:
+    return f"{effort[0]:g} x {effort[1]:g}"
+
+
+def _paired(a: Sequence[Row], b: Sequence[Row]) -> tuple[float, float] | None:
+    """Mean distances of both over the pairs they share, None without one."""
+    left, right = ({(r.mirroring, r.selection, r.role, r.target, r.candidate): r.distance for r in x} for x in (a, b))
+    shared = left.keys() & right.keys()
+    return (float(np.mean([left[k] for k in shared])), float(np.mean([right[k] for k in shared]))) if shared else None
+
+
+def check_random(attacks: Mapping[str, Attack]) -> Check:
+    """Fails when random patterns bring the intruders of the same pairs closer, on average, than gradients do."""
+    bad, ran = [], 0
+    gradient, random = (attacks[a].rows if a in attacks else [] for a in ("eyeglasses", "random_eyeglasses"))
+    if both := _paired(gradient, random):
+        ran = 1
+        if both[1] < both[0]:
+            bad = [f"mean distance {both[1]:.4g} by random search, {both[0]:.4g} by gradients"]
+    return _verdict("random search", "does not beat gradients", bad, ran, "no pairs under both kinds of eyeglasses")
+
+
+def check_indirect(attacks: Mapping[str, Attack], margin: float = 0.02) -> Check:
+    """Sec. 4.4: fails when adding the indirect attack takes more than `margin` of AU-ROC from the direct one, a sign that
+    gradients towards the real anchor are masked."""
+    bad, ran = [], 0
+    for m, s in sorted(
+        {(r.mirroring, r.selection) for a in ("clean", "indirect") if a in attacks for r in attacks[a].rows}
+    ):
+        clean, indirect = pick(attacks.get("clean"), "genuine", m, s), pick(attacks.get("indirect"), "intruder", m, s)
+        pairs = {(r.target, r.candidate) for r in indirect}
+        direct = [r for r in pick(attacks.get("eyeglasses"), "intruder", m, s) if (r.target, r.candidate) in pairs]
+        if clean and direct:
+            ran += 1
+            before, after = (
+                auroc(_columns(clean)[0], _columns(rows)[0]) for rows in (direct, closest(direct, indirect))
+            )
+            if before - after > margin:
+                bad.append(f"AU-ROC from {before:.3f} to {after:.3f} with the indirect attack")
+    return _verdict("indirect attack", f"takes at most {margin} of AU-ROC", bad, ran, "no pairs under both attacks")
+
+
+def check_mask(attacks: Mapping[str, Attack], tolerance: float = 1e-5) -> Check:
+    """Fails when an attacked image differs from its original outside the mask by more than rounding (range [0, 1])."""
+    moved = {a: field(v.sidecar, "outside_mask_max") for a, v in attacks.items()}
+    moved = {a: float(v) for a, v in moved.items() if v is not None}
+    bad = [f"{a}: by {v:.3g}" for a, v in moved.items() if not v <= tolerance]
+    return _verdict("outside the mask", "nothing changed", bad, len(moved), "no attack measured it")
+
+
+def check_reproducible(attacks: Mapping[str, Attack]) -> Check:
+    """Fails when an attack, repeated with the same seed, gave other distances."""
+    same = {a: field(v.sidecar, "reproducible") for a, v in attacks.items()}
+    bad = [a for a, v in same.items() if v is not None and not v]
+    ran = sum(v is not None for v in same.values())
+    return _verdict("same seed, same result", "repeated", bad, ran, "no attack was repeated")
+
+
+CHECKS = (check_gradients, check_effort, check_random, check_indirect, check_mask, check_reproducible)
+
+
+def health(runs: Sequence[Run]) -> list[Check]:
+    """Every check over every method of every run; one that fails anywhere has failed, and says where."""
+    result = []
+    for check in CHECKS:
+        found = [(method, check(attacks)) for run in runs for method, attacks in run.methods.items()]
+        failed = [f"{method}: {c.detail}" for method, c in found if c.status == FAILED]
+        passed = [(method, c) for method, c in found if c.status == OK]
+        status = FAILED if failed else OK if passed else NOT_RUN
+        detail = "; ".join(failed) or found[0][1].detail
+        if status == OK:
+            detail = f"{passed[0][1].detail.rpartition(' (')[0]} ({', '.join(sorted({m for m, _ in passed}))})"
+        result.append(Check(found[0][1].name, status, detail))
+    return result
+
+
+def health_lines(checks: Sequence[Check]) -> str:
+    """One line a check, to stand with every table."""
+    return "\n".join(f"{c.status:<8} {c.name}: {c.detail}" for c in checks)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Tables, figures and health checks from the rows of a run.")
     parser.add_argument("--run", type=Path, required=True, help="the folder embed.py wrote")
@@ -421,7 +567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = read_run(args.run)
         result = summary(run, args.mirroring, args.selection)
-        print(json.dumps(result, indent=1) if args.json else table(result))
+        print(json.dumps(result, indent=1) if args.json else f"{table(result)}\n\n{health_lines(health([run]))}")
     except UsageError as error:
         print(f"metrics.py: {error}", file=sys.stderr)
         return 2

@@ -267,3 +267,63 @@ def test_more_successful_of_direct_and_indirect(run):
     result = metrics.summary(run)["ours"]
     assert result["eyeglasses+indirect"]["auroc"] == (0 + 2.5 + 3 + 4) / 16
     assert result["indirect"]["auroc"] > result["eyeglasses+indirect"]["auroc"]
+
+
+def attack(rows=(), **sidecar):
+    made = [
+        metrics.Row("x", 1, 1, 0, target, 7, candidate, "p", role, distance, -1, -1)
+        for role, target, candidate, distance in rows
+    ]
+    return metrics.Attack(made, sidecar)
+
+
+def evaded(*distances):
+    return [(*row[:3], d) for row, d in zip(CLEAN, distances)]
+
+
+FAR, NEAR = attacked(1.0, 2.0, 3.0, 4.0), attacked(0.9, 1.9, 2.5, 4.1)
+WEAK, STRONG = {"config": {"iterations": 25, "restarts": 1}}, {"config": {"iterations": 25, "restarts": 5}}
+HEALTH = {
+    "zero gradient": (metrics.check_gradients, {"eyeglasses": attack(zero_gradients=0, nonfinite=0)},
+                      {"eyeglasses": attack(zero_gradients=3, nonfinite=0)}),
+    "non-finite gradient": (metrics.check_gradients, {"square": attack(health={"zero_gradients": 0, "nonfinite": 0})},
+                            {"square": attack(health={"zero_gradients": 0, "nonfinite": 1})}),
+    "restarts": (metrics.check_effort, {"eyeglasses": attack(FAR, **WEAK), "eyeglasses-5": attack(NEAR, **STRONG)},
+                 {"eyeglasses": attack(NEAR, **WEAK), "eyeglasses-5": attack(FAR, **STRONG)}),
+    "evasion": (metrics.check_effort,
+                {"evasion": attack(evaded(1, 1, 1, 1), **WEAK), "evasion-5": attack(evaded(1, 2, 1, 1), **STRONG)},
+                {"evasion": attack(evaded(1, 2, 1, 1), **WEAK), "evasion-5": attack(evaded(1, 1, 1, 1), **STRONG)}),
+    "iterations": (metrics.check_effort, {"square": attack(FAR, by_iterations={"5": 3.0, "25": 1.0, "125": 1.001})},
+                   {"square": attack(FAR, by_iterations={"5": 3.0, "25": 1.0, "125": 1.1})}),
+    "restart curve": (metrics.check_effort, {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0, "10": 2.0})},
+                      {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0, "10": 2.1})}),
+    "random": (metrics.check_random, {"eyeglasses": attack(NEAR), "random_eyeglasses": attack(FAR)},
+               {"eyeglasses": attack(FAR), "random_eyeglasses": attack(NEAR)}),
+    "indirect": (metrics.check_indirect,
+                 {"clean": attack(CLEAN), "eyeglasses": attack(NEAR), "indirect": attack(attacked(0.6, 3, 3, 3))},
+                 {"clean": attack(CLEAN), "eyeglasses": attack(NEAR), "indirect": attack(attacked(0.2, 3, 3, 3))}),
+    "mask": (metrics.check_mask, {"eyeglasses": attack(outside_mask_max=1e-6)},
+             {"eyeglasses": attack(outside_mask_max=0.004)}),
+    "mask not a number": (metrics.check_mask, {"eyeglasses": attack(outside_mask_max=0)},
+                          {"eyeglasses": attack(outside_mask_max=math.nan)}),
+    "reproducible": (metrics.check_reproducible, {"eyeglasses": attack(reproducible=True)},
+                     {"eyeglasses": attack(reproducible=True), "square": attack(reproducible=False)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check, healthy, ill", HEALTH.values(), ids=HEALTH.keys())
+def test_health_check_passes_fails_and_says_when_it_did_not_run(check, healthy, ill):
+    assert check(healthy).status == "OK"
+    assert check(ill).status == "FAILED" and check(ill).detail
+    assert check({"eyeglasses": attack(FAR)}).status == "not run"
+
+
+def test_health_of_a_run_fails_where_one_method_does(run, capsys):
+    write(run, "ours", "eyeglasses", attacked(1, 1, 1, 1), {"zero_gradients": 0, "nonfinite": 0, "reproducible": True})
+    found = {c.name: c.status for c in metrics.health([metrics.read_run(run)])}
+    assert set(found.values()) == {"OK", "not run"} and found["gradients"] == "OK" and len(found) == len(metrics.CHECKS)
+    write(run, "no-at", "eyeglasses", attacked(1, 1, 1, 1), {"zero_gradients": 2})
+    assert metrics.main(["--run", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "FAILED   gradients: no-at: eyeglasses: 2 zero" in printed and "not run  random search" in printed
+    assert "OK       same seed, same result: repeated (ours)" in printed
