@@ -1,0 +1,870 @@
+"""Every attack of Sec. 3, 4.3, 4.4 and App. B.2, C against any `embed(images) -> features`.
+
+    python attacks.py --run runs/synthetic-demo-0                        # clean and eyeglasses, two CPU cores
+    python attacks.py --run runs/celeba-paper-0 --attacks all --defences all      # every number of the paper, one GPU
+    python attacks.py --run RUN --data folder --root PEOPLE --crop lfw   # judge a trained embedding on other people
+
+In: `people.json`, `run.json` and `<method>/embedding.pt` of a run. Out: `<method>/attacks/<attack>.csv`, one row a compared
+pair, with `.json` (config, seed, counters, versions) and `.npz` (example images) beside it; `metrics.py` reads these alone.
+Images are float NCHW in [0, 1]. Distances are the root of the mean squared distance over a candidate and, with
+mirroring, its mirror, to the anchor's features; the anchor is not mirrored (Sec. 4.2).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+Embed = Callable[[Tensor], Tensor]
+EYEGLASSES = "0 0 7ff80ffe f00ff007 e003e003 c003c003 60024002 60024002 20062006 20042004 20043004 1008100c 18180808 " \
+             "0ff007f0 0 0"  # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
+ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion", "indirect", "distal",
+           "eot_eyeglasses", "eot_eye_patch")
+DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}  # Sec. 4.2: (mirroring, selection)
+COLUMNS = ("attack", "mirroring", "selection", "seed", "target", "anchor", "candidate", "person", "role", "distance")
+
+
+class UsageError(ValueError):
+    """Bad input; the text is one line that names the file or flag and says what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = ""  # ours: folder of the run
+    preset: str = ""  # ours: demo | paper | released; empty: the run's own
+    method: str = "all"  # ours: methods, comma-separated
+    attacks: str = "clean,eyeglasses"  # ours: comma-separated, or all
+    defences: str = "both"  # Sec. 4.2: basic, mirroring, selection, both, comma-separated, or all
+    data: str = ""  # ours: judge on other people: folder, celeba or synthetic; empty: the run's test persons
+    root: str = ""  # ours: folder of --data
+    crop: str = ""  # ours: crop of --data
+    min_images: int = 10  # Sec. 4: fewest images of a target
+    targets: int = 27  # Sec. 4
+    intruders: int = 64  # App. C, released code
+    seed: int = -1  # ours: -1 takes the run's
+    iterations: int = 1000  # Sec. 4
+    lr: float = 0.01  # Sec. 4
+    restarts: int = 5  # Sec. 4
+    decay: bool = False  # ours: learning rate falls linearly to zero
+    square_stride: int = 5  # App. C
+    square_search_iterations: int = 20  # App. C
+    square_search_lr: float = 0.1  # App. C
+    patch_train: int = 100  # App. C, Fig. 8: intruders that the universal patch is trained on
+    patch_iterations: int = 5000  # App. C
+    patch_lr: float = 0.005  # App. C
+    patterns: int = 1000  # App. B.2
+    clean_intruders: int = 200  # ours: un-attacked intruders a target, the attacked ones first
+    noise: float = 10 / 255  # App. B.2
+    evasion_iterations: int = 2000  # Sec. 4.3, released code
+    evasion_lr: float = 0.05  # Sec. 4.3, released code
+    evasion_restarts: int = 5  # Sec. 4.3, released code
+    distal_iterations: int = 2000  # App. C
+    distal_lr: float = 0.01  # App. C
+    eot_samples: int = 4  # ours: transformed copies a step
+    eot_tests: int = 16  # ours: fresh transformed copies that the patched face is scored on
+    eot_shift: float = 2.0  # ours: pixels
+    eot_scale: float = 0.05  # ours: 1 +- this
+    eot_rotation: float = 5.0  # ours: degrees
+    eot_brightness: float = 0.1  # ours: 1 +- this
+    chunk: int = 0  # ours: images in one forward pass; 0: 128 on a CPU, 2048 on a GPU
+    device: str = "auto"  # ours
+    figures: bool = True  # ours: keep example images in <attack>.npz
+    resume: bool = False  # ours: keep what an interrupted run of the same config finished
+
+
+PRESETS: dict[str, dict] = {
+    "paper": {},
+    "released": {},
+    "demo": dict(targets=20, intruders=12, iterations=80, lr=0.1, restarts=1, decay=True, square_search_iterations=10,
+                 patch_train=24, patch_iterations=150, patch_lr=0.05, patterns=200, evasion_iterations=80,
+                 evasion_lr=0.1, evasion_restarts=1, distal_iterations=200, distal_lr=0.1, eot_samples=2, eot_tests=8),
+}
+
+
+@dataclass
+class Attacked:
+    images: Tensor  # (B, C, H, W)
+    distance: Tensor  # (B,) root of the mean squared distance to the anchor
+    zero_gradients: int = 0  # (image, iteration) pairs whose whole gradient was zero
+    nonfinite: int = 0  # (image, iteration) pairs with a non-finite gradient, taken as zero
+    gradients: int = 0  # (image, iteration) pairs in all
+    mask: Tensor | None = None  # (H, W) or (B, H, W) bool: where the images may differ from the clean ones
+    extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # row, col | direct, indirect | pattern
+
+
+# Masks, Fig. 6 ------------------------------------------------------------------------------------------------------
+def eyeglasses_mask() -> Tensor:
+    """(64, 64) bool, 107 pixels: the authors' eyeglasses."""
+    rows = [[int(word, 16) >> (31 - bit) & 1 for bit in range(32)] for word in EYEGLASSES.split()]
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[24:40, 16:48] = torch.tensor(rows, dtype=torch.bool)
+    return mask
+
+
+def eye_patch_mask() -> Tensor:
+    """(64, 64) bool, 12 x 32 pixels over the eyes."""
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[26:38, 16:48] = True
+    return mask
+
+
+def square_mask(row: int, column: int, size: int = 10, height: int = 64, width: int = 64) -> Tensor:
+    """(height, width) bool, a square with its upper left pixel at (row, column)."""
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[row:row + size, column:column + size] = True
+    return mask
+
+
+def square_positions(stride: int = 5) -> list[tuple[int, int]]:
+    """Starts 15, 15 + stride, ..., 35 in both directions, flush edge included (Fig. 7); 25 of them at stride 5."""
+    starts = sorted({*range(15, 36, stride), 35})
+    return [(row, column) for row in starts for column in starts]
+
+
+# Distance and patch -------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def frozen(embed: Embed) -> Iterator[None]:
+    """Evaluation mode without weight gradients; on leaving, every mode and requires_grad flag is as it was."""
+    if not isinstance(embed, torch.nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in embed.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in embed.parameters()]
+    try:
+        embed.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def squared_distance(embed: Embed, images: Tensor, anchor: Tensor, mirroring: bool = True,
+                     transforms: Tensor | None = None) -> Tensor:
+    """images (N, C, H, W), anchor (N, D) or (D,), transforms (S, 5) -> (N,) mean over the S transforms and the mirror."""
+    N = len(images)
+    views = images if transforms is None else transform(images, transforms)  # (S * N, C, H, W)
+    if mirroring:
+        views = torch.cat([views, views.flip(-1)])  # (2 * S * N, C, H, W)
+    features = embed(views)
+    # Eq. (7)
+    return (features.view(-1, N, features.shape[-1]) - anchor).square().sum(-1).mean(0)
+
+
+def draw_transforms(n: int, shift: float, scale: float, rotation: float, brightness: float,
+                    generator: torch.Generator) -> Tensor:
+    """(n, 5): rows and columns of shift in pixels, scale, rotation in radians, brightness; uniform in +- the ranges."""
+    unit = torch.rand(n, 5, generator=generator) * 2 - 1
+    ranges = torch.tensor([shift, shift, scale, rotation * torch.pi / 180, brightness])
+    return unit * ranges + torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0])
+
+
+def transform(images: Tensor, transforms: Tensor) -> Tensor:
+    """images (N, C, H, W), transforms (S, 5) of `draw_transforms` -> (S * N, C, H, W), all images under the first, ..."""
+    (N, C, H, W), S = images.shape, len(transforms)
+    row, column, scale, angle, brightness = transforms.to(images).unbind(1)
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack([cos, -sin * H / W, 2 * column / W, sin * W / H, cos, 2 * row / H], 1).view(S, 2, 3)
+    grid = nnf.affine_grid(theta.repeat_interleave(N, 0), [S * N, C, H, W], align_corners=False)
+    moved = nnf.grid_sample(images.repeat(S, 1, 1, 1), grid, padding_mode="border", align_corners=False)
+    return (moved * brightness.repeat_interleave(N).view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def paste(images: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
+    """images (N, C, H, W), values (N, C, P), flat pixel numbers (N, P): the images with these pixels replaced."""
+    N, C, H, W = images.shape
+    index = pixels[:, None].expand(-1, C, -1)  # (N, C, P)
+    return images.flatten(2).scatter(2, index, values).view(N, C, H, W)
+
+
+def mask_pixels(mask: Tensor, rows: int) -> Tensor:
+    """mask (H, W) or (rows, H, W) bool with equally many pixels each -> (rows, P) flat pixel numbers."""
+    if mask.dim() == 2:
+        return mask.flatten().nonzero().flatten().expand(rows, -1)
+    counts = mask.flatten(1).sum(1)
+    if (counts != counts[0]).any():
+        raise ValueError("masks of one batch must have equally many pixels")
+    return mask.flatten(1).nonzero()[:, 1].view(len(mask), -1)
+
+
+# The optimisation, App. C -------------------------------------------------------------------------------------------
+def _adam(gradient: Callable, value: Callable, start: Tensor, iterations: int, lr: float, decay: bool,
+          every: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam on delta (N, C, P) with the best iterate of each row kept.
+
+    gradient(delta, step) -> loss (N,), gradient like delta; value(delta) -> loss (N,) decides the best iterate after the
+    last step and, where every > 1, after each `every` steps instead of the loss of the gradient.
+    Returns best delta, its loss (N,), counts (3,) of zero, non-finite and all gradients.
+    """
+    delta = start.clone()
+    best, best_loss = start.clone(), torch.full_like(start[:, 0, 0], torch.inf)
+    counts = torch.zeros(3, dtype=torch.long, device=start.device)
+    optimiser = torch.optim.Adam([delta], lr=lr, fused=True if start.is_cuda else None)
+
+    def keep(loss: Tensor) -> None:
+        better = loss < best_loss
+        best_loss.copy_(torch.where(better, loss, best_loss))
+        best.copy_(torch.where(better[:, None, None], delta, best))
+
+    for step in range(iterations):
+        loss, grad = gradient(delta, step)
+        if every == 1:
+            keep(loss)
+        elif step % every == 0:
+            keep(value(delta))
+        finite = grad.isfinite().flatten(1).all(1)
+        zero = (grad == 0).flatten(1).all(1)
+        counts += torch.stack([zero.sum(), (~finite).sum(), torch.full_like(counts[0], len(zero))])
+        delta.grad = torch.where(finite[:, None, None], grad, 0.0)
+        optimiser.param_groups[0]["lr"] = lr * (1 - step / iterations) if decay else lr
+        optimiser.step()
+    keep(value(delta))
+    return best, best_loss, counts
+
+
+def draw_start(rows: int, restarts: int, channels: int, pixels: int,
+               generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
+    """(restarts, rows, C, P) of U(-0.5, 0.5); restart r does not depend on how many follow it. With several generators
+    each draws its equal share of the rows."""
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    share = (rows // len(generators), channels, pixels)
+    return torch.stack([torch.cat([torch.rand(share, generator=g) for g in generators]) for _ in range(restarts)]) - 0.5
+
+
+def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, direction: str = "impersonate",
+                mirroring: bool = True, iterations: int = 1000, lr: float = 0.01, restarts: int = 5, decay: bool = False,
+                chunk: int = 256, generator: torch.Generator | Sequence[torch.Generator] | None = None,
+                start: Tensor | None = None, transforms: Tensor | None = None,
+                validation: Tensor | None = None) -> Attacked:
+    """Attack each image by itself inside its mask, eq. (7) in the form of App. C.
+
+    images (B, C, H, W) in [0, 1]; anchor (B, D) or (D,) features; mask (H, W) or (B, H, W) bool.
+    direction: "impersonate" lowers the distance to the anchor, "evade" raises it.
+    start (restarts, B, C, P): first delta, otherwise drawn from `generator` (seed 0 if None); the best restart wins.
+    chunk: images in one forward pass, mirrors included; it changes speed and memory, not the draws.
+    transforms (iterations, S, 5), validation (S, 5): with these the loss is the mean over the S transforms of an
+    iteration, and the best iterate is chosen every tenth iteration under `validation`.
+    """
+    B, C, H, W = images.shape
+    sign = _sign(direction)
+    pixels = mask_pixels(mask.to(images.device), B)  # (B, P)
+    if pixels.shape[1] == 0:
+        return Attacked(images.clone(), distances(embed, images, anchor, mirroring, validation, chunk))
+    if start is None:
+        start = draw_start(B, restarts, C, pixels.shape[1], generator or torch.Generator().manual_seed(0))
+    R = len(start)
+    start = start.to(images).flatten(0, 1)  # (R * B, C, P)
+    anchor = anchor.expand(B, -1)
+    views = (1 + mirroring) * (1 if transforms is None else transforms.shape[1])
+    step_rows = max(1, chunk // views)
+    best, loss = torch.empty_like(start), start.new_empty(R * B)
+    counts = torch.zeros(3, dtype=torch.long, device=images.device)
+    with frozen(embed):
+        for first in range(0, R * B, step_rows):
+            row = torch.arange(first, min(first + step_rows, R * B), device=images.device) % B
+            x, a, p = images[row], anchor[row], pixels[row]
+            # App. C
+            w = torch.atanh((2 * x.flatten(2).gather(2, p[:, None].expand(-1, C, -1)) - 1) * 0.999999)  # (n, C, P)
+
+            def objective(delta: Tensor, moves: Tensor | None) -> Tensor:
+                return sign * squared_distance(embed, paste(x, (torch.tanh(w + delta) + 1) / 2, p), a, mirroring, moves)
+
+            def gradient(delta: Tensor, step: int) -> tuple[Tensor, Tensor]:
+                with torch.enable_grad():
+                    leaf = delta.detach().requires_grad_()
+                    value = objective(leaf, None if transforms is None else transforms[step])
+                    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+            @torch.no_grad()
+            def value(delta: Tensor) -> Tensor:
+                return objective(delta, validation)
+
+            span = slice(first, first + len(row))
+            best[span], loss[span], found = _adam(gradient, value, start[span], iterations, lr, decay,
+                                                  1 if transforms is None else 10)
+            counts += found
+    winner = loss.view(R, B).argmin(0)
+    best = best.view(R, B, C, -1)[winner, torch.arange(B, device=images.device)]
+    w = torch.atanh((2 * images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1)) - 1) * 0.999999)
+    attacked = paste(images, (torch.tanh(w + best) + 1) / 2, pixels)
+    return Attacked(attacked, distances(embed, attacked, anchor, mirroring, validation, chunk), *counts.tolist(),
+                    extra={"restart_loss": loss.view(R, B).T * sign})
+
+
+def _sign(direction: str) -> int:
+    if direction not in ("impersonate", "evade"):
+        raise ValueError(f"direction must be impersonate or evade, not {direction!r}")
+    return 1 if direction == "impersonate" else -1
+
+
+@torch.no_grad()
+def distances(embed: Embed, images: Tensor, anchor: Tensor, mirroring: bool = True, transforms: Tensor | None = None,
+              chunk: int = 256) -> Tensor:
+    """images (N, C, H, W), anchor (N, D) or (D,) -> (N,) root of `squared_distance`, in passes of `chunk` images."""
+    rows = max(1, chunk // ((1 + mirroring) * (1 if transforms is None else len(transforms))))
+    anchor = anchor.expand(len(images), -1)
+    with frozen(embed):
+        return torch.cat([squared_distance(embed, x, a, mirroring, transforms).sqrt()
+                          for x, a in zip(images.split(rows), anchor.split(rows))])
+
+
+# Square with a search for its place, Sec. 3, App. C -------------------------------------------------------------------
+def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Sequence[tuple[int, int]], *, size: int = 10,
+                    direction: str = "impersonate", mirroring: bool = True, iterations: int = 20, lr: float = 0.1,
+                    chunk: int = 256, generator: torch.Generator | None = None) -> tuple[Tensor, Attacked]:
+    """Short attack at each position. Returns distances (B, K), and the summed counters with no images."""
+    B, C, H, W = images.shape
+    K = len(positions)
+    masks = torch.stack([square_mask(row, column, size, H, W) for row, column in positions])  # (K, H, W)
+    start = draw_start(B * K, 1, C, size * size, generator or torch.Generator().manual_seed(0)).view(B, K, C, -1)
+    total = Attacked(images[:0], images.new_empty(0))
+    found = []
+    group = max(1, chunk // (K * (1 + mirroring)))
+    for x, a, s in zip(images.split(group), anchor.expand(B, -1).split(group), start.split(group)):
+        result = tanh_attack(embed, x.repeat_interleave(K, 0), a.repeat_interleave(K, 0), masks.repeat(len(x), 1, 1),
+                             direction=direction, mirroring=mirroring, iterations=iterations, lr=lr, chunk=chunk,
+                             start=s.reshape(1, -1, *s.shape[2:]))
+        found.append(result.distance.view(-1, K))
+        _count(total, result)
+    return torch.cat(found), total
+
+
+def square_attack(embed: Embed, images: Tensor, anchor: Tensor, *, stride: int = 5, size: int = 10,
+                  positions: Sequence[tuple[int, int]] | None = None, search_iterations: int = 20, search_lr: float = 0.1,
+                  direction: str = "impersonate", mirroring: bool = True, chunk: int = 256,
+                  generator: torch.Generator | None = None, **settings) -> Attacked:
+    """`location_search`, then `tanh_attack` from a new start at the best place of each image; extra: row, col (B,)."""
+    sign = _sign(direction)
+    positions = positions or square_positions(stride)
+    generator = generator or torch.Generator().manual_seed(0)
+    H, W = images.shape[2:]
+    found, searched = location_search(embed, images, anchor, positions, size=size, direction=direction,
+                                      mirroring=mirroring, iterations=search_iterations, lr=search_lr, chunk=chunk,
+                                      generator=generator)
+    places = [positions[best] for best in (sign * found).argmin(1).tolist()]
+    masks = torch.stack([square_mask(row, column, size, H, W) for row, column in places])
+    result = tanh_attack(embed, images, anchor, masks, direction=direction, mirroring=mirroring, chunk=chunk,
+                         generator=generator, **settings)
+    _count(result, searched)
+    result.extra |= {"row": torch.tensor([p[0] for p in places]), "col": torch.tensor([p[1] for p in places])}
+    return result
+
+
+def _count(total: Attacked, part: Attacked) -> None:
+    total.zero_gradients += part.zero_gradients
+    total.nonfinite += part.nonfinite
+    total.gradients += part.gradients
+
+
+# Universal eye patch, Sec. 3, App. C ----------------------------------------------------------------------------------
+def universal_patch(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, direction: str = "impersonate",
+                    mirroring: bool = True, iterations: int = 5000, lr: float = 0.005, decay: bool = False,
+                    chunk: int = 256, generator: torch.Generator | None = None, transforms: Tensor | None = None,
+                    validation: Tensor | None = None) -> tuple[Tensor, Attacked]:
+    """One pattern that replaces the masked pixels of every image, for the lowest mean squared distance to the anchor.
+
+    images (B, C, H, W): the training intruders, which alone decide the best iterate; mask (H, W); transforms and
+    validation as in `tanh_attack`. Returns the pattern (C, P) in [0, 1] and the patched training images.
+    """
+    B, C, H, W = images.shape
+    sign = _sign(direction)
+    pixels = mask_pixels(mask.to(images.device), B)
+    start = draw_start(1, 1, C, pixels.shape[1], generator or torch.Generator().manual_seed(0))[0].to(images)
+    rows = max(1, chunk // ((1 + mirroring) * (1 if transforms is None else transforms.shape[1])))
+    anchor = anchor.expand(B, -1)
+    parts = list(zip(images.split(rows), anchor.split(rows), pixels.split(rows)))
+
+    def objective(delta: Tensor, x: Tensor, a: Tensor, p: Tensor, moves: Tensor | None) -> Tensor:
+        patched = paste(x, ((torch.tanh(delta) + 1) / 2).expand(len(x), -1, -1), p)
+        return sign * squared_distance(embed, patched, a, mirroring, moves).sum(0, keepdim=True) / B
+
+    def gradient(delta: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        total, grads = delta.new_zeros(1), torch.zeros_like(delta)
+        for x, a, p in parts:
+            with torch.enable_grad():
+                leaf = delta.detach().requires_grad_()
+                loss = objective(leaf, x, a, p, None if transforms is None else transforms[step])
+                grads += torch.autograd.grad(loss.sum(), leaf)[0]
+            total += loss.detach()
+        return total, grads
+
+    @torch.no_grad()
+    def value(delta: Tensor) -> Tensor:
+        return sum(objective(delta, x, a, p, validation) for x, a, p in parts)
+
+    with frozen(embed):
+        best, _, counts = _adam(gradient, value, start, iterations, lr, decay, 1 if transforms is None else 10)
+    pattern = ((torch.tanh(best) + 1) / 2)[0]  # (C, P)
+    patched = apply_pattern(images, pattern, mask)
+    return pattern, Attacked(patched, distances(embed, patched, anchor, mirroring, validation, chunk), *counts.tolist())
+
+
+def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
+    """images (B, C, H, W), pattern (C, P) or (B, C, P), mask (H, W): the masked pixels replaced by the pattern."""
+    pixels = mask_pixels(mask.to(images.device), len(images))
+    return paste(images, pattern.to(images).expand(len(images), -1, -1), pixels)
+
+
+# Random perturbations, App. B.2 ---------------------------------------------------------------------------------------
+def random_patterns(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, patterns: int = 1000,
+                    direction: str = "impersonate", mirroring: bool = True, chunk: int = 256,
+                    generator: torch.Generator | None = None) -> Attacked:
+    """For each image the best of `patterns` uniform random fillings of the mask: no gradient at all."""
+    sign, generator = _sign(direction), generator or torch.Generator().manual_seed(0)
+    C, P = images.shape[1], int(mask.sum())
+    anchor, attacked = anchor.expand(len(images), -1), images.clone()
+    for i in range(len(images)):
+        values = torch.rand(patterns, C, P, generator=generator).to(images)
+        found = torch.cat([distances(embed, apply_pattern(images[i:i + 1].expand(len(part), -1, -1, -1), part, mask),
+                                     anchor[i], mirroring, None, chunk) for part in values.split(chunk)])
+        attacked[i] = apply_pattern(images[i:i + 1], values[(sign * found).argmin()], mask)[0]
+    return Attacked(attacked, distances(embed, attacked, anchor, mirroring, None, chunk))
+
+
+def uniform_noise(images: Tensor, amount: float = 10 / 255, generator: torch.Generator | None = None) -> Tensor:
+    """images plus U(-amount, amount) in every pixel, clipped to [0, 1]."""
+    noise = torch.rand(images.shape, generator=generator or torch.Generator().manual_seed(0)) * 2 - 1
+    return (images + amount * noise.to(images)).clamp(0, 1)
+
+
+# Indirect anchor and distal, Sec. 4.4 ---------------------------------------------------------------------------------
+def indirect_attack(embed: Embed, images: Tensor, anchor: Tensor, virtual: Tensor, mask: Tensor, *,
+                    mirroring: bool = True, chunk: int = 256, start: Tensor, **settings) -> Attacked:
+    """Attack the anchor and, from the same start, the features `virtual` (D,) of the autoencoded target; both are scored
+    by the distance to the true anchor and the closer one is kept for each image; extra: direct, indirect (B,)."""
+    settings |= {"mirroring": mirroring, "chunk": chunk, "start": start}
+    direct = tanh_attack(embed, images, anchor, mask, **settings)
+    indirect = tanh_attack(embed, images, virtual, mask, **settings)
+    indirect.distance = distances(embed, indirect.images, anchor, mirroring, None, chunk)
+    result = worst(direct, indirect)
+    result.extra = {"direct": direct.distance, "indirect": indirect.distance}
+    return result
+
+
+def distal_attack(embed: Embed, shape: Sequence[int], anchor: Tensor, *, generator: torch.Generator | None = None,
+                  **settings) -> Attacked:
+    """A whole free image from uniform random pixels, driven to the anchor's features; shape (B, C, H, W); Fig. 4."""
+    generator = generator or torch.Generator().manual_seed(0)
+    noise = torch.rand(tuple(shape), generator=generator).to(anchor)
+    return tanh_attack(embed, noise, anchor, torch.ones(tuple(shape)[2:], dtype=torch.bool),
+                       generator=generator, **settings)
+
+
+def worst(*results: Attacked) -> Attacked:
+    """Of several attacks on the same images, for each image the one that came closest; counters are summed."""
+    distance = torch.stack([result.distance for result in results])  # (A, B)
+    strongest, each = distance.argmin(0), torch.arange(distance.shape[1], device=distance.device)
+    best = Attacked(torch.stack([result.images for result in results])[strongest, each], distance[strongest, each],
+                    extra={"strongest": strongest})
+    for result in results:
+        _count(best, result)
+    return best
+
+
+# Scoring, Sec. 4 ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def extract(embed: Embed, images: Tensor, chunk: int = 256) -> Tensor:
+    """images (N, C, H, W) uint8 or float in [0, 1] -> features (N, D)."""
+    with frozen(embed):
+        return torch.cat([embed(to_float(part)) for part in images.split(chunk)])
+
+
+def to_float(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def select_anchor(features: Tensor) -> int:
+    """features (n, D) of one person -> the index with the lowest mean squared distance to the others (Sec. 4.2)."""
+    squared = (features[:, None].double() - features[None].double()).square().sum(-1)  # (n, n)
+    return int(squared.sum(1).argmin())
+
+
+def stable_generator(*parts: object) -> torch.Generator:
+    """A generator seeded from these values alone, the same in every process and on every machine."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def clean_distances(features: Tensor, mirrored: Tensor, anchor: Tensor, mirroring: bool) -> Tensor:
+    """features, mirrored (N, D) of the images and their mirrors, anchor (D,) -> (N,) distances without any attack."""
+    squared = torch.stack([features, mirrored][:1 + mirroring]).sub(anchor).square().sum(-1)
+    return squared.mean(0).sqrt()
+
+
+def choose_intruders(person: Tensor, target: int, near: Sequence[int], far: Sequence[int], tests: int, training: int,
+                     generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Image indices of other persons: the first `tests` (near persons before far ones) are attacked or compared; the
+    universal patch is trained on `training` others, of far persons first, so as not to have seen the tested persons."""
+    def shuffled(persons: Sequence[int]) -> list[int]:
+        chosen = torch.tensor([p for p in persons if p != target], dtype=torch.long)
+        images = torch.isin(person, chosen).nonzero().flatten()
+        return images[torch.randperm(len(images), generator=generator)].tolist()
+
+    first, second = shuffled(near), shuffled(far)
+    tested = (first + second)[:tests]
+    rest = set(tested)
+    return tested, [i for i in second + first if i not in rest][:training]
+
+
+def run_attack(name: str, config: Config, embed: Embed, images: Tensor, anchor: Tensor, *, mirroring: bool = True,
+               generator: torch.Generator, training: Tensor | None = None, virtual: Tensor | None = None) -> Attacked:
+    """One attack of `ATTACKS` under a Config. images (B, C, H, W): the intruders, or for evasion the target's own;
+    training: the universal patch's intruders; virtual (D,): features of the autoencoded target, for the indirect attack."""
+    mask = eye_patch_mask() if name.endswith("eye_patch") else eyeglasses_mask()
+    common = dict(mirroring=mirroring, chunk=config.chunk or 256)
+    steps = dict(iterations=config.iterations, lr=config.lr, decay=config.decay)
+    patch = dict(iterations=config.patch_iterations, lr=config.patch_lr, decay=config.decay)
+    moves, tests = {}, None
+    if name.startswith("eot_"):
+        ranges = (config.eot_shift, config.eot_scale, config.eot_rotation, config.eot_brightness, generator)
+        n = patch["iterations"] if name == "eot_eye_patch" else config.iterations
+        moves = {"transforms": draw_transforms(n * config.eot_samples, *ranges).view(n, -1, 5),
+                 "validation": draw_transforms(config.eot_tests, *ranges)}
+        tests = draw_transforms(config.eot_tests, *ranges)  # never seen by the attack
+    if name in ("eyeglasses", "eot_eyeglasses"):
+        result = tanh_attack(embed, images, anchor, mask, restarts=config.restarts, generator=generator,
+                             **steps, **common, **moves)
+    elif name == "square":
+        result = square_attack(embed, images, anchor, stride=config.square_stride, restarts=config.restarts,
+                               search_iterations=config.square_search_iterations, search_lr=config.square_search_lr,
+                               generator=generator, **steps, **common)
+        mask = torch.stack([square_mask(*place) for place in zip(*(result.extra[k].tolist() for k in ("row", "col")))])
+    elif name in ("eye_patch", "eot_eye_patch"):
+        pattern, result = universal_patch(embed, training, anchor, mask, generator=generator, **patch, **common, **moves)
+        result.images = apply_pattern(images, pattern, mask)
+        result.distance = distances(embed, result.images, anchor, mirroring, None, common["chunk"])
+        result.extra = {"pattern": pattern.view(images.shape[1], 12, 32)}
+    elif name == "random_eyeglasses":
+        result = random_patterns(embed, images, anchor, mask, patterns=config.patterns, generator=generator, **common)
+    elif name == "noise":
+        noisy, mask = uniform_noise(images, config.noise, generator), torch.ones_like(mask)
+        result = Attacked(noisy, distances(embed, noisy, anchor, mirroring, None, common["chunk"]))
+    elif name == "evasion":
+        result = tanh_attack(embed, images, anchor, mask, direction="evade", iterations=config.evasion_iterations,
+                             lr=config.evasion_lr, restarts=config.evasion_restarts, decay=config.decay,
+                             generator=generator, **common)
+    elif name == "indirect":
+        start = draw_start(len(images), config.restarts, images.shape[1], int(mask.sum()), generator)
+        result = indirect_attack(embed, images, anchor, virtual, mask, start=start, **steps, **common)
+    elif name == "distal":
+        mask = torch.ones_like(mask)
+        result = distal_attack(embed, (1, *images.shape[1:]), anchor, iterations=config.distal_iterations,
+                               lr=config.distal_lr, restarts=1, decay=config.decay, generator=generator, **common)
+    else:
+        raise ValueError(f"no such attack {name!r}: choose {', '.join(ATTACKS)}")
+    if tests is not None:
+        result.distance = distances(embed, result.images, anchor, mirroring, tests, common["chunk"])
+    result.mask = mask
+    return result
+
+
+# main -----------------------------------------------------------------------------------------------------------------
+def parse(argv: Sequence[str] | None) -> Config:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    kinds = {"int": int, "float": float, "str": str}
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type == "bool":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, type=kinds[field.type], default=argparse.SUPPRESS, metavar=field.type,
+                                help=f"paper {field.default!r}")
+    given = vars(parser.parse_args(argv))
+    run = Path(given.get("run", ""))
+    if not given.get("run") or not run.is_dir():
+        raise UsageError(f"--run {given.get('run', '')}: no such folder; give the folder that embed.py wrote")
+    about = read_json(run / "run.json")
+    preset = given.get("preset") or (about.get("preset") if about.get("preset") in PRESETS else "demo")
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: choose {', '.join(PRESETS)}")
+    config = Config(**{**PRESETS[preset], "seed": -1, **given, "preset": preset})
+    config = dataclasses.replace(config, seed=int(about.get("seed", 0)) if config.seed < 0 else config.seed)
+    for name in ("min_images", "targets", "intruders", "restarts", "evasion_restarts", "square_stride", "patterns",
+                 "patch_train", "eot_samples", "eot_tests"):
+        if getattr(config, name) < (2 if name == "min_images" else 1):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least "
+                             f"{2 if name == 'min_images' else 1}")
+    choose("attacks", config.attacks, ATTACKS)
+    choose("defences", config.defences, tuple(DEFENCES))
+    return config
+
+
+def choose(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    """A comma-separated list, or all; raises UsageError for an unknown name."""
+    names = list(known) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--{flag} {name}: choose all or some of {', '.join(known) or '(none found)'}")
+    if not names:
+        raise UsageError(f"--{flag}: empty; choose all or some of {', '.join(known) or '(none found)'}")
+    return names
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: missing; give a --run folder that embed.py wrote") from None
+    except ValueError:
+        raise UsageError(f"{path}: not readable as JSON; train the run again") from None
+
+
+def write(path: Path, text: str | None = None, **arrays: np.ndarray) -> None:
+    """Text, or arrays as .npz, written beside and moved into place."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    if text is None:
+        with open(beside, "wb") as file:
+            np.savez_compressed(file, **arrays)
+    else:
+        beside.write_text(text)
+    os.replace(beside, path)
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    return (images * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from data import DataError
+
+    try:
+        return attack_run(parse(argv))
+    except (UsageError, DataError) as error:
+        print(f"attacks.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("attacks.py: interrupted; the same command with --resume goes on after the last finished target",
+              file=sys.stderr)
+        return 130
+
+
+def attack_run(config: Config) -> int:
+    """Everything of `main` but the handling of errors."""
+    import data
+    import embed as embedding
+
+    run, about = Path(config.run), read_json(Path(config.run) / "run.json")
+    methods = sorted(path.parent.name for path in run.glob("*/embedding.pt"))
+    methods = choose("method", config.method, methods)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    config = dataclasses.replace(config, chunk=config.chunk or (2048 if device.type == "cuda" else 128))
+    folder = "attacks"
+    if config.data:
+        faces = data.load(config.data, config.root or None, crop=config.crop or None)
+        counts = torch.bincount(faces.person, minlength=len(faces.names)).tolist()
+        targets = [p for p, n in enumerate(counts) if n >= config.min_images]
+        if not targets:
+            raise UsageError(f"--root {config.root}: nobody has {config.min_images} images; lower --min-images")
+        far = sorted(set(range(len(counts))) - set(targets))
+        folder += f"-{Path(config.root).resolve().name if config.root else config.data}"
+    else:
+        faces = data.load(about["data"], about.get("root") or None, crop=about.get("crop") or None,
+                          **(about.get("options") or {}))
+        split = data.read_manifest(run / "people.json", faces)
+        targets, far = list(split.target), list(split.validation)
+    near = list(targets)
+    targets.sort(key=lambda p: stable_generator(config.seed, faces.names[p]).initial_seed())
+    targets = sorted(targets[:config.targets])
+    return max(attack_method(config, faces, targets, near, far, device, run / method, folder, embedding)
+               for method in methods)
+
+
+def attack_method(config: Config, faces, targets: list[int], near: list[int], far: list[int], device: torch.device,
+                  home: Path, folder: str, embedding) -> int:
+    """Every attack asked for on one method's embedding."""
+    try:
+        embed = embedding.load_embedding(home / "embedding.pt", device=device)
+    except embedding.UsageError as error:
+        raise UsageError(str(error)) from None
+    out = home / folder
+    out.mkdir(parents=True, exist_ok=True)
+    skip = {"run", "method", "attacks", "chunk", "device", "figures", "resume"}
+    used = {k: v for k, v in dataclasses.asdict(config).items() if k not in skip}
+    used["embedding"] = hashlib.sha256((home / "embedding.pt").read_bytes()).hexdigest()[:16]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name in choose("attacks", config.attacks, ATTACKS):
+        table, partial = out / f"{name}.csv", out / f".{name}.partial"
+        old = table.with_suffix(".json") if table.exists() else partial / "config.json"
+        if config.resume and old.exists():
+            before = read_json(old)
+            before = before.get("config", before)
+            for key in used:
+                if before.get(key) != used[key]:
+                    raise UsageError(f"--resume: {old} was made with {key} {before.get(key)!r}, now {used[key]!r}; "
+                                     "give the same settings, or leave out --resume to start again")
+            if table.exists():
+                print(f"{home.name} {name}: kept, {table} is finished", flush=True)
+                continue
+        elif rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        _barrier(world)
+        partial.mkdir(exist_ok=True)
+        if rank == 0:
+            write(partial / "config.json", json.dumps(used, indent=1))
+        waiting = [p for p in targets[rank::world] if not (partial / f"{p}.json").exists()]
+        for person in progress(waiting, f"{home.name} {name}", rank):
+            attack_target(config, name, embed, faces, person, near, far, device, partial, home.parent)
+        _barrier(world)
+        if rank == 0:
+            print(f"{home.name} {merge(config, name, faces, targets, partial, table, used, device)}", flush=True)
+    return 0
+
+
+def _barrier(world: int) -> None:
+    """Wait for the other processes that torchrun started, each of which attacks its share of the targets."""
+    if world > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+
+
+def progress(items: list, title: str, rank: int) -> Iterator:
+    """The items, with a bar and the time left on stderr."""
+    if tqdm is not None:
+        yield from tqdm(items, title, unit="target", disable=rank > 0, mininterval=1)
+        return
+    start = time.monotonic()
+    for done, item in enumerate(items):
+        left = f", {(time.monotonic() - start) / done * (len(items) - done):.0f} s left" if done else ""
+        print(f"{title}: target {done + 1} of {len(items)}{left}", file=sys.stderr, flush=True)
+        yield item
+
+
+def attack_target(config: Config, name: str, embed: Embed, faces, person: int, near: list[int], far: list[int],
+                  device: torch.device, partial: Path, run: Path) -> None:
+    """One attack on one target under every defence asked for; writes <person>.json and .npz into `partial`."""
+    began, target = time.monotonic(), faces.names[person]
+
+    def load(index: Sequence[int]) -> Tensor:
+        return to_float(faces.images[list(index)].to(device))
+
+    tested, training = choose_intruders(faces.person, person, near, far, max(config.clean_intruders, config.intruders),
+                                        0, stable_generator(config.seed, target, "intruders"))
+    tested, training = choose_intruders(faces.person, person, near, far, config.intruders, config.patch_train,
+                                        stable_generator(config.seed, target, "intruders")) if name != "clean" else (tested, [])
+    own = (faces.person == person).nonzero().flatten().tolist()
+    if not tested or ("eye_patch" in name and not training):
+        raise UsageError(f"--intruders {config.intruders}: too few images of persons other than {target}; add persons, or "
+                         "lower --intruders or --patch-train")
+    features = extract(embed, load(own), config.chunk)
+    rows, arrays = [], {}
+    totals = {"zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0}
+    for defence in choose("defences", "all" if name == "clean" else config.defences, tuple(DEFENCES)):
+        mirroring, selection = DEFENCES[defence]
+        best = select_anchor(features) if selection else 0
+        anchor, genuine = features[best], [i for i in own if i != own[best]]
+        sides = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}
+        candidates, images = sides.get(name, tested), load(sides.get(name, tested))
+        if name == "clean":
+            result = Attacked(images, distances(embed, images, anchor, bool(mirroring), None, config.chunk))
+        else:
+            virtual = extract(embed, autoencode(run, load([own[best]]), device))[0] if name == "indirect" else None
+            generator = stable_generator(config.seed, target, "eyeglasses" if name == "indirect" else name)
+            result = run_attack(name, config, embed, images, anchor, mirroring=bool(mirroring), generator=generator,
+                                training=load(training) if "eye_patch" in name else None, virtual=virtual)
+        if name == "distal":
+            candidates, images = [-1], result.images
+        if result.mask is not None:
+            outside = (result.images - images).abs() * ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
+            totals["outside_mask_max"] = max(totals["outside_mask_max"], float(outside.max()))
+        for key in ("zero_gradients", "nonfinite", "gradients"):
+            totals[key] += getattr(result, key)
+        columns = {k: v.tolist() for k, v in result.extra.items() if k in ("row", "col", "direct", "indirect")}
+        for n, (candidate, distance) in enumerate(zip(candidates, result.distance.tolist())):
+            other = faces.names[int(faces.person[candidate])] if candidate >= 0 else ""
+            rows.append([name, mirroring, selection, config.seed, target, own[best], candidate, other,
+                         "genuine" if other == target else "intruder", distance, *(v[n] for v in columns.values())])
+        if config.figures and name != "clean":
+            shown = slice(0, 4)
+            arrays = {"anchor": to_bytes(load([own[best]])[0]), "clean": to_bytes(images[shown]),
+                      "attacked": to_bytes(result.images[shown]), "distance": result.distance[shown].cpu().numpy(),
+                      "candidate": np.array(candidates[shown]), "mask": np.broadcast_to(result.mask.numpy(), (64, 64))
+                      if result.mask.dim() == 2 else result.mask[shown].numpy()}
+            if "pattern" in result.extra:
+                arrays["pattern"] = to_bytes(result.extra["pattern"])
+    if arrays:
+        write(partial / f"{person}.npz", **arrays)
+    write(partial / f"{person}.json", json.dumps({"header": [*COLUMNS, *columns], "rows": rows, **totals,
+                                                  "seconds": time.monotonic() - began}))
+
+
+def autoencode(run: Path, images: Tensor, device: torch.device) -> Tensor:
+    """The run's generator's own reconstruction of the images (Sec. 4.4)."""
+    import generator
+
+    try:
+        lord, _ = generator.load_generator(run / "generator.pt", device)
+    except generator.UsageError as error:
+        raise UsageError(f"--attacks indirect: {error}") from None
+    with torch.no_grad():
+        return lord(images).clamp(0, 1)
+
+
+def merge(config: Config, name: str, faces, targets: list[int], partial: Path, table: Path, used: dict,
+          device: torch.device) -> str:
+    """Put the targets' files together as <attack>.csv, .json and .npz; returns the line to print."""
+    parts = [json.loads((partial / f"{person}.json").read_text()) for person in targets]
+    rows = [row for part in parts for row in part["rows"]]
+    beside = partial / "rows.csv"
+    with open(beside, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([parts[0]["header"], *rows])
+    images = [np.load(partial / f"{person}.npz") for person in targets if (partial / f"{person}.npz").exists()]
+    if images:
+        n = min(len(part["clean"]) for part in images)
+        stacked = {k: np.stack([part[k][:n] if k in ("clean", "attacked", "distance", "candidate") else part[k]
+                                for part in images]) for k in images[0].files if k != "mask"}
+        write(table.with_suffix(".npz"), target=np.array([faces.names[p] for p in targets]), mask=images[0]["mask"], **stacked)
+    seconds = sum(part["seconds"] for part in parts)
+    sums = {key: sum(part[key] for part in parts) for key in ("zero_gradients", "nonfinite", "gradients")}
+    sums["outside_mask_max"] = max(part["outside_mask_max"] for part in parts)
+    write(table.with_suffix(".json"), json.dumps({
+        "attack": name, "config": used, "seed": config.seed, "commit": commit(), "data": faces.data,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "seconds": round(seconds, 2), "n": len(rows), "n_targets": len(parts), **sums}, indent=1))
+    os.replace(beside, table)
+    shutil.rmtree(partial)
+    steps = {"clean": "no attack", "noise": f"+-{config.noise:.3f}", "random_eyeglasses": f"{config.patterns} patterns",
+             "evasion": f"{config.evasion_iterations} iterations x {config.evasion_restarts} restarts",
+             "distal": f"{config.distal_iterations} iterations x 1 restart"}
+    universal = f"{config.patch_iterations} iterations x 1 restart on {config.patch_train} intruders"
+    line = universal if "eye_patch" in name else steps.get(name, f"{config.iterations} iterations x {config.restarts} restarts")
+    mean = {role: [row[9] for row in rows if row[8] == role] for role in ("genuine", "intruder")}
+    return f"{name}: {line}, {len(parts)} targets, {len(rows)} pairs, mean distance " + ", ".join(
+        f"{role} {sum(d) / len(d):.3f}" for role, d in mean.items() if d) + f", {seconds:.0f} s"
+
+
+def commit() -> str:
+    """The commit of this checkout, or "unknown"."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, capture_output=True,
+                              text=True, check=True, timeout=10).stdout.strip()
+    return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
