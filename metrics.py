@@ -36,7 +36,8 @@ class UsageError(ValueError):
 
 
 class Row(NamedTuple):
-    """One compared pair; `row`, `col`: where a located patch sits, -1 without one."""
+    """One compared pair; `row`, `col`: where a located patch sits, -1 without one; `direct`: an indirect attack's distance
+    before the indirect one is taken into account, nan without one."""
 
     attack: str
     mirroring: int
@@ -48,8 +49,9 @@ class Row(NamedTuple):
     person: str
     role: str
     distance: float
-    row: int
-    col: int
+    row: int = -1
+    col: int = -1
+    direct: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -226,19 +228,21 @@ def _row(v: Mapping[str, str]) -> Row:
             raise ValueError(f"{name} is {value}, not one of {among}")
         return value
 
+    def length(name: str) -> float:
+        try:
+            value = float(v[name])
+        except ValueError:
+            raise ValueError(f"{name} is {v[name]!r}, not a number") from None
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, not a finite number from 0 up")
+        return value
+
     if v["role"] not in ("genuine", "intruder"):
         raise ValueError(f"role is {v['role']!r}, not genuine or intruder")
-    try:
-        distance = float(v["distance"])
-    except ValueError:
-        raise ValueError(f"distance is {v['distance']!r}, not a number") from None
-    if not 0 <= distance < math.inf:
-        raise ValueError(f"distance is {distance}, not a finite number from 0 up")
+    config = whole("mirroring", (0, 1)), whole("selection", (0, 1)), whole("seed")
+    pair = v["target"], whole("anchor"), whole("candidate"), v["person"], v["role"], length("distance")
     place = [whole(name) if v.get(name) else -1 for name in ("row", "col")]
-    return Row(
-        v["attack"], whole("mirroring", (0, 1)), whole("selection", (0, 1)), whole("seed"), v["target"], whole("anchor"),
-        whole("candidate"), v["person"], v["role"], distance, *place,
-    )  # fmt: skip
+    return Row(v["attack"], *config, *pair, *place, length("direct") if v.get("direct") else math.nan)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -277,7 +281,7 @@ def pick(attack: Attack | None, role: str, mirroring: int, selection: int) -> li
     return [r for r in rows if r.role == role and r.mirroring == mirroring and r.selection == selection]
 
 
-DERIVED = ("eyeglasses+indirect", "worst")  # Sec. 4.4; ours
+DERIVED = ("direct+indirect", "worst")  # Sec. 4.4; ours
 WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect")  # one printed patch, any of them
 
 
@@ -287,8 +291,8 @@ def sides(attacks: Mapping[str, Attack], name: str, mirroring: int, selection: i
     genuine, intruders = (pick(attacks.get(name), role, mirroring, selection) for role in ("genuine", "intruder"))
     if name == "worst":
         intruders = worst(attacks, mirroring, selection)
-    elif name in DERIVED:
-        intruders = closest(*(pick(attacks.get(part), "intruder", mirroring, selection) for part in name.split("+")))
+    elif name == "direct+indirect":
+        intruders = direct_and_either(attacks, mirroring, selection)[1]
     if genuine or intruders:
         genuine = genuine or pick(attacks.get("clean"), "genuine", mirroring, selection)
         intruders = intruders or pick(attacks.get("clean"), "intruder", mirroring, selection)
@@ -300,6 +304,19 @@ def closest(*several: Sequence[Row]) -> list[Row]:
     by_pair = [{(r.target, r.candidate): r for r in rows} for rows in several]
     shared = set(by_pair[0]).intersection(*by_pair[1:]) if by_pair else set()
     return [min((d[key] for d in by_pair), key=lambda r: r.distance) for key in sorted(shared)]
+
+
+def direct_and_either(attacks: Mapping[str, Attack], mirroring: int, selection: int) -> tuple[list[Row], list[Row]]:
+    """Sec. 4.4: the rows of the direct attack, and those of the more successful of both per intruder, on the same pairs.
+    The direct one is the column `direct` of the indirect attack's rows (same starts), else the eyeglasses' rows."""
+    indirect = pick(attacks.get("indirect"), "intruder", mirroring, selection)
+    if indirect and not any(math.isnan(r.direct) for r in indirect):
+        return [r._replace(distance=r.direct) for r in indirect], [
+            r._replace(distance=min(r.direct, r.distance)) for r in indirect
+        ]
+    eyeglasses = pick(attacks.get("eyeglasses"), "intruder", mirroring, selection)
+    pairs = {(r.target, r.candidate) for r in indirect}
+    return [r for r in eyeglasses if (r.target, r.candidate) in pairs], closest(eyeglasses, indirect)
 
 
 def worst(attacks: Mapping[str, Attack], mirroring: int, selection: int) -> list[Row]:
@@ -377,7 +394,7 @@ def summary(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """{method: {attack: figures}}, see `measure`; `detected` is the share detected at 5 % FPR. Attacks without rows under
     this setting are left out."""
-    runs = [read_run(run)] if isinstance(run, (str, Path)) else [run] if isinstance(run, Run) else run
+    runs = [read_run(run)] if isinstance(run, (str, Path)) else [run] if isinstance(run, Run) else list(run)
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for method, attacks in names(runs).items():
         for name in attacks:
@@ -500,17 +517,11 @@ def check_indirect(attacks: Mapping[str, Attack], margin: float = 0.02) -> Check
     """Sec. 4.4: fails when adding the indirect attack takes more than `margin` of AU-ROC from the direct one, a sign that
     gradients towards the real anchor are masked."""
     bad, ran = [], 0
-    for m, s in sorted(
-        {(r.mirroring, r.selection) for a in ("clean", "indirect") if a in attacks for r in attacks[a].rows}
-    ):
-        clean, indirect = pick(attacks.get("clean"), "genuine", m, s), pick(attacks.get("indirect"), "intruder", m, s)
-        pairs = {(r.target, r.candidate) for r in indirect}
-        direct = [r for r in pick(attacks.get("eyeglasses"), "intruder", m, s) if (r.target, r.candidate) in pairs]
+    for m, s in sorted({(r.mirroring, r.selection) for r in attacks["indirect"].rows} if "indirect" in attacks else ()):
+        clean, (direct, either) = pick(attacks.get("clean"), "genuine", m, s), direct_and_either(attacks, m, s)
         if clean and direct:
             ran += 1
-            before, after = (
-                auroc(_columns(clean)[0], _columns(rows)[0]) for rows in (direct, closest(direct, indirect))
-            )
+            before, after = (auroc(_columns(clean)[0], _columns(rows)[0]) for rows in (direct, either))
             if before - after > margin:
                 bad.append(f"AU-ROC from {before:.3f} to {after:.3f} with the indirect attack")
     return _verdict("indirect attack", f"takes at most {margin} of AU-ROC", bad, ran, "no pairs under both attacks")

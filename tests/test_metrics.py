@@ -265,13 +265,17 @@ def test_detection_interval(tmp_path):
 def test_more_successful_of_direct_and_indirect(run):
     write(run, "ours", "indirect", attacked(0.5, 0.3, 0.5, 5.0))
     result = metrics.summary(run)["ours"]
-    assert result["eyeglasses+indirect"]["auroc"] == (0 + 2.5 + 3 + 4) / 16
-    assert result["indirect"]["auroc"] > result["eyeglasses+indirect"]["auroc"]
+    assert result["direct+indirect"]["auroc"] == (0 + 2.5 + 3 + 4) / 16  # eyeglasses is the direct one
+    assert result["indirect"]["auroc"] > result["direct+indirect"]["auroc"]
+    rows = [f"indirect,1,1,0,{t},7,{c},p,intruder,{d},9.0,0.2" for _, t, c, d in attacked(0.15, 0.25, 0.35, 0.5)]
+    write(run, "ours", "indirect", rows, header=HEADER + ",indirect,direct")
+    direct, either = metrics.direct_and_either(metrics.read_run(run).methods["ours"], 1, 1)
+    assert [r.distance for r in direct] == [0.2] * 4 and [r.distance for r in either] == [0.15, 0.2, 0.2, 0.2]
 
 
 def attack(rows=(), **sidecar):
     made = [
-        metrics.Row("x", 1, 1, 0, target, 7, candidate, "p", role, distance, -1, -1)
+        metrics.Row("x", 1, 1, 0, target, 7, candidate, "p", role, distance)
         for role, target, candidate, distance in rows
     ]
     return metrics.Attack(made, sidecar)
