@@ -1,0 +1,794 @@
+"""The embedding F: eq. (1)-(6), Sec. 2-3.1 and App. A, for our method and for every baseline.
+
+    python embed.py --method ours                                     # demo: rendered faces, two CPU cores, minutes
+    python embed.py --method ours --preset paper --data celeba --root CELEBA           # the paper's numbers, one GPU
+    python embed.py --verify A.jpg B.jpg --run runs/synthetic-demo-0  # eq. (1) for two photographs
+
+In:  faces from `data/`, and for `ours` and `no-at` a generator (runs/.../generator.pt, or the demo's own in `data/`).
+Out: runs/<data>-<preset>-<seed>/<method>/ with embedding.pt (the weights that are judged; also -last, -best-loss and
+     -best-auroc), log.jsonl, result.json, and the rows of the clean and the eyeglasses evaluation in attacks/.
+
+x and t are real photographs of different persons, y and u are generated with x's identity: y shares x's content, u shares
+t's. Images are float NCHW in [0, 1], 64 x 64; distances are Euclidean, in the units of the embedding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Embed = Callable[[Tensor], Tensor]
+
+
+class UsageError(ValueError):
+    """Something the user can mend: one line that names the file or flag and says what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of the training; the defaults are the paper's, a preset replaces some of them."""
+
+    preset: str = "paper"  # demo | paper | released
+    method: str = "ours"  # ours | no-at | weak-at | doa
+    positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); ours: transfer, y = G(E_cl(x), E_co(x')) with another x'
+    data: str = "celeba"  # synthetic | folder | celeba
+    root: str = ""  # where the photographs are
+    crop: str = ""  # lfw | centre | celeba; empty: by image size
+    seed: int = 0  # ours
+    split_seed: int = 0  # ours: who is train, validation, target
+    train_persons: int = 9177  # Sec. 4: of the generator; 0: all that are left
+    validation_persons: int = 100  # Sec. 4
+    target_persons: int = 30  # Sec. 4.2: 30 drawn
+    persons: int = 2000  # Sec. 4: of the train persons, those F is trained on; 0: all
+    synthetic_persons: int = 370  # ours: size of the rendered set
+    synthetic_images: int = 12  # ours: images of each rendered person
+    width: float = 1.0  # Sec. 4: VGG16; ours: a fraction of its channels
+    dim: int = 128  # Sec. 4
+    standardise: bool = False  # ours: feed (x - 0.5) / 0.25, for a random start
+    weights: str = ""  # released: a torchvision VGG16 file to start from; empty: random
+    margin: float = 10.0  # Sec. 4: m
+    hinge: str = "distance"  # released: distance, max(m - d, 0)^2; eq. (2): squared, max(m - d^2, 0)
+    batch: int = 128  # App. A: quadruplets
+    steps: int = 20000  # App. A
+    rate: float = 1e-3  # App. A
+    rate_end: float = 1e-3  # App. A: constant; ours: cosine down to this
+    amsgrad: bool = False  # released: True
+    mine: int = 2  # App. A: n_m
+    shift: int = 5  # App. A: pixels
+    cutout: float = 0.5  # App. A: p
+    cutout_area: tuple[float, ...] = (0.02, 0.2)  # App. A: of the image
+    cutout_aspect: tuple[float, ...] = (0.5, 2.0)  # App. A: height / width
+    fill: str = "gaussian"  # App. A; released: uniform
+    generate_from: str = "clean"  # Sec. 2; released: erased (the augmented images' content, one class code a person)
+    attack_steps: int = 10  # Sec. 4, App. A
+    attack_alpha: float = 16.0  # Sec. 4, App. A: in 255ths
+    attacked: str = "auto"  # erased | all; auto: App. A, ours only where erased, the baselines all
+    weak_area: tuple[float, ...] = (0.02, 0.1)  # App. A: weak AT's rectangles
+    candidates: int = 10  # Sec. 4: C of DOA, 4 or 10
+    doa_size: int = 20  # App. A: pixels
+    doa_stride: int = 5  # App. A: pixels
+    validate_every: int = 50  # released
+    select: str = "auto"  # last | best-loss | best-auroc; auto: Sec. 4.2, best-auroc for weak AT, last for the others
+    autocast: bool = False  # ours: bfloat16 in training on a GPU
+
+    @property
+    def run(self) -> Path:
+        return Path("runs") / f"{self.data}-{self.preset}-{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """Folder of this method in the run."""
+        return {"doa": f"doa-{self.candidates}"}.get(self.method, self.method) + (
+            "-transfer" if self.positive == "transfer" and self.generated else ""
+        )
+
+    @property
+    def generated(self) -> bool:
+        """Whether y and u come from the generator (Sec. 2) or are real photographs (eq. 6)."""
+        return self.method in ("ours", "no-at")
+
+    @property
+    def attack_share(self) -> str:
+        return self.attacked if self.attacked != "auto" else ("erased" if self.generated else "all")
+
+    @property
+    def selected(self) -> str:
+        return self.select if self.select != "auto" else ("best-auroc" if self.method == "weak-at" else "last")
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {},
+    "released": dict(amsgrad=True, fill="uniform", generate_from="erased"),
+    "demo": dict(
+        data="synthetic", train_persons=0, validation_persons=40, target_persons=30, persons=0, width=0.125,
+        standardise=True, batch=32, steps=500, rate_end=1e-4, attack_steps=5, attack_alpha=32.0,
+    ),
+}  # fmt: skip
+METHODS = ("ours", "no-at", "weak-at", "doa")
+
+
+# ------------------------------------------------------------------------------------ patch operations (kernels/ when there)
+def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """bool (B, 1, height, width), True inside boxes (B, 4) = (top, left, height, width)."""
+    top, left, h, w = boxes[:, :, None].unbind(1)  # (B, 1)
+    row, col = torch.arange(height, device=boxes.device), torch.arange(width, device=boxes.device)
+    rows, cols = (row >= top) & (row < top + h), (col >= left) & (col < left + w)
+    return (rows[:, :, None] & cols[:, None, :])[:, None]
+
+
+def masked_step(x: Tensor, grad: Tensor, alpha: Tensor, boxes: Tensor) -> Tensor:
+    """x + alpha * sign(grad) inside boxes (B, 4) = (top, left, height, width), clipped to [0, 1]; x, grad (B, C, H, W), alpha (B,)."""
+    return torch.where(box_mask(boxes, *x.shape[2:]), (x + alpha.view(-1, 1, 1, 1) * grad.sign()).clamp(0, 1), x)
+
+
+def draw_boxes(
+    B: int, H: int, W: int, p: float, area: tuple[float, ...], aspect: tuple[float, ...], generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> Tensor:  # fmt: skip
+    """Random rectangles int64 (B, 4) = (top, left, height, width), App. A; with probability 1 - p a row is all zero.
+
+    Share of the image ~ U(area), height / width ~ U(aspect), redrawn until it fits (the first of 32 that does), placed uniformly.
+    """
+    u = torch.rand(6, B, 32, generator=generator, device=device)
+    share, ratio = area[0] + (area[1] - area[0]) * u[0], aspect[0] + (aspect[1] - aspect[0]) * u[1]
+    h, w = ((v * (H * W)).sqrt().round().clamp(min=1) for v in (share * ratio, share / ratio))  # (B, 32)
+    first = ((h <= H) & (w <= W)).to(torch.uint8).argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0].clamp(max=H), w.gather(1, first)[:, 0].clamp(max=W)
+    top, left = (u[4, :, 0] * (H - h + 1)).floor(), (u[4, :, -1] * (W - w + 1)).floor()
+    return torch.stack((torch.minimum(top, H - h), torch.minimum(left, W - w), h, w), 1).long() * (u[5, :, :1] < p)
+
+
+def gaussian_cutout(
+    images: Tensor, *, fill: str = "gaussian", generator: torch.Generator | None = None, boxes: Tensor, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random pixels inside boxes (B, 4): `gaussian` N(0.5, 0.25^2) clipped to [0, 1] (App. A) or `uniform` U[0, 1) (released).
+
+    images (B, C, H, W); noise of that shape is used instead of drawing. Returns images, boxes and bool (B,), which are erased.
+    """
+    images, erased = images.clone(), (boxes[:, 2] * boxes[:, 3]) > 0
+    drawn = [(b, *box) for b, box in enumerate(boxes.tolist()) if box[2] and box[3]]
+    flat = torch.empty(sum(images.shape[1] * h * w for *_, h, w in drawn), device=images.device)
+    flat = flat.uniform_(generator=generator) if fill == "uniform" else flat.normal_(0.5, 0.25, generator=generator).clamp_(0, 1)
+    start = 0
+    for b, top, left, h, w in drawn:
+        inside = images[b, :, top : top + h, left : left + w]
+        inside.copy_(flat[start : start + inside.numel()].view_as(inside) if noise is None else noise[b, :, top : top + h, left : left + w])
+        start += inside.numel()
+    return images, boxes, erased
+
+
+try:  # the same operations, as Triton kernels on a GPU
+    from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]  # noqa: F811
+    from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]  # noqa: F811
+except ImportError:
+    pass
+
+
+def augment(images: Tensor, shift: int, rng: torch.Generator) -> Tensor:
+    """Random mirroring and shifts of at most `shift` pixels (edge filled) of uint8 (B, 3, H, W) -> float (B, 3, H, W), App. A."""
+    B, C, H, W = images.shape
+    device = images.device
+    mirror = torch.rand(B, 1, generator=rng, device=device) < 0.5
+    dy, dx = torch.randint(-shift, shift + 1, (2, B, 1), generator=rng, device=device)
+    row, col = (torch.arange(H, device=device) + dy).clamp(0, H - 1), (torch.arange(W, device=device) + dx).clamp(0, W - 1)
+    col = torch.where(mirror, W - 1 - col, col)  # (B, W)
+    batch = torch.arange(B, device=device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[batch, row[:, :, None], col[:, None, :]]  # (B, H, W, C)
+    return moved.permute(0, 3, 1, 2).float() / 255  # channels_last
+
+
+# -------------------------------------------------------------------------------------------------- the embedding (Sec. 4)
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: max-pool
+
+
+class Embedding(nn.Module):
+    """F: VGG16 trunk, one linear layer whose weight rows have unit L2 norm, no final ReLU. (B, 3, 64, 64) -> (B, dim)."""
+
+    def __init__(self, width: float = 1.0, dim: int = 128, standardise: bool = False) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        previous = 3
+        for channels in VGG16:
+            if channels:
+                channels = max(round(channels * width), 1)
+                layers += [nn.Conv2d(previous, channels, 3, padding=1), nn.ReLU(inplace=True)]
+                previous = channels
+            else:
+                layers.append(nn.MaxPool2d(2))
+        self.trunk = nn.Sequential(*layers)
+        self.weight = nn.Parameter(torch.randn(dim, 2 * 2 * previous))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.standardise = standardise
+        for m in self.trunk:
+            if isinstance(m, nn.Conv2d):  # thirteen convolutions without normalisation: keep the variance
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                nn.init.zeros_(m.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images - 0.5) * 4 if self.standardise else images
+        x = self.trunk(x.contiguous(memory_format=torch.channels_last)).flatten(1)  # (B, 2048 * width)
+        return F.linear(x, F.normalize(self.weight, dim=1), self.bias)
+
+    def load_vgg(self, state: dict[str, Tensor]) -> None:
+        """Start the trunk from a torchvision VGG16 state dict. Raises KeyError or RuntimeError if it does not fit."""
+        self.trunk.load_state_dict({k[len("features.") :]: v for k, v in state.items() if k.startswith("features.")})
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """||a - b||_2^2 of features (B, D), (B, D) -> (B,)."""
+    return (a - b).square().sum(1)
+
+
+def different(candidate: Tensor, target: Tensor, delta: float) -> Tensor:
+    """Eq. (1): D(t; x), True where the features (B, D) are at least delta apart, that is, not the same person."""
+    # Eq. (1)
+    return squared_distance(candidate, target).sqrt() >= delta
+
+
+def two_pair_loss(fx: Tensor, fy: Tensor, ft: Tensor, fu: Tensor, margin: float, hinge: str = "distance") -> Tensor:
+    """Two-pair contrastive loss of features (B, D), mean over the batch.
+
+    hinge `squared` is eq. (2) as printed; it has no gradient where F(t) = F(u), so a constant embedding is a stationary point.
+    `distance` is max(m - d, 0)^2 as in the authors' code: there its gradient is 2 m.
+    """
+    positive, negative = squared_distance(fx, fy), squared_distance(ft, fu)
+    if hinge == "squared":
+        # Eq. (2)
+        return (positive + F.relu(margin - negative)).mean()
+    return (positive + F.relu(margin - (negative + 1e-12).sqrt()).square()).mean()
+
+
+# --------------------------------------------------------------------------------------- the inner problem (Sec. 2.3, 3.1)
+def inner_attack(
+    embed: Embed, images: Tensor, anchors: Tensor, sign: Tensor, boxes: Tensor, steps: int, alpha: float
+) -> Tensor:
+    """The inner maximisation of eq. (4)-(6): sign gradient steps inside fixed random rectangles, from what stands there.
+
+    images (B, 3, H, W); anchors (B, D), constants; sign (B,): +1 moves away from the anchor (x from y), -1 towards it (t to u);
+    boxes (B, 4); alpha in units of the image. Only the gradient of the input is computed. Returns images, detached.
+    """
+    step = sign * alpha
+    for _ in range(steps):
+        images = images.detach().requires_grad_()
+        # Eq. (5): both terms, each sample on its own
+        (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
+        images = masked_step(images.detach(), grad.to(images.dtype), step, boxes)
+    return images.detach()
+
+
+def positions(height: int, width: int, size: int, stride: int) -> Tensor:
+    """Top-left corners (P, 2) of a size x size window at every stride, the flush edge included."""
+    def starts(n: int) -> list[int]:
+        return sorted({*range(0, n - size + 1, stride), n - size})
+
+    return torch.tensor([(r, c) for r in starts(height) for c in starts(width)])
+
+
+def window_energy(grad: Tensor, size: int, places: Tensor) -> Tensor:
+    """Sum of squared gradient (B, C, H, W) over channels and each size x size window -> (B, P), Sec. 3.1."""
+    summed = F.pad(grad.square().sum(1).cumsum(1).cumsum(2), (1, 0, 1, 0))  # (B, H + 1, W + 1)
+    r, c = places.to(grad.device).unbind(1)
+    return summed[:, r + size, c + size] - summed[:, r, c + size] - summed[:, r + size, c] + summed[:, r, c]
+
+
+def doa_boxes(
+    embed: Embed, images: Tensor, anchors: Tensor, sign: Tensor, size: int, stride: int, candidates: int
+) -> Tensor:
+    """Where DOA puts its square (Sec. 3.1; Wu et al. 2020): boxes (B, 4).
+
+    The `candidates` windows of the largest squared gradient are each painted grey, and the one that serves the adversary best
+    wins: the largest distance to the anchor where sign is +1 (positives), the smallest where it is -1 (negatives).
+    """
+    B, C, H, W = images.shape
+    places = positions(H, W, size, stride).to(images.device)
+    images = images.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
+    K = min(candidates, len(places))
+    best = places[window_energy(grad, size, places).topk(K, 1).indices]  # (B, K, 2)
+    boxes = torch.cat([best, torch.full_like(best, size)], 2)  # (B, K, 4)
+    with torch.no_grad():
+        painted = images.detach().repeat_interleave(K, 0)
+        painted = torch.where(box_mask(boxes.view(-1, 4), H, W), painted.new_tensor(0.5), painted)  # (B K, C, H, W)
+        d = squared_distance(embed(painted), anchors.repeat_interleave(K, 0)).view(B, K)
+    winner = (d * sign[:, None]).argmax(1)
+    return boxes[torch.arange(B, device=images.device), winner]
+
+
+# ------------------------------------------------------------------------------------------------------ sampling (Sec. 2)
+class Sampler:
+    """Draws x, t and their companions: a person uniformly, then an image of theirs; t's person is another one.
+
+    images uint8 (N, 3, H, W) and person int64 (N,) with values 0..P-1, resident on the device of the generator `rng`.
+    """
+
+    def __init__(self, images: Tensor, person: Tensor) -> None:
+        self.images, self.person = images, person
+        order = person.argsort(stable=True)
+        self.count = person.bincount()
+        self.table = torch.zeros(len(self.count), int(self.count.max()), dtype=torch.long, device=images.device)
+        starts = self.count.cumsum(0) - self.count
+        column = torch.arange(len(person), device=images.device) - starts[person[order]]
+        self.table[person[order], column] = order
+        self.several = (self.count > 1).nonzero()[:, 0]  # persons that can give a real positive pair
+
+    def image_of(self, person: Tensor, rng: torch.Generator) -> Tensor:
+        """One image index of each person (B,)."""
+        r = torch.rand(person.shape, generator=rng, device=person.device)
+        return self.table[person, (r * self.count[person]).long()]
+
+    def draw(self, batch: int, mine: int, rng: torch.Generator, pairs: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Image indices x (B,), a companion (B,) and candidates t (B, mine) of other persons.
+
+        The companion is another image of x's person if `pairs` (eq. 6), else any other image (for `transfer`).
+        """
+        device, P = self.images.device, len(self.count)
+        r = torch.rand(batch, generator=rng, device=device)
+        person = self.several[(r * len(self.several)).long()] if pairs else (r * P).long()
+        x = self.image_of(person, rng)
+        if pairs:
+            r = torch.rand(batch, generator=rng, device=device)
+            k = (r * (self.count[person] - 1)).long()  # a place among the others
+            other = self.table[person, k]
+            other = torch.where(other == x, self.table[person, self.count[person] - 1], other)
+        else:
+            other = torch.randint(len(self.person), (batch,), generator=rng, device=device)
+        others = torch.randint(1, P, (batch, mine), generator=rng, device=device)
+        return x, other, self.image_of((person[:, None] + others) % P, rng)
+
+
+# -------------------------------------------------------------------------------------------------------- one training step
+Make = Callable[[Tensor, Tensor, Tensor], Tensor]  # (identity of image indices, content of image indices, content images) -> images
+
+
+def make_batch(config: Config, embed: Embed, sampler: Sampler, make: Make | None, rng: torch.Generator) -> dict[str, Tensor]:
+    """x, y, t, u after augmentation and mining, before any attack (App. A): images (B, 3, H, W), rectangles of x and t (B, 4)."""
+    B, n, size = config.batch, config.mine, sampler.images.shape[-1]
+    xi, other, ti = sampler.draw(B, n, rng, pairs=not config.generated)
+    index = torch.cat([xi, ti.flatten()])  # x, then the candidates of each x
+    real = augment(sampler.images[index], config.shift, rng)
+    p = config.cutout if config.attack_share == "erased" or config.method == "no-at" else 0.0
+    boxes = draw_boxes(len(index), size, size, p, config.cutout_area, config.cutout_aspect, rng, real.device)
+    real, boxes, _ = gaussian_cutout(real, fill=config.fill, generator=rng, boxes=boxes)
+    x, t, t_boxes = real[:B], real[B:].view(B, n, *real.shape[1:]), boxes[B:].view(B, n, 4)
+    with torch.no_grad():
+        if make is None:
+            y = augment(sampler.images[other], config.shift, rng)
+            anchors = embed(y)  # eq. (6): u = y
+            fu = anchors.repeat_interleave(n, 0)
+            u = None
+        else:
+            yi = other if config.positive == "transfer" else xi
+            content = sampler.images[yi].float() / 255 if config.positive == "transfer" else x
+            y = make(xi, yi, content)
+            u = make(xi.repeat_interleave(n), ti.flatten(), real[B:])  # (B n, 3, H, W)
+            fu = embed(u)
+            anchors = None
+        # App. A: of n_m candidates the negative pair of the lowest feature distance, for the baselines against x
+        fc = embed(real[B:])
+        reference = fu if make is not None else embed(x).repeat_interleave(n, 0)
+        pick = squared_distance(fc, reference).view(B, n).argmin(1)
+        rows = torch.arange(B, device=pick.device)
+        batch = {"x": x, "y": y, "t": t[rows, pick], "x_boxes": boxes[:B], "t_boxes": t_boxes[rows, pick], "index": index}
+        batch["anchor_t"] = fu.view(B, n, -1)[rows, pick]  # what t is attacked towards, already known
+        batch["anchor_x"] = anchors if anchors is not None else embed(y)
+        batch["u"] = u.view(B, n, *u.shape[1:])[rows, pick] if u is not None else y
+    return batch
+
+
+def attack_batch(config: Config, embed: Embed, batch: dict[str, Tensor], rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x and t of the batch after the inner attack of the method (Sec. 2.3, 3.1, App. A)."""
+    if config.method == "no-at":
+        return batch["x"], batch["t"]
+    B, size = len(batch["x"]), batch["x"].shape[-1]
+    images = torch.cat([batch["x"], batch["t"]])
+    anchors = torch.cat([batch["anchor_x"], batch["anchor_t"]])
+    sign = torch.ones(2 * B, device=images.device)
+    sign[B:] = -1.0  # x away from y, t towards u
+    boxes = torch.cat([batch["x_boxes"], batch["t_boxes"]])
+    if config.attack_share == "all":
+        if config.method == "doa":
+            boxes = doa_boxes(embed, images, anchors, sign, config.doa_size, config.doa_stride, config.candidates)
+        else:
+            area = config.weak_area if config.method == "weak-at" else config.cutout_area
+            boxes = draw_boxes(2 * B, size, size, 1.0, area, config.cutout_aspect, rng, images.device)
+        images, boxes, _ = gaussian_cutout(images, fill=config.fill, generator=rng, boxes=boxes)
+    chosen = (boxes[:, 2] > 0).nonzero()[:, 0]  # only what is erased is attacked
+    if len(chosen):
+        found = inner_attack(
+            embed, images[chosen], anchors[chosen], sign[chosen], boxes[chosen], config.attack_steps, config.attack_alpha / 255
+        )
+        images = images.index_copy(0, chosen, found)
+    return images[:B], images[B:]
+
+
+def train_step(
+    config: Config, embed: Embedding, adam: torch.optim.Optimizer, sampler: Sampler, make: Make | None, rng: torch.Generator
+) -> dict[str, float]:
+    """One step of eq. (3), (4) or (6). Returns loss and mean distances. Raises FloatingPointError on a non-finite loss."""
+    cast = torch.autocast(sampler.images.device.type, torch.bfloat16, enabled=config.autocast)
+    with cast:
+        batch = make_batch(config, embed, sampler, make, rng)
+        x, t = attack_batch(config, embed, batch, rng)
+        if config.generated:
+            fx, fy, ft, fu = embed(torch.cat([x, batch["y"], t, batch["u"]])).float().chunk(4)
+        else:
+            fx, fy, ft = embed(torch.cat([x, batch["y"], t])).float().chunk(3)
+            fu = fy
+    # Eq. (4), (6): the outer minimisation
+    loss = two_pair_loss(fx, fy, ft, fu, config.margin, config.hinge)
+    adam.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(embed.parameters(), math.inf)
+    values = torch.stack([loss.detach(), squared_distance(fx, fy).detach().sqrt().mean(), squared_distance(ft, fu).detach().sqrt().mean(), norm])
+    loss_value, d_positive, d_negative, norm_value = values.tolist()  # the one transfer to the host
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        raise FloatingPointError(f"loss {loss_value}, gradient norm {norm_value}; images {batch['index'].tolist()[:8]}...")
+    adam.step()
+    return {"loss": loss_value, "d_positive": d_positive, "d_negative": d_negative, "gradient": norm_value}
+
+
+# -------------------------------------------------------------------------------------------------- validation (Sec. 4, App. A)
+@torch.no_grad()
+def features(embed: Embed, images: Tensor, mirror: bool = False, batch: int = 256) -> Tensor:
+    """Features (N, D) of images uint8 (N, 3, H, W), of their mirror images if asked."""
+    parts = (part.float() / 255 for part in images.split(batch))
+    return torch.cat([embed(part.flip(3) if mirror else part) for part in parts])
+
+
+def auroc(genuine: Tensor, intruder: Tensor) -> float:
+    """Probability that an intruder (M,) lies farther than a genuine one (N,), ties one half."""
+    ordered = genuine.sort().values
+    below = torch.searchsorted(ordered, intruder, right=False) + torch.searchsorted(ordered, intruder, right=True)
+    return float(below.double().mean() / (2 * len(genuine)))
+
+
+@torch.no_grad()
+def validate(config: Config, embed: Embed, sampler: Sampler, rng: torch.Generator, pairs: int = 1000) -> dict[str, float]:
+    """Loss and AU-ROC on fresh real pairs of the validation persons: x, another of theirs, and one of another person."""
+    found = features(embed, sampler.images)
+    xi, yi, ti = sampler.draw(pairs, 1, rng, pairs=True)
+    fx, fy, ft = found[xi], found[yi], found[ti[:, 0]]
+    return {
+        "val_loss": float(two_pair_loss(fx, fy, ft, fx, config.margin, config.hinge)),
+        "val_auroc": auroc(squared_distance(fx, fy), squared_distance(fx, ft)),
+    }
+
+
+@torch.no_grad()
+def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float = 0.05) -> float:
+    """delta of eq. (1) at which `fpr` of the genuine pairs are refused, with mirroring (Sec. 4.2, 4.3)."""
+    plain, mirrored = features(embed, images), features(embed, images, mirror=True)
+    both = (torch.cdist(plain, plain).square() + torch.cdist(mirrored, plain).square()) / 2  # (candidate, target)
+    same = (person[:, None] == person[None]) & ~torch.eye(len(person), dtype=torch.bool, device=person.device)
+    return float(both[same].sqrt().quantile(1 - fpr))
+
+
+def collapsed(line: dict[str, float], config: Config) -> bool:
+    """Whether F has become constant: the negatives' distance all but vanishes beside the margin."""
+    return line["d_negative"] < 0.02 * (config.margin if config.hinge == "distance" else math.sqrt(config.margin))
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+def save(path: Path, content: dict[str, object]) -> None:
+    """torch.save beside `path`, synced, then renamed: a crash leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written ({error.strerror}): free some space or choose another --run") from None
+
+
+def read(path: Path, kind: str) -> dict:
+    """A checkpoint of this project, loaded with weights_only. Raises UsageError if it is missing, broken or another kind."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such checkpoint: train it first with embed.py, or name another --run") from None
+    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+        line = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UsageError(f"{path}: not a readable checkpoint ({line}): restore the file or train again") from None
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise UsageError(f"{path}: not a checkpoint of kind {kind!r}: name the right file")
+    return content
+
+
+def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embedding:
+    """A trained F in eval mode, without weight gradients. Raises UsageError if missing, broken, or of another architecture."""
+    content = read(Path(path), "embedding")
+    try:
+        c = content["config"]
+        embed = Embedding(c["width"], c["dim"], c["standardise"])
+        embed.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:160]
+        raise UsageError(f"{path}: weights and settings do not fit together ({line}): train it again") from None
+    return embed.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
+    """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
+    parser = Parser(prog="embed.py", description="Train and judge the embedding F (Sec. 2-4).")
+    choices = {
+        "preset": tuple(PRESETS), "method": METHODS, "positive": ("reconstruct", "transfer"), "hinge": ("distance", "squared"),
+        "data": ("synthetic", "folder", "celeba"), "fill": ("gaussian", "uniform"), "generate_from": ("clean", "erased"),
+        "attacked": ("auto", "erased", "all"), "select": ("auto", "last", "best-loss", "best-auroc"),
+    }  # fmt: skip
+    for field in dataclasses.fields(Config):
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        if isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, type=lambda s: tuple(float(v) for v in s.split(",")), metavar="LOW,HIGH")
+        else:
+            parser.add_argument(flag, type=type(default), choices=choices.get(field.name))
+    parser.set_defaults(**{f.name: None for f in dataclasses.fields(Config)})
+    parser.add_argument("--run", type=Path, help="folder of the run (default runs/<data>-<preset>-<seed>)")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted training stopped")
+    parser.add_argument("--overwrite", action="store_true", help="train again over a finished or unfinished method")
+    parser.add_argument("--no-evaluation", action="store_true", help="train only")
+    parser.add_argument("--verify", nargs=2, metavar=("A", "B"), help="are these two photographs of one person? (eq. 1)")
+    parser.add_argument("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one)")
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
+    preset = str(given.get("preset", "demo"))
+    return Config(**{**PRESETS[preset], "preset": preset, **given}), args  # type: ignore[arg-type]
+
+
+def differing(old: dict, new: dict) -> str:
+    """The fields in which two settings differ, as text; empty if they agree."""
+    old, new = ({k: list(v) if isinstance(v, tuple) else v for k, v in d.items()} for d in (old, new))
+    return ", ".join(f"{k} ({old.get(k)} before, {new.get(k)} now)" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Device, package versions and commit, for the result's record."""
+    import platform
+    import subprocess
+
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} x{torch.get_num_threads()}"
+    return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip() or "unknown"}
+
+
+def find_generator(config: Config, run: Path, faces, split, args: argparse.Namespace) -> Path:
+    """The run's generator; for the demo on rendered faces the one in data/; otherwise one is trained now."""
+    import generator
+
+    path = run / "generator.pt"
+    shipped = Path(__file__).resolve().parent / "data" / "generator_demo.pt"
+    if not path.exists() and (config.preset, config.data) == ("demo", "synthetic") and shipped.exists():
+        shutil.copyfile(shipped, path.with_name("generator.pt.part"))
+        os.replace(path.with_name("generator.pt.part"), path)
+        print(f"generator: the demo's own, from data/{shipped.name}")
+    if not path.exists():
+        print("generator: none in this run yet, so it is trained first")
+        names = ("data", "root", "crop", "seed", "split_seed", "train_persons", "validation_persons", "target_persons")
+        names += ("synthetic_persons", "synthetic_images")
+        flags = [f"--{n.replace('_', '-')}={getattr(config, n)}" for n in names]
+        preset = config.preset if config.preset in generator.PRESETS else "paper"
+        flags += [f"--preset={preset}", f"--run={run}", *(["--resume"] if (run / "generator.ckpt").exists() else [])]
+        if code := generator.main(flags + ([f"--device={args.device}"] if args.device else [])):
+            raise SystemExit(code)
+    _, content = generator.load_generator(path)
+    seen = {*content["train"]} & {faces.names[p] for p in (*split.validation, *split.target)}
+    if seen:
+        raise UsageError(f"{path}: was trained on {len(seen)} of the validation or target persons ({min(seen)}, ...): train one with generator.py on this split")
+    return path
+
+
+def maker(config: Config, path: Path, images: Tensor, person: Tensor, device: torch.device) -> Make:
+    """How y and u are made: from the codes of the sampled images, computed once (Sec. 2), or as in the released code."""
+    import generator
+
+    lord, _ = generator.load_generator(path, device)
+    class_codes, content_codes = generator.encode(lord, images)
+    if config.generate_from == "clean":
+        return lambda identity, content, _: lord.generator(class_codes[identity], content_codes[content])
+    first = torch.stack([(person == p).nonzero()[0, 0] for p in range(int(person.max()) + 1)])
+    return lambda identity, _, pixels: lord.generator(class_codes[first[person[identity]]], lord.content_encoder(pixels))
+
+
+def train(config: Config, run: Path, faces, split, args: argparse.Namespace, device: torch.device) -> dict[str, object]:
+    """Train F by `config.method`, with log, validation, progress and checkpoints; returns the record for result.json."""
+    folder = run / config.name
+    part, log = folder / "training.ckpt", folder / "log.jsonl"
+    settings, people = dataclasses.asdict(config), json.loads((run / "people.json").read_text())["sha256"]
+    persons = torch.tensor(split.train[: config.persons or None])
+    if config.persons > len(split.train):
+        raise UsageError(f"--persons {config.persons}: there are only {len(split.train)} train persons: ask for fewer")
+
+    def sampler_of(which: Tensor) -> Sampler:
+        pick = torch.isin(faces.person, which)
+        return Sampler(faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)[1].to(device))
+
+    training, held = sampler_of(persons), sampler_of(torch.tensor(split.validation))
+    if not config.generated and not len(training.several):
+        raise UsageError(f"--method {config.method}: needs train persons with two images or more, there is none: give more photographs")
+    torch.manual_seed(config.seed)
+    embed = Embedding(config.width, config.dim, config.standardise)
+    if config.weights:
+        try:
+            embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
+        except Exception as error:
+            line = " ".join(str(error).split())[:120]
+            raise UsageError(f"--weights {config.weights}: not a VGG16 of this width ({line}): name a torchvision VGG16, --width 1") from None
+    embed = embed.to(device)
+    adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
+    rng = torch.Generator(device)
+    step, seconds, best = 0, 0.0, {"best-loss": math.inf, "best-auroc": -math.inf}
+    if args.resume and part.exists():
+        state = read(part, "embedding-training")
+        if differs := differing(state["config"], settings):
+            raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
+        if state["people"] != people:
+            raise UsageError(f"--resume: {part} was trained on other persons than {run / 'people.json'} names: use --overwrite")
+        embed.load_state_dict(state["model"])
+        adam.load_state_dict(state["adam"])
+        step, seconds, best = state["step"], state["seconds"], state["best"]
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        print(f"resumed at step {step}")
+    elif part.exists() and not args.overwrite:
+        raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+    make = None
+    if config.generated:
+        make = maker(config, find_generator(config, run, faces, split, args), training.images, training.person, device)
+    print(f"{config.name}: {len(training.images)} images of {len(persons)} persons, {config.steps} steps of {config.batch} on {device}")
+
+    def checkpoint(name: str) -> None:
+        save(folder / f"embedding-{name}.pt", {"kind": "embedding", "config": settings, "people": people, "step": step, "model": embed.state_dict()})
+
+    started, begun, before, sums = time.time(), step, seconds, []
+    while step < config.steps:
+        rng.manual_seed(config.seed * 1_000_003 + step)  # a step's random numbers depend on (seed, step) alone
+        for group in adam.param_groups:
+            group["lr"] = config.rate_end + (config.rate - config.rate_end) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        try:
+            sums.append(train_step(config, embed, adam, training, make, rng))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step + 1}: {error}; last good checkpoint: {part if part.exists() else 'none yet'}") from None
+        step += 1
+        if step % config.validate_every and step != config.steps:
+            continue
+        line: dict[str, float] = {"step": step, **{k: sum(s[k] for s in sums) / len(sums) for k in sums[0]}}
+        sums = []
+        line |= validate(config, embed, held, rng.manual_seed(config.seed * 1_000_003 + 500_009 + step))
+        seconds = before + time.time() - started
+        line["seconds"] = seconds
+        if line["val_loss"] < best["best-loss"]:
+            best["best-loss"] = line["val_loss"]
+            checkpoint("best-loss")
+        if line["val_auroc"] > best["best-auroc"]:
+            best["best-auroc"] = line["val_auroc"]
+            checkpoint("best-auroc")
+        state = {"kind": "embedding-training", "config": settings, "people": people, "step": step, "seconds": seconds, "best": best}
+        save(part, {**state, "model": embed.state_dict(), "adam": adam.state_dict()})
+        with open(log, "a") as f:
+            f.write(json.dumps(line) + "\n")
+        left = (time.time() - started) / (step - begun) * (config.steps - step)
+        print(
+            f"step {step}/{config.steps}  loss {line['loss']:.2f}  d+ {line['d_positive']:.2f}  d- {line['d_negative']:.2f}  "
+            f"val loss {line['val_loss']:.2f}  val AU-ROC {line['val_auroc']:.3f}  left {left / 60:.1f} min", flush=True,
+        )  # fmt: skip
+        if collapsed(line, config):
+            print(f"WARNING: mean negative distance {line['d_negative']:.3g}: the embedding has collapsed to a constant (try --hinge distance, a lower --rate)")
+    checkpoint("last")
+    shutil.copyfile(folder / f"embedding-{config.selected}.pt", folder / "embedding.pt.part")
+    os.replace(folder / "embedding.pt.part", folder / "embedding.pt")
+    embed = load_embedding(folder / "embedding.pt", device)
+    delta = genuine_threshold(embed, held.images, held.person)
+    return {"config": settings, "people": people, "threshold": delta, "seconds": seconds, "seconds_per_step": seconds / config.steps, "selected": config.selected, **versions(device)}
+
+
+def write_json(path: Path, content: dict) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def verify(config: Config, args: argparse.Namespace, run: Path, device: torch.device) -> None:
+    """Eq. (1) for two photographs, with mirroring."""
+    import data
+
+    folder = run / config.name
+    embed = load_embedding(folder / "embedding.pt", device)
+    try:
+        delta = float(json.loads((folder / "result.json").read_text())["threshold"])
+    except (OSError, ValueError, KeyError):
+        raise UsageError(f"{folder / 'result.json'}: no threshold there: train to the end first, or name another --run") from None
+    target, candidate = (data.load_image(Path(p), crop=config.crop or None)[None].to(device) for p in args.verify)
+    anchor = features(embed, target)
+    d = torch.stack([squared_distance(features(embed, candidate, m), anchor) for m in (False, True)]).mean(0).sqrt()
+    print(f"distance {float(d):.3f}  threshold {delta:.3f} (5 % of genuine validation pairs refused)  {'NOT the same person' if float(d) >= delta else 'same person'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    import data
+
+    try:
+        config, args = parse(argv)
+        run = args.run or config.run
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if args.verify:
+            verify(config, args, run, device)
+            return 0
+        options = {}
+        if config.data == "synthetic":
+            options = dict(persons=config.synthetic_persons, images_per_person=config.synthetic_images)
+        faces = data.load(config.data, config.root or None, crop=config.crop or None, **options)
+        people, folder = run / "people.json", run / config.name
+        if people.exists():
+            split = data.read_manifest(people, faces)
+        else:
+            split = data.split_persons(faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed)
+            data.write_manifest(people, faces, split)
+        record = {"data": config.data, "root": str(Path(config.root).resolve()) if config.root else "", "crop": config.crop, "preset": config.preset, "seed": config.seed, "options": options}
+        write_json(run / "run.json", record)
+        result = folder / "result.json"
+        if result.exists() and not args.overwrite:
+            differs = differing(json.loads(result.read_text())["config"], dataclasses.asdict(config))
+            if differs:
+                raise UsageError(f"{folder}: trained with other settings: {differs}; use --overwrite or another --run")
+            print(f"{folder} is trained already (--overwrite trains it anew)")
+        else:
+            result.unlink(missing_ok=True)
+            write_json(result, train(config, run, faces, split, args, device))
+            (folder / "training.ckpt").unlink(missing_ok=True)
+        print(f"wrote {folder}/embedding.pt, log.jsonl, result.json")
+        if not args.no_evaluation:
+            return evaluate(config, run, args)
+    except (UsageError, data.DataError) as error:
+        print(f"embed.py: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"embed.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nembed.py: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def evaluate(config: Config, run: Path, args: argparse.Namespace) -> int:
+    """The target persons, clean and under eyeglasses, with mirroring and selection; then the table."""
+    import attacks
+    import metrics
+
+    preset = "demo" if config.preset == "demo" else "paper"
+    flags = ["--run", str(run), "--method", config.name, "--attacks", "clean,eyeglasses", "--preset", preset, "--seed", str(config.seed)]
+    code = attacks.main(flags + (["--resume"] if args.resume else []) + (["--device", args.device] if args.device else []))
+    return code or metrics.main(["--run", str(run)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
