@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
+import os
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,10 +242,12 @@ def _row(v: Mapping[str, str]) -> Row:
 
     if v["role"] not in ("genuine", "intruder"):
         raise ValueError(f"role is {v['role']!r}, not genuine or intruder")
-    config = whole("mirroring", (0, 1)), whole("selection", (0, 1)), whole("seed")
-    pair = v["target"], whole("anchor"), whole("candidate"), v["person"], v["role"], length("distance")
-    place = [whole(name) if v.get(name) else -1 for name in ("row", "col")]
-    return Row(v["attack"], *config, *pair, *place, length("direct") if v.get("direct") else math.nan)
+    row, col = (whole(name) if v.get(name) else -1 for name in ("row", "col"))
+    return Row(
+        v["attack"], whole("mirroring", (0, 1)), whole("selection", (0, 1)), whole("seed"), v["target"], whole("anchor"),
+        whole("candidate"), v["person"], v["role"], length("distance"), row, col,
+        length("direct") if v.get("direct") else math.nan,
+    )  # fmt: skip
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -258,20 +263,18 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_run(folder: Path | str) -> Run:
+def read_run(folder: Path | str, rows: str = "attacks") -> Run:
     """All rows of a run; raises UsageError for a missing folder, one without rows, or a bad row."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"--run {folder}: no such folder; give the folder that embed.py wrote")
     methods: dict[str, dict[str, Attack]] = {}
-    for path in sorted(folder.glob("*/attacks/*.csv")):
+    for path in sorted(folder.glob(f"*/{rows}/*.csv")):
         if path.stem != "figure3":
             attack = Attack(read_rows(path), _json(path.with_suffix(".json")))
             methods.setdefault(path.parent.parent.name, {})[path.stem] = attack
     if not methods:
-        raise UsageError(
-            f"--run {folder}: holds no rows (<method>/attacks/<attack>.csv); run attacks.py --run {folder}"
-        )
+        raise UsageError(f"--run {folder}: holds no rows (<method>/{rows}/<attack>.csv); run attacks.py --run {folder}")
     return Run(folder, methods)
 
 
@@ -281,7 +284,7 @@ def pick(attack: Attack | None, role: str, mirroring: int, selection: int) -> li
     return [r for r in rows if r.role == role and r.mirroring == mirroring and r.selection == selection]
 
 
-DERIVED = ("direct+indirect", "worst")  # Sec. 4.4; ours
+DERIVED = ("direct", "direct+indirect", "worst")  # Sec. 4.4; ours
 WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect")  # one printed patch, any of them
 
 
@@ -291,8 +294,8 @@ def sides(attacks: Mapping[str, Attack], name: str, mirroring: int, selection: i
     genuine, intruders = (pick(attacks.get(name), role, mirroring, selection) for role in ("genuine", "intruder"))
     if name == "worst":
         intruders = worst(attacks, mirroring, selection)
-    elif name == "direct+indirect":
-        intruders = direct_and_either(attacks, mirroring, selection)[1]
+    elif name in ("direct", "direct+indirect"):
+        intruders = direct_and_either(attacks, mirroring, selection)[name != "direct"]
     if genuine or intruders:
         genuine = genuine or pick(attacks.get("clean"), "genuine", mirroring, selection)
         intruders = intruders or pick(attacks.get("clean"), "intruder", mirroring, selection)
@@ -386,7 +389,7 @@ def names(runs: Sequence[Run]) -> dict[str, list[str]]:
         for method, attacks in run.methods.items():
             held.setdefault(method, set()).update(attacks)
     methods = sorted(held, key=lambda m: (METHODS.index(m) if m in METHODS else len(METHODS), m))
-    return {m: ["clean", *sorted(held[m] - {"clean"}), *DERIVED] for m in methods}
+    return {m: ["clean", *sorted(held[m] - {"clean"}), *DERIVED[1:]] for m in methods}
 
 
 def summary(
@@ -451,16 +454,25 @@ def _verdict(name: str, detail: str, bad: Sequence[str], ran: int, missing: str)
 
 
 def check_gradients(attacks: Mapping[str, Attack]) -> Check:
-    """Fails when an attack met a gradient that was zero everywhere, or not finite: then it could not have succeeded."""
-    counts = {a: [field(v.sidecar, k) for k in ("zero_gradients", "nonfinite")] for a, v in attacks.items()}
-    counts = {a: [c or 0 for c in v] for a, v in counts.items() if v != [None, None]}
-    bad = [f"{a}: {z} zero, {n} non-finite" for a, (z, n) in counts.items() if z or n]
+    """Fails when an attack met a gradient that was zero everywhere, or not finite: it cannot have followed that."""
+    keys = ("zero_gradients", "nonfinite", "gradients")
+    counts = {a: [field(v.sidecar, k) for k in keys] for a, v in attacks.items()}
+    counts = {a: v for a, v in counts.items() if v[:2] != [None, None] and v[2] != 0}
+    bad = [f"{a}: {z or 0} zero and {n or 0} non-finite" for a, (z, n, _) in counts.items() if z or n]
+    bad = [f"{line} of {counts[line.split(':')[0]][2] or 'an unknown number'}" for line in bad]
     return _verdict("gradients", "none zero or non-finite", bad, len(counts), "no attack counted its gradients")
 
 
-def _effort(attack: Attack) -> tuple[float, float] | None:
-    found = [field(attack.sidecar, k) for k in ("iterations", "restarts")]
-    return None if None in found else (float(found[0]), float(found[1]))
+def _effort(name: str, attack: Attack) -> tuple[float, float] | None:
+    """(iterations, restarts) of an attack, which a config may hold under the attack's own prefix."""
+    base = name.split("-")[0].removeprefix("eot_")
+    prefix = {"eye_patch": "patch_", "evasion": "evasion_", "distal": "distal_"}.get(base, "")
+    if base in ("clean", "noise", "random_eyeglasses"):
+        return None
+    own = [field(attack.sidecar, prefix + k) for k in ("iterations", "restarts")]
+    iterations = own[0] or field(attack.sidecar, "iterations")
+    restarts = own[1] or (1 if prefix and own[0] else field(attack.sidecar, "restarts"))
+    return (float(iterations), float(restarts)) if iterations and restarts else None
 
 
 def check_effort(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Check:
@@ -482,12 +494,12 @@ def check_effort(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Chec
             for (few, weak), (many, strong) in pairwise(points):
                 judge(f"{name}, {few} to {many} {curve[3:]}", weak, strong, evading)
         for other, more in attacks.items():
-            mine, theirs = _effort(attack), _effort(more)
+            mine, theirs = _effort(name, attack), _effort(other, more)
             if name.split("-")[0] != other.split("-")[0] or not mine or not theirs or mine == theirs:
                 continue
             weak_strong = _paired(attack.rows, more.rows)
             if mine[0] <= theirs[0] and mine[1] <= theirs[1] and weak_strong:
-                judge(f"{name} {_times(mine)} to {other} {_times(theirs)}", *weak_strong, evading)
+                judge(f"{name} {_times(mine)} to {other} {_times(theirs)}", weak_strong[0].mean(), weak_strong[1].mean(), evading)
     return _verdict("more effort", "more never weakened an attack", bad, ran, "no attack ran at two strengths")
 
 
@@ -495,11 +507,14 @@ def _times(effort: tuple[float, float]) -> str:
     return f"{effort[0]:g} x {effort[1]:g}"
 
 
-def _paired(a: Sequence[Row], b: Sequence[Row]) -> tuple[float, float] | None:
-    """Mean distances of both over the pairs they share, None without one."""
-    left, right = ({(r.mirroring, r.selection, r.role, r.target, r.candidate): r.distance for r in x} for x in (a, b))
-    shared = left.keys() & right.keys()
-    return (float(np.mean([left[k] for k in shared])), float(np.mean([right[k] for k in shared]))) if shared else None
+def _paired(a: Sequence[Row], b: Sequence[Row]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Distances of both over the pairs they share, None without one."""
+    left, right = (
+        {(r.mirroring, r.selection, r.seed, r.role, r.target, r.anchor, r.candidate): r.distance for r in x if r.distance >= 0}
+        for x in (a, b)
+    )
+    shared = sorted(left.keys() & right.keys())
+    return (np.array([left[k] for k in shared]), np.array([right[k] for k in shared])) if shared else None
 
 
 def check_random(attacks: Mapping[str, Attack]) -> Check:
@@ -508,8 +523,9 @@ def check_random(attacks: Mapping[str, Attack]) -> Check:
     gradient, random = (attacks[a].rows if a in attacks else [] for a in ("eyeglasses", "random_eyeglasses"))
     if both := _paired(gradient, random):
         ran = 1
-        if both[1] < both[0]:
-            bad = [f"mean distance {both[1]:.4g} by random search, {both[0]:.4g} by gradients"]
+        gradient_mean, random_mean = both[0].mean(), both[1].mean()
+        if random_mean < gradient_mean:
+            bad = [f"mean distance {random_mean:.4g} by random search, {gradient_mean:.4g} by gradients"]
     return _verdict("random search", "does not beat gradients", bad, ran, "no pairs under both kinds of eyeglasses")
 
 
@@ -535,11 +551,22 @@ def check_mask(attacks: Mapping[str, Attack], tolerance: float = 1e-5) -> Check:
     return _verdict("outside the mask", "nothing changed", bad, len(moved), "no attack measured it")
 
 
-def check_reproducible(attacks: Mapping[str, Attack]) -> Check:
-    """Fails when an attack, repeated with the same seed, gave other distances."""
-    same = {a: field(v.sidecar, "reproducible") for a, v in attacks.items()}
-    bad = [a for a, v in same.items() if v is not None and not v]
-    ran = sum(v is not None for v in same.values())
+def check_reproducible(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Check:
+    """Fails when the same attack with the same seed gave other distances, on average by more than `tolerance` (a share).
+    Repeats: `reproducible` in a sidecar, `<attack>-<anything>.csv` with the same config, and the direct half of the
+    indirect attack, which starts where the eyeglasses did."""
+    flags = {a: field(v.sidecar, "reproducible") for a, v in attacks.items()}
+    bad, ran = [a for a, v in flags.items() if v is not None and not v], sum(v is not None for v in flags.values())
+    indirect = [r._replace(distance=r.direct) for r in attacks["indirect"].rows] if "indirect" in attacks else []
+    again = {**attacks, "eyeglasses (direct)": Attack(indirect, attacks["indirect"].sidecar)} if indirect else attacks
+    for (a, one), (b, two) in combinations(again.items(), 2):
+        if a.split("-")[0] != b.split("-")[0].removesuffix(" (direct)") or _effort(a, one) != _effort(b, two):
+            continue
+        settings = [{**(v.sidecar.get("config") or {}), "defences": ""} for v in (one, two)]
+        if settings[0] == settings[1] and (both := _paired(one.rows, two.rows)):
+            ran += 1
+            if not np.mean(np.abs(both[0] - both[1])) <= tolerance * both[0].mean():
+                bad.append(f"{a} and {b}: distances differ by {np.mean(np.abs(both[0] - both[1])):.3g} on average")
     return _verdict("same seed, same result", "repeated", bad, ran, "no attack was repeated")
 
 
@@ -566,21 +593,554 @@ def health_lines(checks: Sequence[Check]) -> str:
     return "\n".join(f"{c.status:<8} {c.name}: {c.detail}" for c in checks)
 
 
+TABLE_1 = (  # row, method, mirroring, selection, and the paper's AU-ROC and AU-PR
+    ("Ours, basic", "ours", 0, 0, ((0.957,), (0.773, 0.809), (0.742, 0.785), (0.775, 0.789))),
+    ("Ours, mirroring", "ours", 1, 0, ((0.959,), (0.812, 0.845), (0.789, 0.825), (0.791, 0.804))),
+    ("Ours, selection", "ours", 0, 1, ((0.976,), (0.831, 0.868), (0.809, 0.848), (0.884, 0.895))),
+    ("Ours, both", "ours", 1, 1, ((0.978,), (0.868, 0.896), (0.850, 0.882), (0.893, 0.903))),
+    ("Ours, transfer, both", "ours-transfer", 1, 1, ()),
+    ("Weak AT", "weak-at", 1, 1, ((0.886,), (0.704, 0.726), (0.700, 0.722), (0.571, 0.556))),
+    ("DOA, C = 4", "doa-4", 1, 1, ((0.972,), (0.830, 0.873), (0.836, 0.873), (0.826, 0.844))),
+    ("DOA, C = 10", "doa-10", 1, 1, ((0.967,), (0.843, 0.878), (0.831, 0.864), (0.879, 0.886))),
+)
+TABLE_2 = (
+    ("Without AT", "no-at", 1, 1, ((0.977,), (0.590, 0.669), (0.695, 0.757), (0.657, 0.608))),
+    TABLE_1[3],
+    TABLE_1[4],
+)
+HOURS = {"ours": 11, "doa-10": 25, "generator": 14}  # Sec. 4, one RTX 2080 Ti: 20,000 steps, the generator 200 epochs
+LABELS = {m: label.removesuffix(", both") for label, m, *_ in (*TABLE_1, *TABLE_2)}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def cell(m: Mapping[str, Any] | None, pr: bool = True) -> str:
+    """`AU-ROC [interval; runs lowest to highest] / AU-PR` of a measure, or `not run`."""
+    if m is None:
+        return NOT_RUN
+    notes = [] if m["interval"][0] is None else ["{:.3f}, {:.3f}".format(*m["interval"])]
+    if m.get("runs", 1) > 1:
+        notes.append("runs {:.3f} to {:.3f}".format(*m["range"]["auroc"]))
+    return f"{m['auroc']:.3f}" + (f" [{'; '.join(notes)}]" if notes else "") + (f" / {m['aupr']:.3f}" if pr else "")
+
+
+def _counts(m: Mapping[str, Any] | None) -> str:
+    return f"{m['n_targets']} / {m['n_genuine']} / {m['n_intruders']}" if m else "-"
+
+
+def comparison(runs: Sequence[Run], lines: Sequence[tuple[str, str, int, int, tuple]]) -> str:
+    """Table 1 or 2: the paper's figure beside ours."""
+    header = ["", "clean", "paper"]
+    for name in ("eyeglasses", "square", "eye patch"):
+        header += [name, "paper"]
+    body = []
+    for label, method, m, s, paper in lines:
+        row = [label]
+        found = [measure(runs, method, a, m, s) for a in ("clean", "eyeglasses", "square", "eye_patch")]
+        for n, figures in enumerate(found):
+            row += [cell(figures, n > 0), " / ".join(f"{v:.3f}" for v in paper[n]) if paper else "-"]
+        body.append([*row, _counts(found[1] or found[0])])
+    return markdown([*header, "targets / genuine / intruders"], body)
+
+
+def _evasion(runs: Sequence[Run]) -> str:
+    body = []
+    for method in names(runs):
+        if m := measure(runs, method, "evasion"):
+            between = []
+            for run in runs:
+                attacks = run.methods.get(method, {})
+                clean, own = (pick(attacks.get(a), "genuine", 1, 1) for a in ("clean", "evasion"))
+                if clean and own:
+                    lo, hi = detection_interval(*_columns(clean), *_columns(own), evading=True)
+                    between.append(NOT_RUN if math.isnan(lo) else f"{lo:.1%}, {hi:.1%}")
+            paper = {"ours": "25.2 %", "doa-10": "19.8 % (C not said)"}.get(method, "-")
+            body.append([LABELS.get(method, method), f"{m['detected']:.1%} [{'; '.join(between)}]", paper, _counts(m)])
+        elif method in ("ours", "ours-transfer", "doa-10"):
+            body.append([LABELS[method], NOT_RUN, "-", "-"])
+    return markdown(["", "evading images detected", "paper", "targets / genuine / intruders"], body)
+
+
+def _distal(runs: Sequence[Run]) -> str:
+    """How many images made from noise eq. (1) takes for the target, at 5 % FPR."""
+    lines = []
+    for method in names(runs):
+        made, accepted = 0, 0
+        for run in runs:
+            attacks = run.methods.get(method, {})
+            clean, distal = pick(attacks.get("clean"), "genuine", 1, 1), pick(attacks.get("distal"), "intruder", 1, 1)
+            if clean and distal:
+                delta = threshold([r.distance for r in clean])
+                made, accepted = made + len(distal), accepted + sum(r.distance < delta for r in distal)
+        if made:
+            lines.append(
+                f"- {LABELS.get(method, method)}: {accepted} of {made} images made from noise pass as the target."
+            )
+    return "\n".join(lines) or f"- Distal: {NOT_RUN}"
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    """Iterations and restarts that each attack really had, and who had them."""
+    used: dict[tuple[str, ...], set[str]] = {}
+    for run in runs:
+        for method, attacks in run.methods.items():
+            for name, attack in attacks.items():
+                effort = _effort(name, attack)
+                device = str(field(attack.sidecar, "device") or "-")
+                used.setdefault((name, _times(effort) if effort else "-", device), set()).add(method)
+    return markdown(
+        ["attack", "iterations x restarts", "device", "methods"],
+        [[*k, ", ".join(sorted(v))] for k, v in sorted(used.items())],
+    )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; raises UsageError naming the line that is not JSON."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    result = []
+    for number, line in enumerate(lines, 1):
+        try:
+            result.append(dict(json.loads(line)))
+        except (TypeError, ValueError):
+            raise UsageError(f"{path}:{number}: not a JSON object; run the training with --resume") from None
+    return result
+
+
+def cost(folder: Path) -> tuple[float, float] | None:
+    """(steps, seconds) of a training: the last line of log.jsonl, `seconds` since the start; None without one."""
+    path = folder / "log.jsonl"
+    timed = [d for d in (read_log(path) if path.exists() else []) if d.get("seconds") and d.get("step")]
+    return (float(timed[-1]["step"]), float(timed[-1]["seconds"])) if timed else None
+
+
+def generator_cost(run: Path) -> tuple[float, float] | None:
+    """(epochs, seconds) of the generator's training, the sum over generator.jsonl; None without one."""
+    path = run / "generator.jsonl"
+    timed = [d for d in (read_log(path) if path.exists() else []) if d.get("seconds")]
+    return (float(len(timed)), sum(float(d["seconds"]) for d in timed)) if timed else None
+
+
+def _costs(runs: Sequence[Run]) -> str:
+    body = []
+    for method in ("generator", *names(runs)):
+        every = [generator_cost(r.folder) if method == "generator" else cost(r.folder / method) for r in runs]
+        found, unit, count = [c for c in every if c], *(("epoch", 200) if method == "generator" else ("step", 20000))
+        paper = f"{HOURS[method]} h, {HOURS[method] * 3600 / count:.3g} s" if method in HOURS else "-"
+        mine = [NOT_RUN] * 3
+        if found:
+            steps, seconds = np.mean(found, 0)
+            mine = [f"{seconds / steps:.3g} s a {unit}", f"{seconds / 60:.1f} min", f"{steps:.0f} {unit}s"]
+        body.append([LABELS.get(method, method), *mine, paper])
+    return markdown(["", "each", "in all", "number", "paper, one RTX 2080 Ti: in all, each"], body)
+
+
+def _disentanglement(runs: Sequence[Run]) -> str:
+    reports = [d for run in runs if (d := _json(run.folder / "generator.json"))]
+    flat: dict[str, list[float]] = {}
+    for report in reports:
+        for key, value in report.items():
+            for inner, v in value.items() if isinstance(value, Mapping) else [("", value)]:
+                if isinstance(v, (int, float)):
+                    flat.setdefault(f"{key} {inner}".strip().replace("_", " "), []).append(float(v))
+    body = [
+        [k, f"{np.mean(v):.4g}" + (f" ({min(v):.4g} to {max(v):.4g})" if len(v) > 1 else "")] for k, v in flat.items()
+    ]
+    return markdown(["generator, persons it never saw", "value"], body) if body else NOT_RUN
+
+
+def _beyond(runs: Sequence[Run]) -> str:
+    header = ("eyeglasses", "eot_eyeglasses", "eye_patch", "eot_eye_patch", "worst")
+    body = [[LABELS.get(m, m), *(cell(measure(runs, m, a)) for a in header)] for m in names(runs)]
+    return markdown(["", *header], body)
+
+
+def _noise(runs: Sequence[Run]) -> str:
+    body = [["Paper", "0.978", "0.973", "0.965", "100 targets x 900 intruders (random eyeglasses)"]]
+    for method in dict.fromkeys(["ours", "ours-transfer", *names(runs)]):
+        found = [measure(runs, method, a) for a in ("clean", "random_eyeglasses", "noise")]
+        if any(found[1:]) or method == "ours":
+            body.append([LABELS.get(method, method), *(cell(m, False) for m in found), _counts(found[1] or found[2])])
+    return markdown(["", "clean", "random eyeglasses", "uniform noise", "targets / genuine / intruders"], body)
+
+
+def _indirect(runs: Sequence[Run]) -> str:
+    body = [["Paper", "0.868", "0.867", "-"]]
+    for method in dict.fromkeys(["ours", "ours-transfer", *names(runs)]):
+        direct, either = (measure(runs, method, a) for a in ("direct", "direct+indirect"))
+        if direct or method == "ours":
+            body.append([LABELS.get(method, method), cell(direct, False), cell(either, False), _counts(either)])
+    return markdown(["", "direct", "more successful of direct and indirect", "targets / genuine / intruders"], body)
+
+
+def report(runs: Sequence[Run]) -> str:
+    """tables.md: every table of the paper, the paper's figures beside ours, `not run` where a run has no rows."""
+    people = [_json(run.folder / "people.json") for run in runs]
+    data = ", ".join(sorted({str(p.get("data", "unknown")) for p in people}))
+    seeds = ", ".join(str(p.get("seed", "?")) for p in people)
+    return f"""# Tables
+
+Data: {data}; {len(runs)} run{"s" if len(runs) > 1 else ""}, seed {
+        seeds
+    }. The paper's figures are for CelebA. Figures are AU-ROC / AU-PR,
+precision = TPR / (TPR + FPR), intruder positive; in brackets the 95 % bootstrap interval of the AU-ROC over targets{
+        " and the lowest and highest run" if len(runs) > 1 else ""
+    }.
+
+## Health checks
+
+```
+{health_lines(health(runs))}
+```
+
+## Attacks as run
+
+{_settings(runs)}
+
+## Table 1
+
+{comparison(runs, TABLE_1)}
+
+## Table 2: without adversarial training
+
+{comparison(runs, TABLE_2)}
+
+## App. B.2: random perturbations, AU-ROC
+
+{_noise(runs)}
+
+## Sec. 4.3: evasion at 5 % FPR
+
+{_evasion(runs)}
+
+## Sec. 4.4: indirect anchor and distal attacks
+
+{_indirect(runs)}
+
+{_distal(runs)}
+
+## Beyond the paper: transformed patches, and the strongest attack per intruder
+
+{_beyond(runs)}
+
+## Disentanglement
+
+{_disentanglement(runs)}
+
+## Cost
+
+{_costs(runs)}
+"""
+
+
+class Missing(ValueError):
+    """A figure's input that the run does not hold; the text names it."""
+
+
+STEPS = {"weak-at-7": "7 steps of 30/255", "weak-at-10": "10 steps of 16/255", "weak-at-20": "20 steps of 12/255",
+         "weak-at-40": "40 steps of 6/255"}  # App. A, Fig. 5  # fmt: skip
+
+
+def load_arrays(path: Path, *keys: str) -> list[np.ndarray]:
+    """Arrays of an .npz; raises Missing naming the file or the array."""
+    if not path.exists():
+        raise Missing(f"{path} is missing")
+    try:
+        with np.load(path) as file:
+            if absent := [k for k in keys if k not in file]:
+                raise Missing(f"{path} holds no array {absent[0]!r}")
+            return [file[k] for k in keys]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise error if isinstance(error, Missing) else Missing(f"{path} is not readable ({error})") from None
+
+
+def picture(image: np.ndarray) -> np.ndarray:
+    """(3, H, W) uint8 or float in [0, 1] -> (H, W, 3) float."""
+    return np.moveaxis(image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1), 0, -1).clip(0, 1)
+
+
+def _new(rows: int, columns: int, width: float, height: float, **how: Any) -> tuple[Any, np.ndarray]:
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return made, made.subplots(rows, columns, squeeze=False, **how)
+
+
+def _show(axis: Any, image: np.ndarray, title: str = "") -> None:
+    axis.imshow(image, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)
+    if title:
+        axis.set_title(title, fontsize=9)
+
+
+def _blocks(quadruplets: np.ndarray) -> list[np.ndarray]:
+    """(n, 4, 3, H, W) in the order x, y, t, u -> n pictures of 2 x 2: x y over t u, a white line between."""
+    made = []
+    for x, y, t, u in quadruplets:
+        x, y, t, u = (np.pad(picture(i), ((1, 1), (1, 1), (0, 0)), constant_values=1.0) for i in (x, y, t, u))
+        made.append(np.concatenate([np.concatenate([x, y], 1), np.concatenate([t, u], 1)], 0))
+    return made
+
+
+def figure_1(run: Run) -> Any:
+    """One quadruplet x, y, t, u."""
+    (rows,) = load_arrays(run.folder / "quadruplets.npz", "quadruplets")
+    figure, axes = _new(2, 2, 4.2, 4.6)
+    titles = ("x, real", "y = G(E_cl(x), E_co(x))", "t, real, another person", "u = G(E_cl(x), E_co(t))")
+    for axis, image, title in zip(axes.flat, rows[0], titles):
+        _show(axis, picture(image), title)
+    return figure
+
+
+def _curve(run: Run, method: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    path = run.folder / method / "log.jsonl"
+    lines = [d for d in (read_log(path) if path.exists() else []) if d.get(key) is not None and "step" in d]
+    return np.array([d["step"] for d in lines]), np.array([float(d[key]) for d in lines])
+
+
+def _smooth(values: np.ndarray, share: int = 40) -> np.ndarray:
+    width = max(1, len(values) // share)
+    weight = np.convolve(np.ones(len(values)), np.ones(width), "same")
+    return np.convolve(values, np.ones(width), "same") / weight
+
+
+def figure_2(run: Run) -> Any:
+    """Train and test loss of each method, one panel a method on one scale."""
+    doa = "doa-10" if len(_curve(run, "doa-10", "loss")[0]) else "doa-4"
+    found = [m for m in ("ours", "ours-transfer", doa, "weak-at") if len(_curve(run, m, "val_loss")[0])]
+    if not found:
+        raise Missing(f"{run.folder}/<method>/log.jsonl with val_loss is missing")
+    figure, axes = _new(1, len(found), 3.1 * len(found) + 0.4, 3.0, sharey=True)
+    top = []
+    for axis, method in zip(axes.flat, found):
+        steps, loss = _curve(run, method, "loss")
+        axis.plot(steps, _smooth(loss), color="tab:blue", label="train")
+        steps, loss = _curve(run, method, "val_loss")
+        smooth = _smooth(loss)
+        top += [smooth.max(), smooth[-1]]
+        axis.plot(steps, loss, color="tab:orange", alpha=0.3, linewidth=0.8)
+        axis.plot(steps, smooth, color="tab:orange", label="test, real pairs")
+        axis.set_title(LABELS.get(method, method), fontsize=10)
+        axis.set_xlabel("step")
+    axes[0, 0].set_ylabel("loss")
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def figure_3(run: Run) -> Any:
+    """Distances of real-real and real-generated pairs of different persons, one panel a network."""
+    panels = {}
+    for path in sorted(run.folder.glob("*/attacks/figure3.csv")):
+        kinds: dict[str, list[float]] = {}
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                try:
+                    kinds.setdefault(row["kind"], []).append(float(row["distance"]))
+                except (KeyError, TypeError, ValueError):
+                    raise Missing(f"{path} has a row without kind and distance") from None
+        if kinds:
+            panels[path.parent.parent.name] = kinds
+    if not panels:
+        raise Missing(f"{run.folder}/<method>/attacks/figure3.csv is missing")
+    figure, axes = _new(1, len(panels), 3.6 * len(panels), 3.0)
+    for axis, (method, kinds) in zip(axes.flat, panels.items()):
+        bins = np.linspace(0, max(max(v) for v in kinds.values()), 41)
+        for color, (kind, values) in zip(("tab:blue", "tab:orange", "tab:green"), sorted(kinds.items(), reverse=True)):
+            label = f"{kind}, median {np.median(values):.2f}, n = {len(values)}"
+            axis.hist(values, bins, density=True, alpha=0.5, color=color, label=label)
+            axis.axvline(np.median(values), color=color, linestyle="--", linewidth=1)
+        axis.set_title(f"measured by {LABELS.get(method, method)}", fontsize=10)
+        axis.set_xlabel("distance, different persons")
+        axis.legend(fontsize=7, frameon=False, loc="upper left")
+        axis.set_ylim(top=axis.get_ylim()[1] * 1.25)
+        axis.set_yticks([])
+    return figure
+
+
+def _first(run: Run, name: str) -> Path:
+    """The .npz of an attack, of the first method that has it; ours comes first."""
+    found = [p for m in names([run]) if (p := run.folder / m / "attacks" / f"{name}.npz").exists()]
+    return found[0] if found else run.folder / "ours" / "attacks" / f"{name}.npz"
+
+
+def figure_4(run: Run, columns: int = 8) -> Any:
+    """Targets over the images made from noise (distal attack)."""
+    targets, made, distance = load_arrays(_first(run, "distal"), "anchor", "attacked", "distance")
+    n = min(columns, len(made))
+    figure, axes = _new(2, n, 1.1 * n + 0.3, 2.7)
+    for k in range(n):
+        _show(axes[0, k], picture(targets[k]))
+        _show(axes[1, k], picture(made[k, 0]))
+        axes[1, k].set_xlabel(f"distance {distance[k, 0]:.2f}", fontsize=7)
+    axes[0, 0].set_ylabel("target", fontsize=9)
+    axes[1, 0].set_ylabel("from noise", fontsize=9)
+    return figure
+
+
+def figure_5(run: Run) -> Any:
+    """Test loss of weak adversarial training for the step settings; a dot at the lowest, where it would stop early."""
+    curves = {m: _curve(run, m, "val_loss") for m in STEPS}
+    if not len(curves["weak-at-10"][0]):
+        curves["weak-at-10"] = _curve(run, "weak-at", "val_loss")
+    curves = {m: c for m, c in curves.items() if len(c[0])}
+    if not curves:
+        raise Missing(f"{run.folder}/weak-at-<7|10|20|40>/log.jsonl is missing")
+    figure, axes = _new(1, 1, 5.2, 3.4)
+    for method, (steps, loss) in curves.items():
+        smooth = _smooth(loss)
+        (line,) = axes[0, 0].plot(steps, smooth, label=STEPS[method])
+        axes[0, 0].plot(steps, loss, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        axes[0, 0].plot(steps[smooth.argmin()], smooth.min(), "o", color=line.get_color())
+    axes[0, 0].set(xlabel="step", ylabel="test loss, real pairs (dot: lowest)", title="Weak adversarial training")
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _face(run: Run) -> np.ndarray:
+    """(64, 64, 3): the mean of the run's real faces in its quadruplets, grey without them."""
+    try:
+        (rows,) = load_arrays(run.folder / "quadruplets.npz", "quadruplets")
+    except Missing:
+        return np.full((64, 64, 3), 0.8)
+    return np.mean([picture(i) for i in rows[:, [0, 2]].reshape(-1, *rows.shape[2:])], 0)
+
+
+def figure_6(run: Run) -> Any:
+    """The three masks, in black over a face they were used on."""
+    figure, axes = _new(1, 3, 6.0, 2.5)
+    for axis, name in zip(axes.flat, ("eyeglasses", "square", "eye_patch")):
+        mask, faces = load_arrays(_first(run, name), "mask", "clean")
+        mask = mask[0] if mask.ndim == 3 else mask
+        title = f"{name.replace('_', ' ')}{', location varies' if name == 'square' else ''}"
+        _show(axis, picture(faces[0, 0]) * ~mask[..., None], f"{title}\n{mask.sum()} pixels, {mask.mean():.1%}")
+    return figure
+
+
+def figure_7(run: Run) -> Any:
+    """The square's search region, and how often each position won, over the mean face."""
+    from matplotlib.patches import Rectangle
+
+    found = [m for m in names([run]) if "square" in run.methods[m]]
+    rows = [r for m in found[:1] for r in run.methods[m]["square"].rows if r.row >= 0]
+    if not rows:
+        raise Missing(f"{run.folder}/<method>/attacks/square.csv with columns row and col is missing")
+    starts = np.array([(r.row, r.col) for r in rows])
+    figure, axes = _new(1, 2, 6.6, 3.2)
+    low, high = starts.min(0), starts.max(0) + 10
+    _show(axes[0, 0], _face(run), "search region")
+    axes[0, 0].add_patch(Rectangle((14.5, 14.5), 30, 30, fill=False, color="yellow", linewidth=2))
+    places = np.unique(starts)
+    stride = int(np.diff(places).min()) if len(places) > 1 else 5
+    counts = np.zeros((high - 10 - low) // stride + 1)
+    np.add.at(counts, tuple(((starts - low) // stride).T), 1)
+    _show(axes[0, 1], _face(run), f"centres of the {len(rows)} best squares, {LABELS.get(found[0], found[0])}")
+    (top, left), (bottom, right) = low + 4.5 - stride / 2, high - 10 + 4.5 + stride / 2
+    heat = axes[0, 1].imshow(counts, extent=(left, right, bottom, top), cmap="viridis", alpha=0.75)
+    axes[0, 1].set(xlim=(-0.5, 63.5), ylim=(63.5, -0.5))
+    figure.colorbar(heat, ax=axes[0, 1], label="times best")
+    return figure
+
+
+def figure_8(run: Run, lines: int = 4, columns: int = 5) -> Any:
+    """Targets, their universal eye patches, and the patches on intruders they were not trained on."""
+    targets, patches, images = load_arrays(_first(run, "eye_patch"), "anchor", "pattern", "attacked")
+    n, k = min(lines, len(targets)), min(columns, images.shape[1])
+    figure, axes = _new(n, k + 2, 1.15 * (k + 2.6), 1.15 * n + 0.3, width_ratios=[1, 1.6] + [1] * k)
+    for row, axis in enumerate(axes):
+        _show(axis[0], picture(targets[row]), "" if row else "target")
+        _show(axis[1], picture(patches[row]), "" if row else "universal patch")
+        for column in range(k):
+            _show(
+                axis[2 + column],
+                picture(images[row, column]),
+                "patched intruders" if row == 0 and column == k // 2 else "",
+            )
+    return figure
+
+
+def figure_9(run: Run, columns: int = 6) -> Any:
+    """Quadruplets, each x y over t u."""
+    (rows,) = load_arrays(run.folder / "quadruplets.npz", "quadruplets")
+    blocks = _blocks(rows[: 4 * columns])
+    lines = -(-len(blocks) // columns)
+    figure, axes = _new(lines, columns, 1.6 * columns, 1.6 * lines)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, block in zip(axes.flat, blocks):
+        _show(axis, block)
+    return figure
+
+
+FIGURES = (figure_1, figure_2, figure_3, figure_4, figure_5, figure_6, figure_7, figure_8, figure_9)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Beside, then moved into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def draw(run: Run, folder: Path) -> list[str]:
+    """Figures 1-9 as PNG into `folder`; returns one line for each that could not be made."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return ["figures: not made, matplotlib is not installed (pip install matplotlib)"]
+    told = []
+    for number, figure in enumerate(FIGURES, 1):
+        try:
+            buffer = io.BytesIO()
+            figure(run).savefig(buffer, format="png")
+            write(folder / f"figure{number}.png", buffer.getvalue())
+        except (Missing, UsageError) as error:
+            told.append(f"figure {number}: not made, {error}")
+    return told
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Tables, figures and health checks from the rows of a run.")
-    parser.add_argument("--run", type=Path, required=True, help="the folder embed.py wrote")
+    parser.add_argument(
+        "--run", type=Path, required=True, nargs="+", help="the folder embed.py wrote; several: their mean"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and write nothing")
     parser.add_argument(
         "--mirroring", type=int, choices=(0, 1), default=1, help="rows with the mirror image averaged in"
     )
     parser.add_argument("--selection", type=int, choices=(0, 1), default=1, help="rows with the anchor selected")
+    parser.add_argument(
+        "--rows", default="attacks", help="folder of rows in each method, attacks-<name> for other people"
+    )
+    parser.add_argument("--out", type=Path, help="where tables.md and figures/ go (default: the first run)")
     args = parser.parse_args(argv)
     try:
-        run = read_run(args.run)
-        result = summary(run, args.mirroring, args.selection)
-        print(json.dumps(result, indent=1) if args.json else f"{table(result)}\n\n{health_lines(health([run]))}")
+        runs = [read_run(folder, args.rows) for folder in args.run]
+        result = summary(runs, args.mirroring, args.selection)
+        if args.json:
+            print(json.dumps(result, indent=1))
+            return 0
+        print(f"{table(result)}\n\n{health_lines(health(runs))}\n")
+        out = args.out or args.run[0]
+        write(out / "tables.md", report(runs).encode())
+        told = draw(runs[0], out / "figures")
+        print("\n".join([*told, f"wrote {out}/tables.md and {out}/figures"]))
     except UsageError as error:
         print(f"metrics.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"metrics.py: {error.filename}: {error.strerror}; give a folder that can be written as --out",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("metrics.py: stopped; run the same command again", file=sys.stderr)

@@ -285,11 +285,16 @@ def evaded(*distances):
     return [(*row[:3], d) for row, d in zip(CLEAN, distances)]
 
 
+def direct(rows):
+    """Rows of the indirect attack whose direct half reached these distances."""
+    return metrics.Attack([r._replace(distance=0.1, direct=r.distance) for r in attack(rows).rows], {})
+
+
 FAR, NEAR = attacked(1.0, 2.0, 3.0, 4.0), attacked(0.9, 1.9, 2.5, 4.1)
 WEAK, STRONG = {"config": {"iterations": 25, "restarts": 1}}, {"config": {"iterations": 25, "restarts": 5}}
 HEALTH = {
     "zero gradient": (metrics.check_gradients, {"eyeglasses": attack(zero_gradients=0, nonfinite=0)},
-                      {"eyeglasses": attack(zero_gradients=3, nonfinite=0)}),
+                      {"eyeglasses": attack(zero_gradients=3, nonfinite=0, gradients=900)}),
     "non-finite gradient": (metrics.check_gradients, {"square": attack(health={"zero_gradients": 0, "nonfinite": 0})},
                             {"square": attack(health={"zero_gradients": 0, "nonfinite": 1})}),
     "restarts": (metrics.check_effort, {"eyeglasses": attack(FAR, **WEAK), "eyeglasses-5": attack(NEAR, **STRONG)},
@@ -312,6 +317,11 @@ HEALTH = {
                           {"eyeglasses": attack(outside_mask_max=math.nan)}),
     "reproducible": (metrics.check_reproducible, {"eyeglasses": attack(reproducible=True)},
                      {"eyeglasses": attack(reproducible=True), "square": attack(reproducible=False)}),
+    "repeated": (metrics.check_reproducible,
+                 {"eyeglasses": attack(FAR, config={"lr": 1}), "eyeglasses-again": attack(FAR, config={"lr": 1})},
+                 {"eyeglasses": attack(FAR, config={"lr": 1}), "eyeglasses-again": attack(NEAR, config={"lr": 1})}),
+    "direct half": (metrics.check_reproducible, {"eyeglasses": attack(FAR), "indirect": direct(FAR)},
+                    {"eyeglasses": attack(FAR), "indirect": direct(NEAR)}),
 }  # fmt: skip
 
 
