@@ -1,0 +1,428 @@
+"""Hostile and broken input: it works, or one clear line; never a traceback, a hang or much memory.
+
+FUZZ=13 pytest -s tests/test_bad_input.py      # every count below times 13: more than 11,000 inputs
+"""
+
+import io
+import json
+import os
+import random
+import resource
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+FUZZ = max(int(os.environ.get("FUZZ", "1")), 1)
+SECONDS = 10  # no single input may take longer
+GIBIBYTE = 2**20  # ru_maxrss counts KiB
+
+
+def one_line(error):
+    text = str(error)
+    assert text and text.isprintable() and len(text) < 1000, repr(text)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# ---- image bytes
+
+
+def seeds():
+    """Small valid files of every kind Pillow writes, as (name, bytes)."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, 20, 4), dtype=np.uint8)
+    rgba = Image.fromarray(noise)
+    rgb, grey = rgba.convert("RGB"), rgba.convert("L")
+    deep = Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a face"
+    exif.get_ifd(0x8769)[0x9286] = b"comment"
+    frames = {"save_all": True, "append_images": [grey.convert("RGB"), rgb]}
+    wanted = [
+        ("JPEG", rgb, {"exif": exif}), ("JPEG", rgb, {"progressive": True}), ("JPEG", grey, {}),
+        ("JPEG", rgb.convert("CMYK"), {}), ("MPO", rgb, frames),
+        ("PNG", rgb, {"exif": exif}), ("PNG", rgba, {}), ("PNG", rgba.quantize(16), {}), ("PNG", deep, {}),
+        ("PNG", rgba.convert("LA"), {}), ("PNG", grey.convert("1"), {}), ("PNG", rgb, frames),
+        ("GIF", rgb, frames), ("GIF", grey, {}), ("WEBP", rgba, {}), ("WEBP", rgb, frames), ("AVIF", rgb, {}),
+        ("TIFF", rgb, {"exif": exif}), ("TIFF", rgb, {"compression": "tiff_lzw"}), ("TIFF", deep, {}),
+        ("TIFF", grey.convert("F"), {}), ("TIFF", rgb, {"compression": "jpeg"}), ("TIFF", rgb.convert("CMYK"), {}),
+        ("BMP", rgb, {}), ("BMP", rgba, {}), ("DIB", grey, {}), ("PPM", rgb, {}), ("TGA", rgba, {"compression": "tga_rle"}),
+        ("ICO", rgba, {}), ("ICNS", rgba, {}), ("PCX", rgb, {}), ("SGI", rgb, {}), ("DDS", rgba, {}), ("IM", rgb, {}),
+        ("JPEG2000", rgb, {}), ("XBM", grey.convert("1"), {}), ("MSP", grey.convert("1"), {}), ("SPIDER", grey, {}),
+        ("BLP", rgba.quantize(16), {}), ("QOI", rgba, {}),
+    ]  # fmt: skip
+    found = []
+    for kind, image, options in wanted:
+        file = io.BytesIO()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image.save(file, kind, **options)
+        except (KeyError, OSError, ValueError):  # this Pillow does not write the kind
+            continue
+        found.append((kind, file.getvalue()))
+    assert len(found) > 20
+    return found
+
+
+def mutate(raw, other, rng):
+    """A damaged copy of raw: bits, cuts, repeats, zeros, numbers at their limits, a piece of another file."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        if not raw:
+            break
+        at, n = rng.randrange(len(raw)), rng.randrange(1, 40)
+        if rng.random() < 0.5:
+            at = min(at, rng.randrange(64))  # headers decide most
+        how = rng.randrange(8)
+        if how == 0:
+            raw[at] ^= 1 << rng.randrange(8)
+        elif how == 1:
+            raw[at] = rng.choice((0, 1, 127, 128, 255))
+        elif how == 2:
+            del raw[at : at + n]
+        elif how == 3:
+            raw[at:at] = raw[at : at + n] * rng.randrange(1, 50)
+        elif how == 4:
+            raw[at : at + n] = bytes(len(raw[at : at + n]))
+        elif how == 5:
+            limit = rng.choice((0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 60000, 7000))
+            number = struct.pack(rng.choice("<>") + ("H" if limit < 2**16 and rng.random() < 0.5 else "I"), limit)
+            raw[at : at + len(number)] = number
+        elif how == 6:
+            raw[at : at + n] = other[at : at + n]
+        elif rng.random() < 0.5:
+            del raw[at:]
+        else:
+            raw[at:at] = rng.randbytes(n)
+    return bytes(raw)
+
+
+def test_damaged_images(tmp_path):
+    rng, kinds = random.Random(1), seeds()
+    path, read, slowest = tmp_path / "a b é.jpg", 0, 0.0
+    for _ in range(500 * FUZZ):
+        raw = rng.choice(kinds)[1]
+        raw = mutate(raw, rng.choice(kinds)[1], rng)
+        path.write_bytes(raw)
+        begin = time.perf_counter()
+        try:
+            pixels = data.load_image(path, rng.choice((None, "lfw", "centre", "celeba", "none")))
+        except data.DataError as error:
+            one_line(error)
+        except BaseException:
+            (tmp_path / "failed").write_bytes(raw)
+            raise
+        else:
+            assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.uint8
+            read += 1
+        slowest = max(slowest, time.perf_counter() - begin)
+    print(f"{500 * FUZZ} images, {read} read, slowest {slowest:.2f} s, peak {peak() / GIBIBYTE:.2f} GiB")
+    assert read and slowest < SECONDS and peak() < 2 * GIBIBYTE
+
+
+def test_folder_of_damaged_images(tmp_path, capfd):
+    """The loader keeps the good ones, names the others in one line."""
+    rng, kinds = random.Random(2), seeds()
+    root = tmp_path / "faces"
+    for k in range(5):
+        (root / f"person {k}").mkdir(parents=True)
+        for i in range(12):
+            kind, raw = rng.choice(kinds)
+            raw = mutate(raw, rng.choice(kinds)[1], rng)
+            (root / f"person {k}" / f"{i}.{kind.lower()}").write_bytes(raw)
+        Image.new("RGB", (30, 30)).save(root / f"person {k}" / "good.png")
+    faces = data.load("folder", root, cache=tmp_path / "cache")
+    assert len(faces) + len(faces.skipped) == 65 and len(faces.names) == 5 and len(faces) >= 5
+    out, err = capfd.readouterr()
+    ours = [line for line in err.splitlines() if line.startswith("data: ")]  # libtiff may add lines of its own
+    assert out == "" and len(ours) == 1 and f"{len(faces.skipped)} of 65 files skipped" in ours[0]
+    assert "Traceback" not in err
+
+
+def png(width, height, bits=8, colour=2, extra=b""):
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+BOMBS = {
+    "png": png(60_000, 60_000),
+    "png just over": png(10_000, 5_001),
+    "png huge": png(2**31 - 1, 2**31 - 1),
+    "png line": png(2**31 - 1, 1),
+    "bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0),
+    "gif": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b"\x2c" + bytes(10),
+    "ppm": b"P6 100000 100000 255\n" + bytes(100),
+    "tga": struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0) + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_decompression_bomb(name, tmp_path):
+    (tmp_path / "a.png").write_bytes(BOMBS[name])
+    before, begin = peak(), time.perf_counter()
+    with pytest.raises(data.DataError) as caught:
+        data.load_image(tmp_path / "a.png")
+    one_line(caught.value)
+    assert "too large" in str(caught.value) or name in ("gif", "tga")
+    assert time.perf_counter() - begin < 2 and peak() - before < GIBIBYTE / 4
+
+
+def test_largest_image_allowed_takes_bounded_memory(tmp_path):
+    Image.new("RGBA", (7_000, 7_000), (9, 9, 9, 9)).save(tmp_path / "a.png", compress_level=1)
+    begin = time.perf_counter()
+    assert data.load_image(tmp_path / "a.png").shape == (3, 64, 64)
+    assert time.perf_counter() - begin < SECONDS and peak() < 2 * GIBIBYTE
+
+
+def test_progressive_jpeg_of_endless_scans(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (4_000, 4_000), "red").save(file, "JPEG", progressive=True)
+    raw = file.getvalue()
+    last = raw.rindex(b"\xff\xda")
+    (tmp_path / "a.jpg").write_bytes(raw[:last] + raw[last:-2] * 400 + b"\xff\xd9")
+    begin = time.perf_counter()
+    with pytest.raises(data.DataError, match="too many scans"):
+        data.load_image(tmp_path / "a.jpg")
+    assert time.perf_counter() - begin < 2
+
+
+def test_eps_never_reaches_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was run"))
+    (tmp_path / "a.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(data.DataError, match="not an image"):
+        data.load_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("value", ["six", (1, 2), 0, -1, 99, 2**31])
+def test_absurd_orientation(value, tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: {0x0112: value})
+    assert data.load_image(tmp_path / "a.png").shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 99]
+)
+def test_absurd_exif(exif, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.jpg", exif=exif)
+    assert data.load_image(tmp_path / "a.jpg")[0].min() > 240
+
+
+# ---- folders
+
+
+def test_folder_of_traps(tmp_path, capsys):
+    root = tmp_path / "my faces"
+    for name in ("ann", "name with spaces", "数学 é\u202e", "line\nend", "back\\slash"):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(root / name / "ok.png")
+    Image.new("RGB", (64, 64)).save(root / "ann" / "wrong.jpg", "PNG")
+    with open(os.fsencode(root / "ann") + b"/\xff\xfe.png", "wb") as file:
+        Image.new("RGB", (64, 64)).save(file, "PNG")
+    (root / "ann" / "loop").symlink_to(root)
+    (root / "ann" / "self").symlink_to(root / "ann" / "self")
+    (root / "ann" / "broken.jpg").symlink_to(root / "absent.jpg")
+    (root / "ann" / "zero.jpg").write_bytes(b"")
+    (root / "ann" / "half.png").write_bytes((root / "ann" / "ok.png").read_bytes()[:60])
+    (root / "ann" / "bomb.png").write_bytes(BOMBS["png"])
+    (root / "ann" / "tiny.png").write_bytes(png(1, 1))
+    os.mkfifo(root / "ann" / "pipe.jpg")
+    with open(root / "ann" / "large.jpg", "wb") as file:
+        file.truncate(data.MAX_BYTES + 1)
+    (root.joinpath("ann", *"123456789")).mkdir(parents=True)
+    begin = time.perf_counter()
+    faces = data.load("folder", root, cache=tmp_path / "cache")
+    assert time.perf_counter() - begin < SECONDS
+    assert len(faces) == 7 and len(faces.names) == 5 and all(name.isprintable() for name in faces.names + faces.files)
+    reasons = dict(line.rsplit("/", 1)[1].split(": ", 1) for line in faces.skipped)
+    assert set(reasons) == {
+        "loop", "self", "broken.jpg", "zero.jpg", "half.png", "bomb.png", "tiny.png", "pipe.jpg", "large.jpg", "8"
+    }  # fmt: skip
+    assert (
+        reasons["zero.jpg"] == "empty file"
+        and "too large" in reasons["bomb.png"]
+        and "too large" in reasons["large.jpg"]
+    )
+    assert "regular" in reasons["pipe.jpg"] and "already" in reasons["loop"] and "too small" in reasons["tiny.png"]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "10 of 17 files skipped" in err and "and 7 more" in err
+    split = data.split_persons(faces, 5, 0, 0)
+    data.write_manifest(tmp_path / "people.json", faces, split)
+    assert data.read_manifest(tmp_path / "people.json", faces) == split
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file_and_folder(tmp_path):
+    for name in ("ann", "bob", "eve"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "in" / name / "a.png")
+    (tmp_path / "in" / "ann" / "a.png").chmod(0)
+    (tmp_path / "in" / "bob").chmod(0)
+    faces = data.load("folder", tmp_path / "in", cache=None)
+    (tmp_path / "in" / "bob").chmod(0o700)
+    assert faces.names == ("eve",) and [line.split(": ")[1] for line in faces.skipped] == ["Permission denied"] * 2
+
+
+def test_unreadable_file_is_named(tmp_path, monkeypatch):
+    """The same for a user who may read everything."""
+    for name in ("ann", "bob"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "in" / name / "a.png")
+    whole = data._read_bytes
+
+    def refuse(path):
+        if "ann" in path:
+            raise PermissionError(13, "Permission denied", path)
+        return whole(path)
+
+    monkeypatch.setattr(data, "_read_bytes", refuse)
+    faces = data.load("folder", tmp_path / "in", cache=None)
+    assert faces.names == ("bob",) and faces.skipped == (f"ann{os.sep}a.png: Permission denied",)
+
+
+def test_interrupt_stops_decoding(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(200):
+        (tmp_path / "in" / f"a_{i}.png").write_bytes(b"x")
+    begin = time.perf_counter()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "_decode", lambda *_: time.sleep(0.1))
+    monkeypatch.setattr(data, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.load("folder", tmp_path / "in", cache=None)
+    assert time.perf_counter() - begin < 3
+
+
+# ---- identity files and manifests
+
+
+IDENTITIES = b"6\nimage_id identity\n" + b"".join(b"%06d.jpg %d\n" % (i, 10 * i % 7) for i in range(1, 30))
+WORDS = (
+    b"\r",
+    b"\r\n",
+    b"\n\n",
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b" ",
+    b",",
+    b"-1",
+    b"9" * 30,
+    b"../",
+    b"000001.jpg 1\n",
+    "١".encode(),
+)
+
+
+def test_damaged_identity_files(tmp_path):
+    rng, path, read = random.Random(3), tmp_path / "identity_CelebA.txt", 0
+    present = [f"{i:06d}.jpg" for i in range(1, 30)]
+    for _ in range(150 * FUZZ):
+        raw = bytearray(mutate(IDENTITIES, rng.choice(WORDS) * 40, rng) if rng.random() < 0.5 else IDENTITIES)
+        at = rng.randrange(len(raw) + 1)
+        raw[at:at] = rng.choice(WORDS)
+        path.write_bytes(raw)
+        try:
+            found = data.read_identities(path, present)
+        except data.DataError as error:
+            one_line(error)
+            assert "identity_CelebA.txt" in str(error)
+        else:
+            assert found and set(found) <= set(present) and all(name.isdigit() for name in found.values())
+            read += 1
+    print(f"{150 * FUZZ} identity files, {read} read")
+
+
+def test_damaged_manifests(tmp_path):
+    person = torch.arange(30).repeat_interleave(10)
+    faces = data.Faces(
+        torch.zeros(300, 3, 64, 64, dtype=torch.uint8), person, tuple(f"p{k:02d}" for k in range(30)), ("",) * 300
+    )
+    path = tmp_path / "people.json"
+    split = data.split_persons(faces, 9, 5, 4)
+    data.write_manifest(path, faces, split)
+    rng, good, read = random.Random(4), path.read_bytes(), 0
+    values = [
+        None,
+        True,
+        -1,
+        1e400,
+        float("nan"),
+        "p00",
+        "\ud800",
+        [],
+        ["p00", "p00"],
+        [["p00"]],
+        {"a": 1},
+        10**400,
+        ["x\n"],
+        "é",
+    ]
+    for i in range(150 * FUZZ):
+        if i % 2:
+            raw = mutate(good, b'"],[{}:\\u0000' * 100, rng)
+        else:  # well-formed JSON with a value that is out of place, half of it with a fitting hash
+            held = json.loads(good)
+            for _ in range(rng.randrange(1, 3)):
+                held[rng.choice([*held, "new"])] = rng.choice(values)
+            if rng.random() < 0.5:
+                held["sha256"] = data._digest({key: value for key, value in held.items() if key != "sha256"})
+            raw = json.dumps(held).encode()
+        path.write_bytes(raw)
+        try:
+            found = data.read_manifest(path, faces)
+        except data.DataError as error:
+            one_line(error)
+            assert "people.json" in str(error)
+        else:
+            everyone = found.train + found.validation + found.target
+            assert len(set(everyone)) == len(everyone) and set(everyone) <= set(range(30))
+            read += 1
+    print(f"{150 * FUZZ} manifests, {read} read")
+
+
+def test_arbitrary_text(tmp_path):
+    """What hypothesis makes of names, manifests and identity files."""
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    faces = data.Faces(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"), ("", ""))
+    path = tmp_path / "people.json"
+    values = some.recursive(
+        some.none() | some.booleans() | some.integers() | some.floats() | some.text(),
+        lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(), inner, max_size=3),
+        max_leaves=8,
+    )
+    keys = some.sampled_from(["data", "images", "seed", "train", "validation", "target", "sha256"])
+
+    @hypothesis.settings(max_examples=25 * FUZZ, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(some.binary(max_size=300), some.dictionaries(keys, values), some.text(max_size=30))
+    def check(raw, held, name):
+        for text in (raw, json.dumps(held).encode()):
+            path.write_bytes(text)
+            for read in (lambda: data.read_manifest(path, faces), lambda: data.read_identities(path)):
+                try:
+                    read()
+                except data.DataError as error:
+                    one_line(error)
+        assert data._printable(name).isprintable()
+
+    check()

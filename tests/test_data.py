@@ -1,0 +1,640 @@
+"""data: decoding, loaders, cache, splits, manifest. Small images made here; LFW where it lies beside the repository."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+import data
+
+REPO = Path(__file__).parents[1]
+LFW = REPO.parent / "shared" / "lfw"
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def quarters(size=(64, 64), colours=(RED, GREEN, BLUE, WHITE)):
+    """An image with a colour in each quarter: upper left, upper right, lower left, lower right."""
+    w, h = size
+    image = Image.new("RGB", size)
+    for i, colour in enumerate(colours):
+        image.paste(colour, ((i % 2) * (w // 2), (i // 2) * (h // 2), w if i % 2 else w // 2, h if i // 2 else h // 2))
+    return image
+
+
+def corners(pixels, inset=12):
+    """The colours of a (3, 64, 64) image near its corners, as tuples in the order of `quarters`."""
+    far = 63 - inset
+    return [tuple(pixels[:, r, c].tolist()) for r, c in ((inset, inset), (inset, far), (far, inset), (far, far))]
+
+
+def near(found, wanted, by=12):
+    return all(abs(a - b) <= by for one, other in zip(found, wanted) for a, b in zip(one, other))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three persons of 4, 3 and 1 images, each of one grey level: person k's image i has value 60 k + 10 i."""
+    root = tmp_path / "faces"
+    for k, (name, n) in enumerate((("ann", 4), ("bob b", 3), ("çelik", 1))):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (64, 64), (60 * k + 10 * i,) * 3).save(root / name / f"{i}.png")
+    return root
+
+
+def load(root, tmp_path, **more):
+    return data.load("folder", root, cache=more.pop("cache", tmp_path / "cache"), progress=False, **more)
+
+
+def made(counts, names=None):
+    """Faces with these image counts per person, black."""
+    person = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    names = names or tuple(f"p{k:04d}" for k in range(len(counts)))
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8).expand(len(person), -1, -1, -1)
+    return data.Faces(images, person, tuple(names), tuple(f"{i}" for i in range(len(person))))
+
+
+# ---- one image
+
+
+def test_lfw_crop_is_left_57_top_39_side_139():
+    assert data.crop_box(250, 250) == (57, 39, 196, 178)
+    assert data.crop_box(500, 500, "lfw") == (114, 78, 392, 356)
+
+
+def test_celeba_crop_is_rows_45_to_172_columns_25_to_152():
+    assert data.crop_box(178, 218) == (25, 45, 153, 173)
+
+
+def test_centre_and_none():
+    assert data.crop_box(300, 200) == (50, 0, 250, 200)
+    assert data.crop_box(200, 300, "centre") == (0, 50, 200, 250)
+    assert data.crop_box(64, 64) == (0, 0, 64, 64)
+    assert data.crop_box(300, 200, "none") == (0, 0, 300, 200)
+
+
+@pytest.mark.parametrize("crop, size", [("lfw", (300, 200)), ("celeba", (250, 250)), ("nonsense", (64, 64))])
+def test_crop_that_does_not_fit(crop, size):
+    with pytest.raises(data.DataError, match="crop"):
+        data.crop_box(*size, crop)
+
+
+def test_eyes_of_lfw_and_celeba_land_in_one_place(tmp_path):
+    for size, eyes in (((250, 250), ((111, 105), (111, 146))), ((178, 218), ((111.8, 69.6), (111.8, 107.4)))):
+        image = Image.new("RGB", size)
+        for row, column in eyes:
+            image.paste(WHITE, (round(column) - 3, round(row) - 3, round(column) + 4, round(row) + 4))
+        image.save(tmp_path / "eyes.png")
+        pixels = data.load_image(tmp_path / "eyes.png").float().mean(0)
+        for part, column in ((slice(0, 32), 22), (slice(32, 64), 41)):
+            weight = pixels[:, part]
+            rows, columns = torch.arange(64.0), torch.arange(64.0)[part]
+            assert (weight.sum(1) @ rows / weight.sum()).item() == pytest.approx(33.2, abs=0.8)
+            assert (weight.sum(0) @ columns / weight.sum()).item() == pytest.approx(column, abs=0.8)
+
+
+def test_none_keeps_every_pixel(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    assert torch.equal(data.load_image(tmp_path / "a.png"), torch.from_numpy(noise).permute(2, 0, 1))
+
+
+def test_shrinking_is_antialiased(tmp_path):
+    stripes = np.zeros((640, 640, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    assert (data.load_image(tmp_path / "a.png").float() - 127.5)[:, :, 2:-2].abs().max() < 3
+
+
+MODES = ["RGB", "RGBA", "P", "L", "LA", "CMYK", "YCbCr", "LAB", "1", "I;16", "I", "F"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_reads(mode, tmp_path):
+    path = tmp_path / ("a.png" if mode in ("RGBA", "P", "L", "LA", "1", "I;16") else "a.tif")
+    grey = np.tile(np.linspace(0, 255, 64), (64, 1))
+    if mode == "I;16":
+        image = Image.fromarray((grey * 257).astype(np.uint16))
+    elif mode in ("I", "F"):
+        image = Image.fromarray((grey * 257).astype(np.int32) if mode == "I" else (grey / 255).astype(np.float32))
+    else:
+        image = Image.fromarray(grey.astype(np.uint8))
+        if mode == "LAB":
+            image = ImageCms.profileToProfile(
+                image.convert("RGB"), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+            )
+        else:
+            image = image.quantize(256) if mode == "P" else image.convert("RGB").convert(mode)
+    image.save(path)
+    pixels = data.load_image(path).float()
+    if mode != "1":
+        assert (pixels - torch.from_numpy(grey)).abs().max() < 6
+    assert pixels.shape == (3, 64, 64)
+
+
+def test_cmyk_jpeg(tmp_path):
+    quarters().convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert near(corners(data.load_image(tmp_path / "a.jpg")), (RED, GREEN, BLUE, WHITE), by=30)
+
+
+def test_transparency_lies_over_white(tmp_path):
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 32, 64))
+    image.save(tmp_path / "a.png")
+    assert corners(data.load_image(tmp_path / "a.png")) == [BLUE, WHITE, BLUE, WHITE]
+    image.quantize(8).save(tmp_path / "b.png")
+    assert corners(data.load_image(tmp_path / "b.png")) == [BLUE, WHITE, BLUE, WHITE]
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (64, 64), colour) for colour in (RED, GREEN, BLUE)]
+    for name in ("a.gif", "a.webp", "a.png"):
+        options = {"lossless": True} if name == "a.webp" else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert corners(data.load_image(tmp_path / name)) == [RED] * 4
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(64, 64), (900, 1200)])
+def test_exif_rotation(orientation, size, suffix, tmp_path):
+    if size[0] > 64 and suffix != "jpg":
+        pytest.skip("the large size is for the decoder's own shrinking of JPEG")
+    back = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)  # the orientation that undoes it
+    stored = quarters(size)
+    if back > 1:
+        stored = stored.transpose(data.TRANSPOSE[back])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if suffix == "webp" else {"quality": 95} if suffix == "jpg" else {}
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **options)
+    crop = "centre" if size[0] > 64 else None
+    assert near(corners(data.load_image(tmp_path / f"a.{suffix}", crop)), (RED, GREEN, BLUE, WHITE))
+
+
+def test_the_decoders_shrinking_moves_nothing(tmp_path):
+    x = np.linspace(0, 255, 1500)
+    smooth = np.stack([np.tile(x, (1500, 1)), np.tile(x[:, None], (1, 1500)), np.full((1500, 1500), 99.0)], 2)
+    Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    for crop in ("centre", "lfw"):
+        jpeg, exact = (data.load_image(tmp_path / name, crop).int() for name in ("a.jpg", "a.png"))
+        assert (jpeg - exact).abs().max() <= 2
+
+
+# ---- folder
+
+
+def test_folder(folder, tmp_path):
+    faces = load(folder, tmp_path)
+    assert faces.images.dtype == torch.uint8 and faces.images.shape == (8, 3, 64, 64)
+    assert faces.person.dtype == torch.int64 and faces.person.tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert faces.names == ("ann", "bob b", "çelik") and faces.data == "folder" and len(faces) == 8
+    assert faces.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 60, 70, 80, 120]
+    assert faces.files[4] == os.path.join("bob b", "0.png") and faces.skipped == ()
+    assert data.person_images(faces, 1).tolist() == [4, 5, 6] and data.image_counts(faces).tolist() == [4, 3, 1]
+
+
+def test_nested_folders_belong_to_the_first(tmp_path):
+    for path in ("ann/2001/a.png", "ann/2002/deep/b.png", "bob/c.png"):
+        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
+        quarters().save(tmp_path / "in" / path)
+    faces = load(tmp_path / "in", tmp_path)
+    assert faces.names == ("ann", "bob") and faces.person.tolist() == [0, 0, 1]
+
+
+def test_flat_names(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("Ann_Lee_0001", "Ann_Lee_0002", "bob-7", "carl", "_5"):
+        quarters().save(tmp_path / "in" / f"{name}.png")
+    faces = load(tmp_path / "in", tmp_path)
+    assert faces.names == ("Ann_Lee", "_5", "bob", "carl") and data.image_counts(faces).tolist() == [2, 1, 1, 1]
+
+
+def test_a_file_beside_the_persons_is_skipped(folder, tmp_path, capsys):
+    quarters().save(folder / "sheet.png")
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "ann" / "Thumbs.db").write_bytes(b"x")
+    faces = load(folder, tmp_path)
+    assert faces.skipped == ("sheet.png: lies beside the persons' folders",) and len(faces) == 8
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_wrong_extension_is_told_by_content(folder, tmp_path):
+    (folder / "ann" / "0.png").rename(folder / "ann" / "0.txt")
+    assert len(load(folder, tmp_path)) == 8
+
+
+def test_folder_reads_alike_in_any_order(folder, tmp_path):
+    """Made again in another order, the same folder gives the same faces."""
+    other = tmp_path / "other"
+    for path in sorted(folder.rglob("*.png"), reverse=True):
+        (other / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        (other / path.relative_to(folder)).write_bytes(path.read_bytes())
+    a, b = load(folder, tmp_path), load(other, tmp_path)
+    assert a.names == b.names and a.files == b.files and torch.equal(a.images, b.images)
+
+
+# ---- celeba
+
+
+@pytest.fixture
+def celeba(tmp_path):
+    root = tmp_path / "celeba"
+    (root / "img_align_celeba").mkdir(parents=True)
+    for i in range(1, 7):
+        image = Image.new("RGB", (178, 218))
+        image.paste((40 * i,) * 3, (25, 45, 153, 173))
+        image.save(root / "img_align_celeba" / f"{i:06d}.jpg", quality=95)
+    (root / "identity_CelebA.txt").write_text(
+        "".join(f"{i:06d}.jpg {(7, 12, 7, 3, 12, 7)[i - 1]}\n" for i in range(1, 7))
+    )
+    return root
+
+
+def celeba_load(root, tmp_path):
+    return data.load("celeba", root, cache=tmp_path / "cache", progress=False)
+
+
+def test_celeba(celeba, tmp_path):
+    faces = celeba_load(celeba, tmp_path)
+    assert faces.names == ("00003", "00007", "00012") and faces.person.tolist() == [1, 2, 1, 0, 2, 1]
+    for i in range(6):  # the crop holds the grey square alone; at its edge the resampling sees the black around it
+        assert (faces.images[i].int() - 40 * (i + 1))[:, 2:-2, 2:-2].abs().max() <= 4
+        assert faces.images[i].min() >= 0.8 * 40 * (i + 1)
+    assert torch.equal(faces.images, celeba_load(celeba, tmp_path).images)
+
+
+def test_celeba_unpacked_one_folder_too_deep(celeba, tmp_path):
+    (celeba / "img_align_celeba").rename(celeba / "deep")
+    (celeba / "img_align_celeba").mkdir()
+    (celeba / "deep").rename(celeba / "img_align_celeba" / "img_align_celeba")
+    assert len(celeba_load(celeba, tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    "head", ["6\n", "6\nimage_id identity\n", "image_id,identity\r\n", "\ufeff6\r\nimage_id identity_id\r\n"]
+)
+def test_celeba_headers_and_line_ends(head, celeba, tmp_path):
+    path = celeba / "identity_CelebA.txt"
+    lines = path.read_text()
+    path.write_bytes((head + (lines.replace("\n", "\r\n") if "\r" in head else lines)).encode())
+    assert celeba_load(celeba, tmp_path).names == ("00003", "00007", "00012")
+
+
+@pytest.mark.parametrize(
+    "line, number, what",
+    [
+        ("000099.jpg 5", 7, "is not in img_align_celeba; unpack"),
+        ("000001.jpg 5", 7, "a second time"),
+        ("000001.jpg", 7, "mend or remove"),
+        ("000001.jpg five", 7, "mend or remove"),
+        ("000001.jpg 5 6", 7, "mend or remove"),
+        ("../000001.jpg 5", 7, "mend or remove"),
+        ("6\n7\n8\n", 7, "mend or remove"),
+    ],
+)
+def test_bad_identity_line(line, number, what, celeba, tmp_path):
+    path = celeba / "identity_CelebA.txt"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(data.DataError, match=rf"identity_CelebA.txt, line {number}: .*{what}"):
+        celeba_load(celeba, tmp_path)
+
+
+def test_first_line_without_identity_is_no_header(celeba, tmp_path):
+    path = celeba / "identity_CelebA.txt"
+    path.write_text("000001.jpg\n")
+    with pytest.raises(data.DataError, match="line 1: "):
+        celeba_load(celeba, tmp_path)
+
+
+def test_celeba_parts_missing(celeba, tmp_path):
+    (celeba / "identity_CelebA.txt").write_text("202599\n")
+    with pytest.raises(data.DataError, match="holds no line"):
+        celeba_load(celeba, tmp_path)
+    (celeba / "identity_CelebA.txt").unlink()
+    with pytest.raises(data.DataError, match="identity_CelebA.txt: No such file"):
+        celeba_load(celeba, tmp_path)
+    (celeba / "identity_CelebA.txt").write_text("000001.jpg 1\n")
+    (celeba / "img_align_celeba").rename(celeba / "images")
+    with pytest.raises(data.DataError, match="unpack img_align_celeba.zip"):
+        celeba_load(celeba, tmp_path)
+
+
+def test_celeba_image_without_identity_and_a_broken_one(celeba, tmp_path):
+    path = celeba / "identity_CelebA.txt"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    (celeba / "img_align_celeba" / "000002.jpg").write_bytes(b"\xff\xd8\xff")
+    faces = celeba_load(celeba, tmp_path)
+    assert len(faces) == 4 and len(faces.skipped) == 2 and "000006.jpg: no line" in faces.skipped[0]
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    "name, options, what",
+    [
+        ("nonsense", {}, "choose synthetic, folder, celeba"),
+        ("folder", {}, "needs a root"),
+        ("folder", {"root": "/absent/faces"}, "/absent/faces: cannot be read"),
+        ("folder", {"root": __file__}, "is not a folder"),
+        ("folder", {"root": "a\0b"}, "cannot be read"),
+        ("folder", {"root": ".", "crop": "oval"}, "unknown crop 'oval'"),
+        ("folder", {"root": ".", "persons": 3}, "takes no option persons"),
+        ("synthetic", {"root": "."}, "take no root"),
+        ("synthetic", {"people": 3}, "takes no option 'people'"),
+        ("synthetic", {"persons": 0}, "at least 1"),
+        ("synthetic", {"seed": -1}, "at least 0"),
+    ],
+)
+def test_bad_arguments(name, options, what):
+    with pytest.raises(data.DataError, match=what) as caught:
+        data.load(name, cache=None, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_folder_and_folder_without_images(tmp_path):
+    (tmp_path / "in" / "ann").mkdir(parents=True)
+    with pytest.raises(data.DataError, match="no images"):
+        load(tmp_path / "in", tmp_path)
+    (tmp_path / "in" / "ann" / "a.jpg").write_bytes(b"not an image")
+    with pytest.raises(data.DataError, match="none of its 1 files is a readable image"):
+        load(tmp_path / "in", tmp_path)
+
+
+# ---- cache
+
+
+def test_cache_gives_the_same_faces(folder, tmp_path):
+    first, again = load(folder, tmp_path), load(folder, tmp_path)
+    assert torch.equal(first.images, again.images) and torch.equal(first.person, again.person)
+    assert (first.names, first.files, first.skipped, first.data) == (
+        again.names,
+        again.files,
+        again.skipped,
+        again.data,
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_cache_is_used(folder, tmp_path, monkeypatch):
+    load(folder, tmp_path)
+    monkeypatch.setattr(data, "_decode", None)
+    assert len(load(folder, tmp_path)) == 8
+    with pytest.raises(data.DataError):
+        load(folder, tmp_path, cache=None)
+
+
+@pytest.mark.parametrize("change", ["touch", "grow", "add", "remove", "rename", "mode"])
+def test_cache_notices_a_changed_folder(change, folder, tmp_path, monkeypatch):
+    path = folder / "ann" / "0.png"
+    before = load(folder, tmp_path)
+    if change == "touch":
+        Image.new("RGB", (64, 64), RED).save(path)
+        os.utime(path, ns=(1, 1))
+    elif change == "grow":
+        kept = path.stat()
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    elif change == "add":
+        quarters().save(folder / "ann" / "new.png")
+    elif change == "remove":
+        path.unlink()
+    elif change == "rename":
+        path.rename(folder / "ann" / "zero.png")
+    else:
+        path.chmod(0o400)
+    calls, whole = [], data._decode_all
+    monkeypatch.setattr(data, "_decode_all", lambda *given: calls.append(given) or whole(*given))
+    after = load(folder, tmp_path)
+    assert len(calls) == 1
+    if change in ("touch", "grow", "add", "remove"):
+        assert len(before) != len(after) or not torch.equal(before.images, after.images)
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "flipped", "text", "pickle", "other arrays", "folder"])
+def test_broken_cache_is_built_anew(how, folder, tmp_path, capsys):
+    first = load(folder, tmp_path)
+    store = next((tmp_path / "cache").iterdir())
+    raw = bytearray(store.read_bytes())
+    if how == "empty":
+        raw = b""
+    elif how == "half":
+        raw = raw[: len(raw) // 2]
+    elif how == "flipped":
+        raw[len(raw) // 2] ^= 255
+    elif how == "text":
+        raw = b"hello"
+    if how == "pickle":
+        with open(store, "wb") as file:
+            np.savez(file, about=np.array([{"signature": 1}], dtype=object))
+    elif how == "other arrays":
+        with np.load(store) as held:
+            about = held["about"]
+        with open(store, "wb") as file:
+            np.savez(file, about=about, images=np.zeros((8, 3, 32, 32), np.uint8), person=np.zeros(8, np.int64))
+    elif how == "folder":
+        store.unlink()
+        store.mkdir()
+    else:
+        store.write_bytes(raw)
+    again = load(folder, tmp_path)
+    assert torch.equal(first.images, again.images) and first.names == again.names
+    assert capsys.readouterr().err.count("\n") == 1
+    if how != "folder":
+        load(folder, tmp_path)
+        assert capsys.readouterr().err == ""
+
+
+def test_cache_that_cannot_be_written_only_warns(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert len(load(folder, tmp_path, cache=tmp_path / "file" / "cache")) == 8
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_full_disk_leaves_no_half_cache(folder, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert len(load(folder, tmp_path)) == 8
+    assert list((tmp_path / "cache").iterdir()) == [] and "No space left" in capsys.readouterr().err
+
+
+def test_concurrent_loads(folder, tmp_path):
+    code = f"import data; print(len(data.load('folder', {str(folder)!r}, cache={str(tmp_path / 'cache')!r})))"
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [run.communicate(timeout=120)[0] for run in runs] == ["8\n"] * 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+# ---- synthetic
+
+
+def test_synthetic_and_its_cache(tmp_path, monkeypatch):
+    options = {"persons": 3, "images_per_person": 2, "cache": tmp_path, "progress": False}
+    faces = data.load("synthetic", **options)
+    assert faces.images.shape == (6, 3, 64, 64) and faces.person.tolist() == [0, 0, 1, 1, 2, 2]
+    assert faces.names == ("person-00000", "person-00001", "person-00002") and faces.files[3] == "person-00001/0001"
+    assert len(faces.identity) == 3 and len(faces.content) == 6
+    monkeypatch.setattr("data.synthetic.synthetic_faces", None)
+    again = data.load("synthetic", **options)
+    for key in ("images", "person", "identity", "content"):
+        assert torch.equal(getattr(faces, key), getattr(again, key))
+
+
+# ---- persons
+
+
+def test_split_is_disjoint_and_complete():
+    faces = made([1] * 20 + [5] * 30 + [12] * 50)
+    split = data.split_persons(faces, None, 20, 10, seed=3)
+    assert sorted(split.train + split.validation + split.target) == list(range(100))
+    assert len(split.validation) == 20 and len(split.target) == 10 and split.seed == 3
+    counts = data.image_counts(faces)
+    assert counts[list(split.target)].min() >= 10 and counts[list(split.validation)].min() >= 2
+    assert set(range(20)) <= set(split.train)
+
+
+def test_split_does_not_hang_on_the_order_of_persons():
+    names = [f"n{k}" for k in range(60)]
+    counts = {name: 2 + 3 * (k % 5) for k, name in enumerate(names)}
+    a = made([counts[n] for n in names], names)
+    b = made([counts[n] for n in reversed(names)], list(reversed(names)))
+    for part in data.PARTS:
+        one, other = ({f.names[k] for k in getattr(data.split_persons(f, 20, 10, 5), part)} for f in (a, b))
+        assert one == other
+
+
+def test_split_is_the_same_everywhere():
+    """Written down once: another machine, Python or library version must draw the same persons."""
+    split = data.split_persons(made([10] * 12), 3, 2, 2, seed=0)
+    assert (split.train, split.validation, split.target) == ((0, 1, 6), (4, 5), (9, 10))
+    code = "import data, tests.test_data as t; print(data.split_persons(t.made([10] * 12), 3, 2, 2, seed=0))"
+    env = {**os.environ, "PYTHONHASHSEED": "77"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert out.stdout.strip() == str(split)
+
+
+def test_seeds_differ_and_repeat():
+    faces = made([10] * 50)
+    drawn = [data.split_persons(faces, 10, 10, 10, seed) for seed in (0, 1, 0)]
+    assert drawn[0] == drawn[2] and drawn[0].target != drawn[1].target
+
+
+def test_more_train_persons_change_nothing_else():
+    faces = made([10] * 80)
+    few, many = (data.split_persons(faces, train, 10, 10) for train in (15, 40))
+    assert few.target == many.target and few.validation == many.validation and set(few.train) < set(many.train)
+    assert data.split_persons(faces, 15, 30, 10).target == few.target
+
+
+@pytest.mark.parametrize(
+    "sizes, what",
+    [
+        ((None, 5, 4), "4 target persons asked for, but 3 of the 9 persons have at least 10 images"),
+        ((None, 4, 3), "4 validation persons asked for, but beside the 3 targets 3 of the 9 persons"),
+        ((4, 3, 3), "4 train persons: 3 of the 9 persons are left"),
+        ((None, -1, 3), "negative"),
+    ],
+)
+def test_too_many_persons(sizes, what):
+    with pytest.raises(data.DataError, match=what):
+        data.split_persons(made([1] * 3 + [2] * 3 + [10] * 3), *sizes)
+
+
+def test_nobody_left_to_train():
+    with pytest.raises(data.DataError, match="no train persons"):
+        data.split_persons(made([10] * 3), None, 0, 3)
+    assert data.split_persons(made([10] * 3), 0, 0, 3).target == (0, 1, 2)
+
+
+# ---- manifest
+
+
+def test_manifest(tmp_path):
+    faces = made([10] * 20)
+    split = data.split_persons(faces, 5, 4, 3, seed=9)
+    data.write_manifest(tmp_path / "people.json", faces, split)
+    assert data.read_manifest(tmp_path / "people.json", faces) == split
+    held = json.loads((tmp_path / "people.json").read_text())
+    assert set(held) == {"data", "images", "seed", "train", "validation", "target", "sha256"}
+    assert held["train"] == sorted(faces.names[k] for k in split.train) and held["seed"] == 9
+    assert os.listdir(tmp_path) == ["people.json"]
+    first = (tmp_path / "people.json").read_bytes()
+    data.write_manifest(tmp_path / "people.json", faces, split)
+    assert (tmp_path / "people.json").read_bytes() == first
+
+
+def rewrite(path, sign=True, **changes):
+    held = {**json.loads(path.read_text()), **changes}
+    if sign:
+        held["sha256"] = data._digest({key: value for key, value in held.items() if key != "sha256"})
+    path.write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize(
+    "changes, sign, what",
+    [
+        ({"seed": 1}, False, "sha256 does not fit"),
+        ({"target": ["p0000"], "train": ["p0000"]}, True, "stands in it twice"),
+        ({"target": ["nobody"]}, True, "1 of its .* persons are not in this data, nobody is one"),
+        ({"images": 7}, True, "was written for 7 images, this data has 200"),
+        ({"train": "p0000"}, True, "'train' is not a list of names"),
+        ({"train": [1]}, True, "'train' is not a list of names"),
+        ({"seed": "0"}, True, "is not a manifest"),
+        ({"seed": True}, True, "is not a manifest"),
+    ],
+)
+def test_bad_manifest(changes, sign, what, tmp_path):
+    faces = made([10] * 20)
+    path = tmp_path / "people.json"
+    data.write_manifest(path, faces, data.split_persons(faces, 5, 4, 3))
+    rewrite(path, sign, **changes)
+    with pytest.raises(data.DataError, match=what):
+        data.read_manifest(path, faces)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 200_000, '{"seed": 1e999}', "1" * 10_000])
+def test_manifest_that_is_none(text, tmp_path):
+    (tmp_path / "people.json").write_text(text)
+    with pytest.raises(data.DataError, match="people.json"):
+        data.read_manifest(tmp_path / "people.json", made([2]))
+
+
+def test_manifest_absent_or_not_writable(tmp_path):
+    faces = made([2])
+    with pytest.raises(data.DataError, match="cannot be read"):
+        data.read_manifest(tmp_path / "people.json", faces)
+    with pytest.raises(data.DataError, match="cannot be written"):
+        data.write_manifest(tmp_path / "absent" / "people.json", faces, data.Split((0,), (), (), 0))
+
+
+# ---- LFW
+
+
+@pytest.mark.skipif(not LFW.is_dir(), reason="LFW does not lie at ../shared/lfw")
+def test_lfw_persons(tmp_path):
+    (tmp_path / "lfw").mkdir()
+    for person in sorted(os.listdir(LFW))[:25]:
+        (tmp_path / "lfw" / person).symlink_to(LFW / person)
+    begin = time.perf_counter()
+    faces = load(tmp_path / "lfw", tmp_path)
+    assert len(faces.names) == 25 and len(faces) >= 50 and faces.skipped == ()
+    assert time.perf_counter() - begin < 30
+    mean = faces.images.float().mean((0, 1))
+    eyes = mean[30:37, 16:48].mean(1)  # the row of the eyes is the darkest of the upper face
+    assert eyes.argmin().item() in range(6)
+    assert mean[33, 20:25].mean() < mean[38:44, 20:25].mean() and mean[33, 39:44].mean() < mean[38:44, 39:44].mean()
