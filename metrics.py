@@ -31,6 +31,8 @@ import numpy as np
 
 COLUMNS = ("attack", "mirroring", "selection", "seed", "target", "anchor", "candidate", "person", "role", "distance")
 FPR = 0.05  # Sec. 4.3
+ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion", "indirect", "distal",
+           "eot_eyeglasses", "eot_eye_patch")  # fmt: skip
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
 
 
@@ -134,10 +136,8 @@ def bootstrap(
     """AU-ROC (m,) of up to n resamplings of the targets with replacement; a target brings all its rows, m < n only
     where a resample holds one class alone. Pairs are counted once per two targets, so the cost hardly depends on n."""
     g, i = np.asarray(genuine, dtype=np.float64), np.asarray(intruders, dtype=np.float64)
-    names, code = np.unique(
-        np.concatenate([np.asarray(genuine_target), np.asarray(intruder_target)]), return_inverse=True
-    )
-    of_g, of_i, T = code[: len(g)], code[len(g) :], len(names)
+    _, code = np.unique(np.r_[np.asarray(genuine_target), np.asarray(intruder_target)], return_inverse=True)
+    of_g, of_i, T = code[: len(g)], code[len(g) :], int(code.max()) + 1
     wins = np.zeros((T, T))  # (T of genuine, T of intruder): pairs the intruder wins, ties one half
     for t in range(T):
         mine = np.sort(i[of_i == t])
@@ -148,18 +148,25 @@ def bootstrap(
     return ((drawn @ wins) * drawn).sum(1)[pairs > 0] / pairs[pairs > 0]
 
 
+def _percentiles(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    lo, hi = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return float(lo), float(hi)
+
+
+def bootstrap_interval(
+    genuine: Any, genuine_target: Any, intruders: Any, intruder_target: Any, n: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:  # fmt: skip
+    """Percentile interval of the AU-ROC, resampling targets; (nan, nan) from fewer than two targets."""
+    if len(set(genuine_target) | set(intruder_target)) < 2:
+        return math.nan, math.nan
+    return _percentiles(bootstrap(genuine, genuine_target, intruders, intruder_target, n, seed), level)
+
+
 def detection_interval(
-    genuine: Any,
-    genuine_target: Any,
-    attacked: Any,
-    attacked_target: Any,
-    fpr: float = FPR,
-    evading: bool = False,
-    n: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile interval of `detection_at_fpr`, resampling targets, delta anew each time; (nan, nan) below two targets."""
+    genuine: Any, genuine_target: Any, attacked: Any, attacked_target: Any, fpr: float = FPR, evading: bool = False,
+    n: int = 1000, level: float = 0.95, seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
+    """The same for `detection_at_fpr`, with delta anew each time."""
     g, d = np.asarray(genuine, dtype=np.float64), np.asarray(attacked, dtype=np.float64)
     _, code = np.unique(np.r_[np.asarray(genuine_target), np.asarray(attacked_target)], return_inverse=True)
     of_g, of_d, T = code[: len(g)], code[len(g) :], int(code.max()) + 1
@@ -169,26 +176,6 @@ def detection_interval(
         return math.nan, math.nan
     shares = [detection_at_fpr(g.repeat(c[of_g]), d.repeat(c[of_d]), fpr, evading) for c in drawn]
     return _percentiles(np.array(shares), level)
-
-
-def _percentiles(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    lo, hi = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return float(lo), float(hi)
-
-
-def bootstrap_interval(
-    genuine: Any,
-    genuine_target: Any,
-    intruders: Any,
-    intruder_target: Any,
-    n: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile interval of the AU-ROC, resampling targets; (nan, nan) from fewer than two targets."""
-    if len(set(genuine_target) | set(intruder_target)) < 2:
-        return math.nan, math.nan
-    return _percentiles(bootstrap(genuine, genuine_target, intruders, intruder_target, n, seed), level)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -314,9 +301,8 @@ def direct_and_either(attacks: Mapping[str, Attack], mirroring: int, selection: 
     The direct one is the column `direct` of the indirect attack's rows (same starts), else the eyeglasses' rows."""
     indirect = pick(attacks.get("indirect"), "intruder", mirroring, selection)
     if indirect and not any(math.isnan(r.direct) for r in indirect):
-        return [r._replace(distance=r.direct) for r in indirect], [
-            r._replace(distance=min(r.direct, r.distance)) for r in indirect
-        ]
+        direct = [r._replace(distance=r.direct) for r in indirect]
+        return direct, [min(pair, key=lambda r: r.distance) for pair in zip(direct, indirect)]
     eyeglasses = pick(attacks.get("eyeglasses"), "intruder", mirroring, selection)
     pairs = {(r.target, r.candidate) for r in indirect}
     return [r for r in eyeglasses if (r.target, r.candidate) in pairs], closest(eyeglasses, indirect)
@@ -367,13 +353,14 @@ def measure(
                 draws.append(bootstrap(*_columns(genuine), *_columns(intruders), seed=number))
     if not found:
         return None
-    result = {k: sum(f[k] for f in found) / (1 if k.startswith("n_") else len(found)) for k in found[0]}
+    result: dict[str, Any] = {k: sum(f[k] for f in found) for k in found[0]}
+    spread = [k for k in result if not k.startswith("n_")]
+    result |= {k: result[k] / len(found) for k in spread}
     result["interval"] = [None, None]
     if len(draws) == len(found):
         shortest = min(map(len, draws))
         result["interval"] = list(_percentiles(np.mean([d[:shortest] for d in draws], 0)))
     if len(runs) > 1:
-        spread = [k for k in found[0] if not k.startswith("n_")]
         result |= {"range": {k: [f(m[k] for m in found) for f in (min, max)] for k in spread}, "runs": len(found)}
     return result
 
@@ -383,13 +370,13 @@ def _columns(rows: Sequence[Row]) -> tuple[list[float], list[str]]:
 
 
 def names(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """{method: attacks}: the paper's methods first, clean first, the derived attacks last."""
-    held: dict[str, set[str]] = {}
-    for run in runs:
-        for method, attacks in run.methods.items():
-            held.setdefault(method, set()).update(attacks)
-    methods = sorted(held, key=lambda m: (METHODS.index(m) if m in METHODS else len(METHODS), m))
-    return {m: ["clean", *sorted(held[m] - {"clean"}), *DERIVED[1:]] for m in methods}
+    """{method: attacks}, both in the paper's order, then those it does not know, the derived attacks last."""
+
+    def ordered(found: set[str], known: Sequence[str]) -> list[str]:
+        return [*(n for n in known if n in found), *sorted(found - set(known))]
+
+    held = {m: {a for run in runs for a in run.methods.get(m, ())} for run in runs for m in run.methods}
+    return {m: [*ordered(held[m], ATTACKS), *DERIVED[1:]] for m in ordered(set(held), METHODS)}
 
 
 def summary(
@@ -441,12 +428,6 @@ class Check(NamedTuple):
     detail: str
 
 
-def field(sidecar: Mapping[str, Any], name: str) -> Any:
-    """A value of an attack's sidecar, at the top or one level down (its config, its health); None without it."""
-    inner = (v for v in sidecar.values() if isinstance(v, Mapping))
-    return next((d[name] for d in (sidecar, *inner) if d.get(name) is not None), None)
-
-
 def _verdict(name: str, detail: str, bad: Sequence[str], ran: int, missing: str) -> Check:
     if not ran:
         return Check(name, NOT_RUN, missing)
@@ -455,24 +436,17 @@ def _verdict(name: str, detail: str, bad: Sequence[str], ran: int, missing: str)
 
 def check_gradients(attacks: Mapping[str, Attack]) -> Check:
     """Fails when an attack met a gradient that was zero everywhere, or not finite: it cannot have followed that."""
-    keys = ("zero_gradients", "nonfinite", "gradients")
-    counts = {a: [field(v.sidecar, k) for k in keys] for a, v in attacks.items()}
-    counts = {a: v for a, v in counts.items() if v[:2] != [None, None] and v[2] != 0}
-    bad = [f"{a}: {z or 0} zero and {n or 0} non-finite" for a, (z, n, _) in counts.items() if z or n]
-    bad = [f"{line} of {counts[line.split(':')[0]][2] or 'an unknown number'}" for line in bad]
-    return _verdict("gradients", "none zero or non-finite", bad, len(counts), "no attack counted its gradients")
+    bad, ran = [], 0
+    for name, attack in attacks.items():
+        zero, nonfinite, of = (attack.sidecar.get(k) for k in ("zero_gradients", "nonfinite", "gradients"))
+        ran += (zero is not None or nonfinite is not None) and of != 0
+        if zero or nonfinite:
+            bad.append(f"{name}: {zero or 0} zero and {nonfinite or 0} non-finite of {of or 'an unknown number'}")
+    return _verdict("gradients", "none zero or non-finite", bad, ran, "no attack counted its gradients")
 
 
-def _effort(name: str, attack: Attack) -> tuple[float, float] | None:
-    """(iterations, restarts) of an attack, which a config may hold under the attack's own prefix."""
-    base = name.split("-")[0].removeprefix("eot_")
-    prefix = {"eye_patch": "patch_", "evasion": "evasion_", "distal": "distal_"}.get(base, "")
-    if base in ("clean", "noise", "random_eyeglasses"):
-        return None
-    own = [field(attack.sidecar, prefix + k) for k in ("iterations", "restarts")]
-    iterations = own[0] or field(attack.sidecar, "iterations")
-    restarts = own[1] or (1 if prefix and own[0] else field(attack.sidecar, "restarts"))
-    return (float(iterations), float(restarts)) if iterations and restarts else None
+def _effort(attack: Attack) -> tuple[float, float]:
+    return float(attack.sidecar.get("iterations") or 0), float(attack.sidecar.get("restarts") or 0)
 
 
 def check_effort(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Check:
@@ -490,29 +464,21 @@ def check_effort(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Chec
     for name, attack in attacks.items():
         evading = all(r.role == "genuine" for r in attack.rows)
         for curve in ("by_iterations", "by_restarts"):
-            points = sorted((int(k), float(v)) for k, v in (field(attack.sidecar, curve) or {}).items())
+            points = sorted((int(k), float(v)) for k, v in (attack.sidecar.get(curve) or {}).items())
             for (few, weak), (many, strong) in pairwise(points):
                 judge(f"{name}, {few} to {many} {curve[3:]}", weak, strong, evading)
         for other, more in attacks.items():
-            mine, theirs = _effort(name, attack), _effort(other, more)
-            if name.split("-")[0] != other.split("-")[0] or not mine or not theirs or mine == theirs:
-                continue
-            weak_strong = _paired(attack.rows, more.rows)
-            if mine[0] <= theirs[0] and mine[1] <= theirs[1] and weak_strong:
-                judge(f"{name} {_times(mine)} to {other} {_times(theirs)}", weak_strong[0].mean(), weak_strong[1].mean(), evading)
+            (i, r), (more_i, more_r) = _effort(attack), _effort(more)
+            same = name.split("-")[0] == other.split("-")[0] and 0 < i <= more_i and 0 < r <= more_r
+            if same and (i, r) != (more_i, more_r) and (both := _paired(attack.rows, more.rows)):
+                label = f"{name} {i:g} x {r:g} to {other} {more_i:g} x {more_r:g}"
+                judge(label, both[0].mean(), both[1].mean(), evading)
     return _verdict("more effort", "more never weakened an attack", bad, ran, "no attack ran at two strengths")
-
-
-def _times(effort: tuple[float, float]) -> str:
-    return f"{effort[0]:g} x {effort[1]:g}"
 
 
 def _paired(a: Sequence[Row], b: Sequence[Row]) -> tuple[np.ndarray, np.ndarray] | None:
     """Distances of both over the pairs they share, None without one."""
-    left, right = (
-        {(r.mirroring, r.selection, r.seed, r.role, r.target, r.anchor, r.candidate): r.distance for r in x if r.distance >= 0}
-        for x in (a, b)
-    )
+    left, right = ({(*r[1:9],): r.distance for r in rows if r.distance >= 0} for rows in (a, b))
     shared = sorted(left.keys() & right.keys())
     return (np.array([left[k] for k in shared]), np.array([right[k] for k in shared])) if shared else None
 
@@ -545,8 +511,7 @@ def check_indirect(attacks: Mapping[str, Attack], margin: float = 0.02) -> Check
 
 def check_mask(attacks: Mapping[str, Attack], tolerance: float = 1e-5) -> Check:
     """Fails when an attacked image differs from its original outside the mask by more than rounding (range [0, 1])."""
-    moved = {a: field(v.sidecar, "outside_mask_max") for a, v in attacks.items()}
-    moved = {a: float(v) for a, v in moved.items() if v is not None}
+    moved = {a: float(v.sidecar["outside_mask_max"]) for a, v in attacks.items() if "outside_mask_max" in v.sidecar}
     bad = [f"{a}: by {v:.3g}" for a, v in moved.items() if not v <= tolerance]
     return _verdict("outside the mask", "nothing changed", bad, len(moved), "no attack measured it")
 
@@ -555,12 +520,12 @@ def check_reproducible(attacks: Mapping[str, Attack], tolerance: float = 0.01) -
     """Fails when the same attack with the same seed gave other distances, on average by more than `tolerance` (a share).
     Repeats: `reproducible` in a sidecar, `<attack>-<anything>.csv` with the same config, and the direct half of the
     indirect attack, which starts where the eyeglasses did."""
-    flags = {a: field(v.sidecar, "reproducible") for a, v in attacks.items()}
+    flags = {a: v.sidecar.get("reproducible") for a, v in attacks.items()}
     bad, ran = [a for a, v in flags.items() if v is not None and not v], sum(v is not None for v in flags.values())
     indirect = [r._replace(distance=r.direct) for r in attacks["indirect"].rows] if "indirect" in attacks else []
     again = {**attacks, "eyeglasses (direct)": Attack(indirect, attacks["indirect"].sidecar)} if indirect else attacks
     for (a, one), (b, two) in combinations(again.items(), 2):
-        if a.split("-")[0] != b.split("-")[0].removesuffix(" (direct)") or _effort(a, one) != _effort(b, two):
+        if a.split("-")[0] != b.split("-")[0].removesuffix(" (direct)") or _effort(one) != _effort(two):
             continue
         settings = [{**(v.sidecar.get("config") or {}), "defences": ""} for v in (one, two)]
         if settings[0] == settings[1] and (both := _paired(one.rows, two.rows)):
@@ -627,6 +592,9 @@ def cell(m: Mapping[str, Any] | None, pr: bool = True) -> str:
     return f"{m['auroc']:.3f}" + (f" [{'; '.join(notes)}]" if notes else "") + (f" / {m['aupr']:.3f}" if pr else "")
 
 
+COUNTS = "targets / genuine / intruders"
+
+
 def _counts(m: Mapping[str, Any] | None) -> str:
     return f"{m['n_targets']} / {m['n_genuine']} / {m['n_intruders']}" if m else "-"
 
@@ -643,25 +611,22 @@ def comparison(runs: Sequence[Run], lines: Sequence[tuple[str, str, int, int, tu
         for n, figures in enumerate(found):
             row += [cell(figures, n > 0), " / ".join(f"{v:.3f}" for v in paper[n]) if paper else "-"]
         body.append([*row, _counts(found[1] or found[0])])
-    return markdown([*header, "targets / genuine / intruders"], body)
+    return markdown([*header, COUNTS], body)
 
 
 def _evasion(runs: Sequence[Run]) -> str:
     body = []
-    for method in names(runs):
-        if m := measure(runs, method, "evasion"):
-            between = []
-            for run in runs:
-                attacks = run.methods.get(method, {})
-                clean, own = (pick(attacks.get(a), "genuine", 1, 1) for a in ("clean", "evasion"))
-                if clean and own:
-                    lo, hi = detection_interval(*_columns(clean), *_columns(own), evading=True)
-                    between.append(NOT_RUN if math.isnan(lo) else f"{lo:.1%}, {hi:.1%}")
-            paper = {"ours": "25.2 %", "doa-10": "19.8 % (C not said)"}.get(method, "-")
-            body.append([LABELS.get(method, method), f"{m['detected']:.1%} [{'; '.join(between)}]", paper, _counts(m)])
-        elif method in ("ours", "ours-transfer", "doa-10"):
-            body.append([LABELS[method], NOT_RUN, "-", "-"])
-    return markdown(["", "evading images detected", "paper", "targets / genuine / intruders"], body)
+    for method in dict.fromkeys(["ours", "ours-transfer", "doa-10", *names(runs)]):
+        paper = {"ours": "25.2 %", "doa-10": "19.8 % (C not said)"}.get(method, "-")
+        m, between = measure(runs, method, "evasion"), []
+        for run in runs if m else ():
+            clean, own = (pick(run.methods.get(method, {}).get(a), "genuine", 1, 1) for a in ("clean", "evasion"))
+            if clean and own:
+                lo, hi = detection_interval(*_columns(clean), *_columns(own), evading=True)
+                between.append("one target" if math.isnan(lo) else f"{lo:.1%} to {hi:.1%}")
+        share = f"{m['detected']:.1%} [{'; '.join(between)}]" if m else NOT_RUN
+        body.append([LABELS.get(method, method), share, paper, _counts(m)])
+    return markdown(["", "evading images detected [a run's interval]", "paper", COUNTS], body)
 
 
 def _distal(runs: Sequence[Run]) -> str:
@@ -683,18 +648,17 @@ def _distal(runs: Sequence[Run]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Iterations and restarts that each attack really had, and who had them."""
-    used: dict[tuple[str, ...], set[str]] = {}
+    """What each attack really ran with, and who was attacked so."""
+    used: dict[tuple[str, str, str], set[str]] = {}
+    keys = ("iterations", "restarts", "patterns", "training_intruders", "positions", "search_iterations")
     for run in runs:
         for method, attacks in run.methods.items():
             for name, attack in attacks.items():
-                effort = _effort(name, attack)
-                device = str(field(attack.sidecar, "device") or "-")
-                used.setdefault((name, _times(effort) if effort else "-", device), set()).add(method)
-    return markdown(
-        ["attack", "iterations x restarts", "device", "methods"],
-        [[*k, ", ".join(sorted(v))] for k, v in sorted(used.items())],
-    )
+                effort = ", ".join(f"{attack.sidecar[k]} {k.replace('_', ' ')}" for k in keys if k in attack.sidecar)
+                used.setdefault((name, effort or "-", str(attack.sidecar.get("device", "-"))), set()).add(method)
+    everyone = set(names(runs))
+    body = [[*k, "all" if used[k] == everyone else ", ".join(sorted(used[k]))] for k in sorted(used)]
+    return markdown(["attack", "effort", "device", "methods"], body)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -735,9 +699,9 @@ def _costs(runs: Sequence[Run]) -> str:
         mine = [NOT_RUN] * 3
         if found:
             steps, seconds = np.mean(found, 0)
-            mine = [f"{seconds / steps:.3g} s a {unit}", f"{seconds / 60:.1f} min", f"{steps:.0f} {unit}s"]
+            mine = [f"{seconds / steps:.3g} s", f"{seconds / 60:.1f} min", f"{steps:.0f} {unit}s"]
         body.append([LABELS.get(method, method), *mine, paper])
-    return markdown(["", "each", "in all", "number", "paper, one RTX 2080 Ti: in all, each"], body)
+    return markdown(["", "a step or epoch", "in all", "number", "paper, one RTX 2080 Ti: in all, each"], body)
 
 
 def _disentanglement(runs: Sequence[Run]) -> str:
@@ -766,7 +730,7 @@ def _noise(runs: Sequence[Run]) -> str:
         found = [measure(runs, method, a) for a in ("clean", "random_eyeglasses", "noise")]
         if any(found[1:]) or method == "ours":
             body.append([LABELS.get(method, method), *(cell(m, False) for m in found), _counts(found[1] or found[2])])
-    return markdown(["", "clean", "random eyeglasses", "uniform noise", "targets / genuine / intruders"], body)
+    return markdown(["", "clean", "random eyeglasses", "uniform noise", COUNTS], body)
 
 
 def _indirect(runs: Sequence[Run]) -> str:
@@ -775,22 +739,23 @@ def _indirect(runs: Sequence[Run]) -> str:
         direct, either = (measure(runs, method, a) for a in ("direct", "direct+indirect"))
         if direct or method == "ours":
             body.append([LABELS.get(method, method), cell(direct, False), cell(either, False), _counts(either)])
-    return markdown(["", "direct", "more successful of direct and indirect", "targets / genuine / intruders"], body)
+    return markdown(["", "direct", "more successful of direct and indirect", COUNTS], body)
 
 
 def report(runs: Sequence[Run]) -> str:
     """tables.md: every table of the paper, the paper's figures beside ours, `not run` where a run has no rows."""
+    sidecars = [a.sidecar for run in runs for attacks in run.methods.values() for a in attacks.values()]
     people = [_json(run.folder / "people.json") for run in runs]
-    data = ", ".join(sorted({str(p.get("data", "unknown")) for p in people}))
-    seeds = ", ".join(str(p.get("seed", "?")) for p in people)
+    data, seeds, commits = (
+        ", ".join(sorted({str(d[key]) for d in (found if any(key in d for d in found) else people) if key in d}))
+        or "unknown"
+        for key, found in (("data", sidecars), ("seed", people), ("commit", sidecars))
+    )
+    several = " and the lowest and highest run" if len(runs) > 1 else ""
     return f"""# Tables
 
-Data: {data}; {len(runs)} run{"s" if len(runs) > 1 else ""}, seed {
-        seeds
-    }. The paper's figures are for CelebA. Figures are AU-ROC / AU-PR,
-precision = TPR / (TPR + FPR), intruder positive; in brackets the 95 % bootstrap interval of the AU-ROC over targets{
-        " and the lowest and highest run" if len(runs) > 1 else ""
-    }.
+Data: {data}; runs: {len(runs)}; seed: {seeds}; commit: {commits}. The paper's figures are for CelebA. Figures are AU-ROC / AU-PR,
+precision = TPR / (TPR + FPR), intruder positive; in brackets the 95 % bootstrap interval of the AU-ROC over targets{several}.
 
 ## Health checks
 
@@ -906,7 +871,7 @@ def _curve(run: Run, method: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([d["step"] for d in lines]), np.array([float(d[key]) for d in lines])
 
 
-def _smooth(values: np.ndarray, share: int = 40) -> np.ndarray:
+def _smooth(values: np.ndarray, share: int = 25) -> np.ndarray:
     width = max(1, len(values) // share)
     weight = np.convolve(np.ones(len(values)), np.ones(width), "same")
     return np.convolve(values, np.ones(width), "same") / weight
@@ -919,17 +884,17 @@ def figure_2(run: Run) -> Any:
     if not found:
         raise Missing(f"{run.folder}/<method>/log.jsonl with val_loss is missing")
     figure, axes = _new(1, len(found), 3.1 * len(found) + 0.4, 3.0, sharey=True)
-    top = []
     for axis, method in zip(axes.flat, found):
         steps, loss = _curve(run, method, "loss")
         axis.plot(steps, _smooth(loss), color="tab:blue", label="train")
         steps, loss = _curve(run, method, "val_loss")
         smooth = _smooth(loss)
-        top += [smooth.max(), smooth[-1]]
         axis.plot(steps, loss, color="tab:orange", alpha=0.3, linewidth=0.8)
         axis.plot(steps, smooth, color="tab:orange", label="test, real pairs")
         axis.set_title(LABELS.get(method, method), fontsize=10)
         axis.set_xlabel("step")
+    start = max(_curve(run, m, "val_loss")[1][0] for m in found)
+    axes[0, 0].set_ylim(0, min(axes[0, 0].get_ylim()[1], 3 * start))  # a loss that runs away leaves the panel
     axes[0, 0].set_ylabel("loss")
     axes[0, 0].legend(fontsize=8, frameon=False)
     return figure
@@ -956,7 +921,7 @@ def figure_3(run: Run) -> Any:
         for color, (kind, values) in zip(("tab:blue", "tab:orange", "tab:green"), sorted(kinds.items(), reverse=True)):
             label = f"{kind}, median {np.median(values):.2f}, n = {len(values)}"
             axis.hist(values, bins, density=True, alpha=0.5, color=color, label=label)
-            axis.axvline(np.median(values), color=color, linestyle="--", linewidth=1)
+            axis.axvline(np.median(values), ymax=0.78, color=color, linestyle="--", linewidth=1)
         axis.set_title(f"measured by {LABELS.get(method, method)}", fontsize=10)
         axis.set_xlabel("distance, different persons")
         axis.legend(fontsize=7, frameon=False, loc="upper left")
@@ -1015,7 +980,7 @@ def _face(run: Run) -> np.ndarray:
 
 def figure_6(run: Run) -> Any:
     """The three masks, in black over a face they were used on."""
-    figure, axes = _new(1, 3, 6.0, 2.5)
+    figure, axes = _new(1, 3, 6.0, 2.3)
     for axis, name in zip(axes.flat, ("eyeglasses", "square", "eye_patch")):
         mask, faces = load_arrays(_first(run, name), "mask", "clean")
         mask = mask[0] if mask.ndim == 3 else mask
@@ -1043,7 +1008,7 @@ def figure_7(run: Run) -> Any:
     np.add.at(counts, tuple(((starts - low) // stride).T), 1)
     _show(axes[0, 1], _face(run), f"centres of the {len(rows)} best squares, {LABELS.get(found[0], found[0])}")
     (top, left), (bottom, right) = low + 4.5 - stride / 2, high - 10 + 4.5 + stride / 2
-    heat = axes[0, 1].imshow(counts, extent=(left, right, bottom, top), cmap="viridis", alpha=0.75)
+    heat = axes[0, 1].imshow(counts, extent=(left, right, bottom, top), cmap="viridis", alpha=0.75, vmin=0)
     axes[0, 1].set(xlim=(-0.5, 63.5), ylim=(63.5, -0.5))
     figure.colorbar(heat, ax=axes[0, 1], label="times best")
     return figure

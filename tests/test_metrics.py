@@ -154,7 +154,7 @@ def test_summary_by_hand(run):
     write(run, "ours", "evasion", [("genuine", "a", 1, 0.1), ("genuine", "a", 2, 3.5), ("genuine", "b", 3, 9.0)])
     write(run, "ours", "noise", [("genuine", "a", 1, 5.0), ("intruder", "a", 10, 1.0)])  # both roles made anew
     result = metrics.summary(run)["ours"]
-    assert list(result) == ["clean", "evasion", "eyeglasses", "noise"]
+    assert list(result) == ["clean", "eyeglasses", "noise", "evasion"]
     assert result["clean"]["auroc"] == 1 and result["clean"]["interval"] == [1, 1]
     assert result["clean"]["n_targets"] == 2 and result["clean"]["detected"] == 1
     assert result["eyeglasses"]["auroc"] == (0 + 4 + 3 + 4) / 16
@@ -291,12 +291,12 @@ def direct(rows):
 
 
 FAR, NEAR = attacked(1.0, 2.0, 3.0, 4.0), attacked(0.9, 1.9, 2.5, 4.1)
-WEAK, STRONG = {"config": {"iterations": 25, "restarts": 1}}, {"config": {"iterations": 25, "restarts": 5}}
+WEAK, STRONG = {"iterations": 25, "restarts": 1}, {"iterations": 25, "restarts": 5}
 HEALTH = {
     "zero gradient": (metrics.check_gradients, {"eyeglasses": attack(zero_gradients=0, nonfinite=0)},
                       {"eyeglasses": attack(zero_gradients=3, nonfinite=0, gradients=900)}),
-    "non-finite gradient": (metrics.check_gradients, {"square": attack(health={"zero_gradients": 0, "nonfinite": 0})},
-                            {"square": attack(health={"zero_gradients": 0, "nonfinite": 1})}),
+    "non-finite gradient": (metrics.check_gradients, {"square": attack(zero_gradients=0, nonfinite=0, gradients=9)},
+                            {"square": attack(zero_gradients=0, nonfinite=1, gradients=9)}),
     "restarts": (metrics.check_effort, {"eyeglasses": attack(FAR, **WEAK), "eyeglasses-5": attack(NEAR, **STRONG)},
                  {"eyeglasses": attack(NEAR, **WEAK), "eyeglasses-5": attack(FAR, **STRONG)}),
     "evasion": (metrics.check_effort,
