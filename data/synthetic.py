@@ -10,9 +10,9 @@ sheen on skin. What has sharp edges is sampled twice as densely as pixels and av
 content are separate inputs, so "the person of x with the content of t" is `render(identity_of_x, content_of_t)`: a true
 image to compare a generator's with.
 
-Every factor is a number in [-1, 1]. Lengths below are in units of 10 pixels of the 64 x 64 frame, x right, y down, z to
-the camera, from the midpoint of the eyes, which stands at row 33.4, column 31.75 as in aligned CelebA. Proportions below
-the eyes are those of photographs in that frame: mouth near row 53, chin near row 63.
+Every factor is a number in [-1, 1]. Lengths below are in units of 10 pixels of the 64 x 64 frame, x right, y down, z
+to the camera, from the midpoint of the eyes, which stands at row 33.4, column 31.75 as in aligned CelebA. Proportions
+below the eyes are those of photographs in that frame: mouth near row 53, chin near row 63.
 """
 
 import math
