@@ -4,8 +4,10 @@
     python attacks.py --run runs/celeba-paper-0 --attacks all --defences all      # every number of the paper, one GPU
     python attacks.py --run RUN --data folder --root PEOPLE --crop lfw   # judge a trained embedding on other people
 
-In: `people.json`, `run.json` and `<method>/embedding.pt` of a run. Out: `<method>/attacks/<attack>.csv`, one row a compared
-pair, with `.json` (config, seed, counters, versions) and `.npz` (example images) beside it; `metrics.py` reads these alone.
+In: `people.json`, `run.json` and `<method>/embedding.pt` of a run. Out: `<method>/attacks/<attack>.csv`, one row a
+compared pair, with `.json` (config, seed, counters, versions) and `.npz` (example images) beside it, for `metrics.py`.
+Intruders are images of the other target persons and, if those are too few, of the validation persons; the universal
+patch is trained on validation persons first. Nobody who was trained on takes part.
 Images are float NCHW in [0, 1]. Distances are the root of the mean squared distance over a candidate and, with
 mirroring, its mirror, to the anchor's features; the anchor is not mirrored (Sec. 4.2).
 """
@@ -16,6 +18,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import platform
@@ -42,7 +45,8 @@ EYEGLASSES = "0 0 7ff80ffe f00ff007 e003e003 c003c003 60024002 60024002 20062006
              "0ff007f0 0 0"  # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion", "indirect", "distal",
            "eot_eyeglasses", "eot_eye_patch")
-DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}  # Sec. 4.2: (mirroring, selection)
+# Sec. 4.2: (mirroring, selection)
+DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
 COLUMNS = ("attack", "mirroring", "selection", "seed", "target", "anchor", "candidate", "person", "role", "distance")
 
 
@@ -96,11 +100,14 @@ class Config:
 
 PRESETS: dict[str, dict] = {
     "paper": {},
-    "released": {},
-    "demo": dict(targets=20, intruders=12, iterations=80, lr=0.1, restarts=1, decay=True, square_search_iterations=10,
-                 patch_train=24, patch_iterations=150, patch_lr=0.05, patterns=200, evasion_iterations=80,
-                 evasion_lr=0.1, evasion_restarts=1, distal_iterations=200, distal_lr=0.1, eot_samples=2, eot_tests=8),
-}
+    "released": {},  # where the released code's attacks differ they are wrong, so nothing is taken from them
+    "demo": {
+        "targets": 20, "intruders": 12, "clean_intruders": 60, "iterations": 80, "lr": 0.1, "restarts": 1,
+        "decay": True, "square_search_iterations": 10, "patch_train": 24, "patch_iterations": 150, "patch_lr": 0.05,
+        "patterns": 200, "evasion_iterations": 80, "evasion_lr": 0.1, "evasion_restarts": 1,
+        "distal_iterations": 200, "distal_lr": 0.1, "eot_samples": 2, "eot_tests": 8,
+    },
+}  # fmt: skip
 
 
 @dataclass
@@ -111,7 +118,7 @@ class Attacked:
     nonfinite: int = 0  # (image, iteration) pairs with a non-finite gradient, taken as zero
     gradients: int = 0  # (image, iteration) pairs in all
     mask: Tensor | None = None  # (H, W) or (B, H, W) bool: where the images may differ from the clean ones
-    extra: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # row, col | direct, indirect | pattern
+    extra: dict = dataclasses.field(default_factory=dict)  # what one attack adds, as its docstring says
 
 
 # Masks, Fig. 6 ------------------------------------------------------------------------------------------------------
@@ -164,7 +171,7 @@ def frozen(embed: Embed) -> Iterator[None]:
 
 def squared_distance(embed: Embed, images: Tensor, anchor: Tensor, mirroring: bool = True,
                      transforms: Tensor | None = None) -> Tensor:
-    """images (N, C, H, W), anchor (N, D) or (D,), transforms (S, 5) -> (N,) mean over the S transforms and the mirror."""
+    """images (N, C, H, W), anchor (N, D) or (D,), transforms (S, 5) -> (N,), the mean over transforms and mirror."""
     N = len(images)
     views = images if transforms is None else transform(images, transforms)  # (S * N, C, H, W)
     if mirroring:
@@ -183,7 +190,7 @@ def draw_transforms(n: int, shift: float, scale: float, rotation: float, brightn
 
 
 def transform(images: Tensor, transforms: Tensor) -> Tensor:
-    """images (N, C, H, W), transforms (S, 5) of `draw_transforms` -> (S * N, C, H, W), all images under the first, ..."""
+    """images (N, C, H, W), transforms (S, 5) of `draw_transforms` -> (S * N, C, H, W), all under the first, then ..."""
     (N, C, H, W), S = images.shape, len(transforms)
     row, column, scale, angle, brightness = transforms.to(images).unbind(1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
@@ -211,54 +218,71 @@ def mask_pixels(mask: Tensor, rows: int) -> Tensor:
 
 
 # The optimisation, App. C -------------------------------------------------------------------------------------------
-def _adam(gradient: Callable, value: Callable, start: Tensor, iterations: int, lr: float, decay: bool,
-          every: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam on delta (N, C, P) with the best iterate of each row kept.
+def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base: Tensor, start: Tensor, *, sign: int,
+              mirroring: bool, iterations: int, lr: float, decay: bool, transforms: Tensor | None,
+              validation: Tensor | None) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
+    """Adam on delta, the best iterate of each row kept.
 
-    gradient(delta, step) -> loss (N,), gradient like delta; value(delta) -> loss (N,) decides the best iterate after the
-    last step and, where every > 1, after each `every` steps instead of the loss of the gradient.
-    Returns best delta, its loss (N,), counts (3,) of zero, non-finite and all gradients.
+    parts: (images (n, C, H, W), anchor (n, D), pixels (n, P)); one part with a delta for each image, or several parts
+    that share a single delta. base, start (N or 1, C, P): the pixels become (tanh(base + delta) + 1) / 2.
+    Returns the best base + delta, its loss (N,), the loss (N,) of the iterate after an eighth, a quarter, half and all
+    of the iterations, and counts (3,) of zero, non-finite and all gradients.
     """
-    delta = start.clone()
-    best, best_loss = start.clone(), torch.full_like(start[:, 0, 0], torch.inf)
-    counts = torch.zeros(3, dtype=torch.long, device=start.device)
+    total = sum(len(images) for images, _, _ in parts)
+    shared, every = len(start) < total, 1 if transforms is None else 10
+    marks = {iterations, *(n - n % every for n in (iterations // 8, iterations // 4, iterations // 2))}
+    delta, best, curve = start.clone(), start.clone(), {}
+    best_loss, counts = start.new_full((len(start),), torch.inf), start.new_zeros(3, dtype=torch.long)
     optimiser = torch.optim.Adam([delta], lr=lr, fused=True if start.is_cuda else None)
 
-    def keep(loss: Tensor) -> None:
-        better = loss < best_loss
-        best_loss.copy_(torch.where(better, loss, best_loss))
-        best.copy_(torch.where(better[:, None, None], delta, best))
+    def objective(moves: Tensor | None, grad: Tensor | None = None) -> Tensor:
+        losses = []
+        for images, anchor, pixels in parts:
+            with torch.set_grad_enabled(grad is not None):
+                leaf = delta.detach().requires_grad_(grad is not None)
+                # App. C
+                patch = (torch.tanh(base + leaf) + 1) / 2
+                patched = paste(images, patch.expand(len(images), -1, -1), pixels)
+                loss = sign * squared_distance(embed, patched, anchor, mirroring, moves)
+            if grad is not None:
+                grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
+            losses.append(loss.detach())
+        return torch.cat(losses).mean(0, keepdim=True) if shared else torch.cat(losses)
 
-    for step in range(iterations):
-        loss, grad = gradient(delta, step)
-        if every == 1:
-            keep(loss)
-        elif step % every == 0:
-            keep(value(delta))
-        finite = grad.isfinite().flatten(1).all(1)
-        zero = (grad == 0).flatten(1).all(1)
+    for step in range(iterations + 1):
+        delta.grad = torch.zeros_like(delta)
+        loss = objective(None if transforms is None else transforms[min(step, iterations - 1)], delta.grad)
+        if step % every == 0 or step == iterations:
+            loss = loss if transforms is None else objective(validation)
+            better = loss < best_loss
+            best_loss = torch.where(better, loss, best_loss)
+            best = torch.where(better[:, None, None], delta, best)
+        if step in marks:
+            curve[step] = loss
+        if step == iterations:
+            return base + best, best_loss, curve, counts
+        finite = delta.grad.isfinite().flatten(1).all(1)
+        zero = (delta.grad == 0).flatten(1).all(1)
         counts += torch.stack([zero.sum(), (~finite).sum(), torch.full_like(counts[0], len(zero))])
-        delta.grad = torch.where(finite[:, None, None], grad, 0.0)
+        delta.grad = torch.where(finite[:, None, None], delta.grad, 0.0)
         optimiser.param_groups[0]["lr"] = lr * (1 - step / iterations) if decay else lr
         optimiser.step()
-    keep(value(delta))
-    return best, best_loss, counts
 
 
 def draw_start(rows: int, restarts: int, channels: int, pixels: int,
                generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
     """(restarts, rows, C, P) of U(-0.5, 0.5); restart r does not depend on how many follow it. With several generators
-    each draws its equal share of the rows."""
+    each draws its equal share of the rows, so that several targets can go in one batch."""
     generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
     share = (rows // len(generators), channels, pixels)
     return torch.stack([torch.cat([torch.rand(share, generator=g) for g in generators]) for _ in range(restarts)]) - 0.5
 
 
 def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, direction: str = "impersonate",
-                mirroring: bool = True, iterations: int = 1000, lr: float = 0.01, restarts: int = 5, decay: bool = False,
-                chunk: int = 256, generator: torch.Generator | Sequence[torch.Generator] | None = None,
-                start: Tensor | None = None, transforms: Tensor | None = None,
-                validation: Tensor | None = None) -> Attacked:
+                mirroring: bool = True, iterations: int = 1000, lr: float = 0.01, restarts: int = 5,
+                decay: bool = False, chunk: int = 256, start: Tensor | None = None,
+                generator: torch.Generator | Sequence[torch.Generator] | None = None,
+                transforms: Tensor | None = None, validation: Tensor | None = None) -> Attacked:
     """Attack each image by itself inside its mask, eq. (7) in the form of App. C.
 
     images (B, C, H, W) in [0, 1]; anchor (B, D) or (D,) features; mask (H, W) or (B, H, W) bool.
@@ -267,51 +291,30 @@ def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, d
     chunk: images in one forward pass, mirrors included; it changes speed and memory, not the draws.
     transforms (iterations, S, 5), validation (S, 5): with these the loss is the mean over the S transforms of an
     iteration, and the best iterate is chosen every tenth iteration under `validation`.
+    extra: loss (R, B), the signed squared distance of each restart; by_iterations, by_restarts {n: distance (B,)}.
     """
-    B, C, H, W = images.shape
-    sign = _sign(direction)
-    pixels = mask_pixels(mask.to(images.device), B)  # (B, P)
+    sign, B, C = _sign(direction), *images.shape[:2]
+    pixels, anchor = mask_pixels(mask.to(images.device), B), anchor.expand(B, -1)  # (B, P)
     if pixels.shape[1] == 0:
         return Attacked(images.clone(), distances(embed, images, anchor, mirroring, validation, chunk))
     if start is None:
         start = draw_start(B, restarts, C, pixels.shape[1], generator or torch.Generator().manual_seed(0))
-    R = len(start)
-    start = start.to(images).flatten(0, 1)  # (R * B, C, P)
-    anchor = anchor.expand(B, -1)
-    views = (1 + mirroring) * (1 if transforms is None else transforms.shape[1])
-    step_rows = max(1, chunk // views)
-    best, loss = torch.empty_like(start), start.new_empty(R * B)
-    counts = torch.zeros(3, dtype=torch.long, device=images.device)
+    R, start = len(start), start.to(images).flatten(0, 1)  # (R * B, C, P)
+    clean = images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1))  # (B, C, P)
+    base = torch.atanh((2 * clean - 1) * 0.999999)
+    rows = max(1, chunk // ((1 + mirroring) * (1 if transforms is None else transforms.shape[1])))
     with frozen(embed):
-        for first in range(0, R * B, step_rows):
-            row = torch.arange(first, min(first + step_rows, R * B), device=images.device) % B
-            x, a, p = images[row], anchor[row], pixels[row]
-            # App. C
-            w = torch.atanh((2 * x.flatten(2).gather(2, p[:, None].expand(-1, C, -1)) - 1) * 0.999999)  # (n, C, P)
-
-            def objective(delta: Tensor, moves: Tensor | None) -> Tensor:
-                return sign * squared_distance(embed, paste(x, (torch.tanh(w + delta) + 1) / 2, p), a, mirroring, moves)
-
-            def gradient(delta: Tensor, step: int) -> tuple[Tensor, Tensor]:
-                with torch.enable_grad():
-                    leaf = delta.detach().requires_grad_()
-                    value = objective(leaf, None if transforms is None else transforms[step])
-                    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-
-            @torch.no_grad()
-            def value(delta: Tensor) -> Tensor:
-                return objective(delta, validation)
-
-            span = slice(first, first + len(row))
-            best[span], loss[span], found = _adam(gradient, value, start[span], iterations, lr, decay,
-                                                  1 if transforms is None else 10)
-            counts += found
-    winner = loss.view(R, B).argmin(0)
-    best = best.view(R, B, C, -1)[winner, torch.arange(B, device=images.device)]
-    w = torch.atanh((2 * images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1)) - 1) * 0.999999)
-    attacked = paste(images, (torch.tanh(w + best) + 1) / 2, pixels)
-    return Attacked(attacked, distances(embed, attacked, anchor, mirroring, validation, chunk), *counts.tolist(),
-                    extra={"restart_loss": loss.view(R, B).T * sign})
+        runs = [_optimise(embed, [(images[i], anchor[i], pixels[i])], base[i], part, sign=sign, mirroring=mirroring,
+                          iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation)
+                for i, part in zip((torch.arange(R * B, device=images.device) % B).split(rows), start.split(rows))]
+    best, loss = (torch.cat([run[k] for run in runs]).unflatten(0, (R, B)) for k in (0, 1))
+    winner, each = loss.argmin(0), torch.arange(B, device=images.device)
+    attacked = paste(images, (torch.tanh(best[winner, each]) + 1) / 2, pixels)
+    curve = {n: torch.cat([run[2][n] for run in runs]).view(R, B)[winner, each].abs().sqrt() for n in runs[0][2]}
+    return Attacked(attacked, distances(embed, attacked, anchor, mirroring, validation, chunk),
+                    *sum(run[3] for run in runs).tolist(),
+                    extra={"loss": loss, "by_iterations": curve, "by_restarts": {
+                        n + 1: loss[:n + 1].amin(0).abs().sqrt() for n in range(R)}})
 
 
 def _sign(direction: str) -> int:
@@ -332,9 +335,10 @@ def distances(embed: Embed, images: Tensor, anchor: Tensor, mirroring: bool = Tr
 
 
 # Square with a search for its place, Sec. 3, App. C -------------------------------------------------------------------
-def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Sequence[tuple[int, int]], *, size: int = 10,
-                    direction: str = "impersonate", mirroring: bool = True, iterations: int = 20, lr: float = 0.1,
-                    chunk: int = 256, generator: torch.Generator | None = None) -> tuple[Tensor, Attacked]:
+def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Sequence[tuple[int, int]], *,
+                    size: int = 10, direction: str = "impersonate", mirroring: bool = True, iterations: int = 20,
+                    lr: float = 0.1, chunk: int = 256, generator: torch.Generator | None = None
+                    ) -> tuple[Tensor, Attacked]:
     """Short attack at each position. Returns distances (B, K), and the summed counters with no images."""
     B, C, H, W = images.shape
     K = len(positions)
@@ -353,8 +357,8 @@ def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Seq
 
 
 def square_attack(embed: Embed, images: Tensor, anchor: Tensor, *, stride: int = 5, size: int = 10,
-                  positions: Sequence[tuple[int, int]] | None = None, search_iterations: int = 20, search_lr: float = 0.1,
-                  direction: str = "impersonate", mirroring: bool = True, chunk: int = 256,
+                  positions: Sequence[tuple[int, int]] | None = None, search_iterations: int = 20,
+                  search_lr: float = 0.1, direction: str = "impersonate", mirroring: bool = True, chunk: int = 256,
                   generator: torch.Generator | None = None, **settings) -> Attacked:
     """`location_search`, then `tanh_attack` from a new start at the best place of each image; extra: row, col (B,)."""
     sign = _sign(direction)
@@ -389,37 +393,20 @@ def universal_patch(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, 
     images (B, C, H, W): the training intruders, which alone decide the best iterate; mask (H, W); transforms and
     validation as in `tanh_attack`. Returns the pattern (C, P) in [0, 1] and the patched training images.
     """
-    B, C, H, W = images.shape
-    sign = _sign(direction)
+    B, C = images.shape[:2]
     pixels = mask_pixels(mask.to(images.device), B)
     start = draw_start(1, 1, C, pixels.shape[1], generator or torch.Generator().manual_seed(0))[0].to(images)
     rows = max(1, chunk // ((1 + mirroring) * (1 if transforms is None else transforms.shape[1])))
     anchor = anchor.expand(B, -1)
     parts = list(zip(images.split(rows), anchor.split(rows), pixels.split(rows)))
-
-    def objective(delta: Tensor, x: Tensor, a: Tensor, p: Tensor, moves: Tensor | None) -> Tensor:
-        patched = paste(x, ((torch.tanh(delta) + 1) / 2).expand(len(x), -1, -1), p)
-        return sign * squared_distance(embed, patched, a, mirroring, moves).sum(0, keepdim=True) / B
-
-    def gradient(delta: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        total, grads = delta.new_zeros(1), torch.zeros_like(delta)
-        for x, a, p in parts:
-            with torch.enable_grad():
-                leaf = delta.detach().requires_grad_()
-                loss = objective(leaf, x, a, p, None if transforms is None else transforms[step])
-                grads += torch.autograd.grad(loss.sum(), leaf)[0]
-            total += loss.detach()
-        return total, grads
-
-    @torch.no_grad()
-    def value(delta: Tensor) -> Tensor:
-        return sum(objective(delta, x, a, p, validation) for x, a, p in parts)
-
     with frozen(embed):
-        best, _, counts = _adam(gradient, value, start, iterations, lr, decay, 1 if transforms is None else 10)
+        best, _, curve, counts = _optimise(
+            embed, parts, torch.zeros_like(start), start, sign=_sign(direction), mirroring=mirroring,
+            iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation)
     pattern = ((torch.tanh(best) + 1) / 2)[0]  # (C, P)
     patched = apply_pattern(images, pattern, mask)
-    return pattern, Attacked(patched, distances(embed, patched, anchor, mirroring, validation, chunk), *counts.tolist())
+    return pattern, Attacked(patched, distances(embed, patched, anchor, mirroring, validation, chunk), *counts.tolist(),
+                             extra={"by_iterations": {n: loss.abs().sqrt() for n, loss in curve.items()}})
 
 
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
@@ -453,8 +440,8 @@ def uniform_noise(images: Tensor, amount: float = 10 / 255, generator: torch.Gen
 # Indirect anchor and distal, Sec. 4.4 ---------------------------------------------------------------------------------
 def indirect_attack(embed: Embed, images: Tensor, anchor: Tensor, virtual: Tensor, mask: Tensor, *,
                     mirroring: bool = True, chunk: int = 256, start: Tensor, **settings) -> Attacked:
-    """Attack the anchor and, from the same start, the features `virtual` (D,) of the autoencoded target; both are scored
-    by the distance to the true anchor and the closer one is kept for each image; extra: direct, indirect (B,)."""
+    """Attack the anchor and, from the same start, the features `virtual` (D,) of the autoencoded target; both are
+    scored by the distance to the true anchor, the closer one is kept for each image; extra: direct, indirect (B,)."""
     settings |= {"mirroring": mirroring, "chunk": chunk, "start": start}
     direct = tanh_attack(embed, images, anchor, mask, **settings)
     indirect = tanh_attack(embed, images, virtual, mask, **settings)
@@ -508,12 +495,6 @@ def stable_generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def clean_distances(features: Tensor, mirrored: Tensor, anchor: Tensor, mirroring: bool) -> Tensor:
-    """features, mirrored (N, D) of the images and their mirrors, anchor (D,) -> (N,) distances without any attack."""
-    squared = torch.stack([features, mirrored][:1 + mirroring]).sub(anchor).square().sum(-1)
-    return squared.mean(0).sqrt()
-
-
 def choose_intruders(person: Tensor, target: int, near: Sequence[int], far: Sequence[int], tests: int, training: int,
                      generator: torch.Generator) -> tuple[list[int], list[int]]:
     """Image indices of other persons: the first `tests` (near persons before far ones) are attacked or compared; the
@@ -532,67 +513,90 @@ def choose_intruders(person: Tensor, target: int, near: Sequence[int], far: Sequ
 def run_attack(name: str, config: Config, embed: Embed, images: Tensor, anchor: Tensor, *, mirroring: bool = True,
                generator: torch.Generator, training: Tensor | None = None, virtual: Tensor | None = None) -> Attacked:
     """One attack of `ATTACKS` under a Config. images (B, C, H, W): the intruders, or for evasion the target's own;
-    training: the universal patch's intruders; virtual (D,): features of the autoencoded target, for the indirect attack."""
+    training: the universal patch's intruders; virtual (D,): features of the autoencoded target, for `indirect`."""
     mask = eye_patch_mask() if name.endswith("eye_patch") else eyeglasses_mask()
-    common = dict(mirroring=mirroring, chunk=config.chunk or 256)
-    steps = dict(iterations=config.iterations, lr=config.lr, decay=config.decay)
-    patch = dict(iterations=config.patch_iterations, lr=config.patch_lr, decay=config.decay)
-    moves, tests = {}, None
+    chunk, whole = config.chunk or 256, torch.ones_like(mask)
+    common = {"mirroring": mirroring, "chunk": chunk}
+    steps = {"iterations": config.iterations, "lr": config.lr, "decay": config.decay, **common}
+    tests = None
+    if name.endswith("eye_patch"):
+        steps |= {"iterations": config.patch_iterations, "lr": config.patch_lr}
     if name.startswith("eot_"):
         ranges = (config.eot_shift, config.eot_scale, config.eot_rotation, config.eot_brightness, generator)
-        n = patch["iterations"] if name == "eot_eye_patch" else config.iterations
-        moves = {"transforms": draw_transforms(n * config.eot_samples, *ranges).view(n, -1, 5),
-                 "validation": draw_transforms(config.eot_tests, *ranges)}
-        tests = draw_transforms(config.eot_tests, *ranges)  # never seen by the attack
-    if name in ("eyeglasses", "eot_eyeglasses"):
-        result = tanh_attack(embed, images, anchor, mask, restarts=config.restarts, generator=generator,
-                             **steps, **common, **moves)
+        drawn = draw_transforms(steps["iterations"] * config.eot_samples, *ranges)
+        steps |= {"transforms": drawn.view(-1, config.eot_samples, 5)}
+        steps |= {"validation": draw_transforms(config.eot_tests, *ranges)}
+        tests = draw_transforms(config.eot_tests, *ranges)  # fresh: the attack sees neither
+    if name == "clean":
+        result = Attacked(images, distances(embed, images, anchor, mirroring, None, chunk))
+    elif name in ("eyeglasses", "eot_eyeglasses"):
+        result = tanh_attack(embed, images, anchor, mask, restarts=config.restarts, generator=generator, **steps)
     elif name == "square":
         result = square_attack(embed, images, anchor, stride=config.square_stride, restarts=config.restarts,
                                search_iterations=config.square_search_iterations, search_lr=config.square_search_lr,
-                               generator=generator, **steps, **common)
-        mask = torch.stack([square_mask(*place) for place in zip(*(result.extra[k].tolist() for k in ("row", "col")))])
+                               generator=generator, **steps)
+        mask = torch.stack([square_mask(row, col) for row, col in
+                            zip(result.extra["row"].tolist(), result.extra["col"].tolist())])
     elif name in ("eye_patch", "eot_eye_patch"):
-        pattern, result = universal_patch(embed, training, anchor, mask, generator=generator, **patch, **common, **moves)
+        pattern, result = universal_patch(embed, training, anchor, mask, generator=generator, **steps)
         result.images = apply_pattern(images, pattern, mask)
-        result.distance = distances(embed, result.images, anchor, mirroring, None, common["chunk"])
-        result.extra = {"pattern": pattern.view(images.shape[1], 12, 32)}
+        result.distance = distances(embed, result.images, anchor, mirroring, None, chunk)
+        result.extra["pattern"] = pattern.view(-1, 12, 32)
     elif name == "random_eyeglasses":
         result = random_patterns(embed, images, anchor, mask, patterns=config.patterns, generator=generator, **common)
     elif name == "noise":
-        noisy, mask = uniform_noise(images, config.noise, generator), torch.ones_like(mask)
-        result = Attacked(noisy, distances(embed, noisy, anchor, mirroring, None, common["chunk"]))
+        mask, noisy = whole, uniform_noise(images, config.noise, generator)
+        result = Attacked(noisy, distances(embed, noisy, anchor, mirroring, None, chunk))
     elif name == "evasion":
-        result = tanh_attack(embed, images, anchor, mask, direction="evade", iterations=config.evasion_iterations,
-                             lr=config.evasion_lr, restarts=config.evasion_restarts, decay=config.decay,
-                             generator=generator, **common)
+        steps |= {"iterations": config.evasion_iterations, "lr": config.evasion_lr}
+        result = tanh_attack(embed, images, anchor, mask, direction="evade", restarts=config.evasion_restarts,
+                             generator=generator, **steps)
     elif name == "indirect":
         start = draw_start(len(images), config.restarts, images.shape[1], int(mask.sum()), generator)
-        result = indirect_attack(embed, images, anchor, virtual, mask, start=start, **steps, **common)
+        result = indirect_attack(embed, images, anchor, virtual, mask, start=start, **steps)
     elif name == "distal":
-        mask = torch.ones_like(mask)
-        result = distal_attack(embed, (1, *images.shape[1:]), anchor, iterations=config.distal_iterations,
-                               lr=config.distal_lr, restarts=1, decay=config.decay, generator=generator, **common)
+        mask, steps = whole, steps | {"iterations": config.distal_iterations, "lr": config.distal_lr}
+        result = distal_attack(embed, (1, *images.shape[1:]), anchor, restarts=1, generator=generator, **steps)
     else:
         raise ValueError(f"no such attack {name!r}: choose {', '.join(ATTACKS)}")
     if tests is not None:
-        result.distance = distances(embed, result.images, anchor, mirroring, tests, common["chunk"])
+        result.distance = distances(embed, result.images, anchor, mirroring, tests, chunk)
     result.mask = mask
     return result
 
 
+def effort(name: str, config: Config) -> dict[str, int]:
+    """The iterations and restarts, patterns and training intruders that an attack runs with."""
+    if name in ("clean", "noise"):
+        return {}
+    if name == "random_eyeglasses":
+        return {"patterns": config.patterns}
+    if name.endswith("eye_patch"):
+        return {"iterations": config.patch_iterations, "restarts": 1, "training_intruders": config.patch_train}
+    if name == "distal":
+        return {"iterations": config.distal_iterations, "restarts": 1}
+    if name == "evasion":
+        return {"iterations": config.evasion_iterations, "restarts": config.evasion_restarts}
+    search = {"positions": len(square_positions(config.square_stride)),
+              "search_iterations": config.square_search_iterations} if name == "square" else {}
+    return {"iterations": config.iterations, "restarts": config.restarts, **search}
+
+
 # main -----------------------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
 def parse(argv: Sequence[str] | None) -> Config:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    kinds = {"int": int, "float": float, "str": str}
+    """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
+    parser = Parser(prog="attacks.py", description="Attack a trained embedding (Sec. 3, 4, App. B.2, C).")
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        if field.type == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-        else:
-            parser.add_argument(flag, type=kinds[field.type], default=argparse.SUPPRESS, metavar=field.type,
-                                help=f"paper {field.default!r}")
+        how = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {
+            "type": {"int": int, "float": float, "str": str}[field.type], "metavar": field.type}
+        demo = PRESETS["demo"].get(field.name, field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"paper: {field.default!r}; demo: {demo!r}", **how)
     given = vars(parser.parse_args(argv))
     run = Path(given.get("run", ""))
     if not given.get("run") or not run.is_dir():
@@ -601,145 +605,45 @@ def parse(argv: Sequence[str] | None) -> Config:
     preset = given.get("preset") or (about.get("preset") if about.get("preset") in PRESETS else "demo")
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset}: choose {', '.join(PRESETS)}")
-    config = Config(**{**PRESETS[preset], "seed": -1, **given, "preset": preset})
-    config = dataclasses.replace(config, seed=int(about.get("seed", 0)) if config.seed < 0 else config.seed)
-    for name in ("min_images", "targets", "intruders", "restarts", "evasion_restarts", "square_stride", "patterns",
-                 "patch_train", "eot_samples", "eot_tests"):
-        if getattr(config, name) < (2 if name == "min_images" else 1):
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least "
-                             f"{2 if name == 'min_images' else 1}")
-    choose("attacks", config.attacks, ATTACKS)
-    choose("defences", config.defences, tuple(DEFENCES))
-    return config
+    config = Config(**{**PRESETS[preset], **given, "preset": preset})
+    for field in dataclasses.fields(Config):
+        lowest = {"seed": -1, "min_images": 2, "chunk": 0}.get(field.name, 1 if field.type == "int" else 0)
+        if field.type in ("int", "float") and not getattr(config, field.name) >= lowest:
+            raise UsageError(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: give {lowest} or more")
+    for flag, known in (("attacks", ATTACKS), ("defences", tuple(DEFENCES))):
+        choose(flag, getattr(config, flag), known)
+    return dataclasses.replace(config, seed=int(about.get("seed") or 0) if config.seed < 0 else config.seed)
 
 
 def choose(flag: str, text: str, known: Sequence[str]) -> list[str]:
     """A comma-separated list, or all; raises UsageError for an unknown name."""
     names = list(known) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
+    for name in names or [""]:
         if name not in known:
             raise UsageError(f"--{flag} {name}: choose all or some of {', '.join(known) or '(none found)'}")
-    if not names:
-        raise UsageError(f"--{flag}: empty; choose all or some of {', '.join(known) or '(none found)'}")
     return names
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: missing; give a --run folder that embed.py wrote") from None
-    except ValueError:
-        raise UsageError(f"{path}: not readable as JSON; train the run again") from None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); give the --run folder of a finished training") from None
 
 
 def write(path: Path, text: str | None = None, **arrays: np.ndarray) -> None:
     """Text, or arrays as .npz, written beside and moved into place."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    if text is None:
-        with open(beside, "wb") as file:
+    with open(beside, "wb") as file:
+        if text is None:
             np.savez_compressed(file, **arrays)
-    else:
-        beside.write_text(text)
+        else:
+            file.write(text.encode())
     os.replace(beside, path)
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
     return (images * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    from data import DataError
-
-    try:
-        return attack_run(parse(argv))
-    except (UsageError, DataError) as error:
-        print(f"attacks.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("attacks.py: interrupted; the same command with --resume goes on after the last finished target",
-              file=sys.stderr)
-        return 130
-
-
-def attack_run(config: Config) -> int:
-    """Everything of `main` but the handling of errors."""
-    import data
-    import embed as embedding
-
-    run, about = Path(config.run), read_json(Path(config.run) / "run.json")
-    methods = sorted(path.parent.name for path in run.glob("*/embedding.pt"))
-    methods = choose("method", config.method, methods)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    config = dataclasses.replace(config, chunk=config.chunk or (2048 if device.type == "cuda" else 128))
-    folder = "attacks"
-    if config.data:
-        faces = data.load(config.data, config.root or None, crop=config.crop or None)
-        counts = torch.bincount(faces.person, minlength=len(faces.names)).tolist()
-        targets = [p for p, n in enumerate(counts) if n >= config.min_images]
-        if not targets:
-            raise UsageError(f"--root {config.root}: nobody has {config.min_images} images; lower --min-images")
-        far = sorted(set(range(len(counts))) - set(targets))
-        folder += f"-{Path(config.root).resolve().name if config.root else config.data}"
-    else:
-        faces = data.load(about["data"], about.get("root") or None, crop=about.get("crop") or None,
-                          **(about.get("options") or {}))
-        split = data.read_manifest(run / "people.json", faces)
-        targets, far = list(split.target), list(split.validation)
-    near = list(targets)
-    targets.sort(key=lambda p: stable_generator(config.seed, faces.names[p]).initial_seed())
-    targets = sorted(targets[:config.targets])
-    return max(attack_method(config, faces, targets, near, far, device, run / method, folder, embedding)
-               for method in methods)
-
-
-def attack_method(config: Config, faces, targets: list[int], near: list[int], far: list[int], device: torch.device,
-                  home: Path, folder: str, embedding) -> int:
-    """Every attack asked for on one method's embedding."""
-    try:
-        embed = embedding.load_embedding(home / "embedding.pt", device=device)
-    except embedding.UsageError as error:
-        raise UsageError(str(error)) from None
-    out = home / folder
-    out.mkdir(parents=True, exist_ok=True)
-    skip = {"run", "method", "attacks", "chunk", "device", "figures", "resume"}
-    used = {k: v for k, v in dataclasses.asdict(config).items() if k not in skip}
-    used["embedding"] = hashlib.sha256((home / "embedding.pt").read_bytes()).hexdigest()[:16]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for name in choose("attacks", config.attacks, ATTACKS):
-        table, partial = out / f"{name}.csv", out / f".{name}.partial"
-        old = table.with_suffix(".json") if table.exists() else partial / "config.json"
-        if config.resume and old.exists():
-            before = read_json(old)
-            before = before.get("config", before)
-            for key in used:
-                if before.get(key) != used[key]:
-                    raise UsageError(f"--resume: {old} was made with {key} {before.get(key)!r}, now {used[key]!r}; "
-                                     "give the same settings, or leave out --resume to start again")
-            if table.exists():
-                print(f"{home.name} {name}: kept, {table} is finished", flush=True)
-                continue
-        elif rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        _barrier(world)
-        partial.mkdir(exist_ok=True)
-        if rank == 0:
-            write(partial / "config.json", json.dumps(used, indent=1))
-        waiting = [p for p in targets[rank::world] if not (partial / f"{p}.json").exists()]
-        for person in progress(waiting, f"{home.name} {name}", rank):
-            attack_target(config, name, embed, faces, person, near, far, device, partial, home.parent)
-        _barrier(world)
-        if rank == 0:
-            print(f"{home.name} {merge(config, name, faces, targets, partial, table, used, device)}", flush=True)
-    return 0
-
-
-def _barrier(world: int) -> None:
-    """Wait for the other processes that torchrun started, each of which attacks its share of the targets."""
-    if world > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()
 
 
 def progress(items: list, title: str, rank: int) -> Iterator:
@@ -754,116 +658,235 @@ def progress(items: list, title: str, rank: int) -> Iterator:
         yield item
 
 
-def attack_target(config: Config, name: str, embed: Embed, faces, person: int, near: list[int], far: list[int],
-                  device: torch.device, partial: Path, run: Path) -> None:
-    """One attack on one target under every defence asked for; writes <person>.json and .npz into `partial`."""
+def barrier(world: int) -> None:
+    """Wait for the other processes that torchrun started; each attacks its share of the targets."""
+    if world > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+
+
+def versions() -> dict[str, str]:
+    """Of this checkout ("unknown" outside one) and of what it runs on."""
+    found = {"commit": "unknown", "python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, text=True,
+                                         capture_output=True, check=True, timeout=10).stdout.strip()
+    return found
+
+
+def autoencode(path: Path, images: Tensor) -> Tensor:
+    """The generator's reconstruction of the images (Sec. 4.4)."""
+    import generator
+
+    try:
+        lord, _ = generator.load_generator(path, images.device)
+    except generator.UsageError as error:
+        raise UsageError(f"--attacks indirect needs the run's generator: {error}") from None
+    with torch.no_grad():
+        return lord(images).clamp(0, 1)
+
+
+def attack_target(config: Config, name: str, embed: Embed, faces, person: int, near: Sequence[int],
+                  far: Sequence[int], device: torch.device, generator_file: Path, repeat: bool
+                  ) -> tuple[dict, dict[str, np.ndarray]]:
+    """One attack on one target under each defence asked for: rows with counters, and example images. The result depends
+    on the seed and the target's name, not on which other targets are attacked, or where."""
     began, target = time.monotonic(), faces.names[person]
 
     def load(index: Sequence[int]) -> Tensor:
         return to_float(faces.images[list(index)].to(device))
 
-    tested, training = choose_intruders(faces.person, person, near, far, max(config.clean_intruders, config.intruders),
-                                        0, stable_generator(config.seed, target, "intruders"))
-    tested, training = choose_intruders(faces.person, person, near, far, config.intruders, config.patch_train,
-                                        stable_generator(config.seed, target, "intruders")) if name != "clean" else (tested, [])
+    tests = max(config.clean_intruders, config.intruders) if name == "clean" else config.intruders
+    tested, training = choose_intruders(faces.person, person, near, far, tests, config.patch_train,
+                                        stable_generator(config.seed, target, "intruders"))
+    if not tested or (name.endswith("eye_patch") and not training):
+        raise UsageError(f"--intruders {config.intruders}: too few images of persons other than {target}; "
+                         "add persons, or lower --intruders")
     own = (faces.person == person).nonzero().flatten().tolist()
-    if not tested or ("eye_patch" in name and not training):
-        raise UsageError(f"--intruders {config.intruders}: too few images of persons other than {target}; add persons, or "
-                         "lower --intruders or --patch-train")
     features = extract(embed, load(own), config.chunk)
-    rows, arrays = [], {}
-    totals = {"zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0}
-    for defence in choose("defences", "all" if name == "clean" else config.defences, tuple(DEFENCES)):
+    part = {"rows": [], "zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0,
+            "by_iterations": {}, "by_restarts": {}}
+    for defence in choose("defences", config.defences, tuple(DEFENCES)):
         mirroring, selection = DEFENCES[defence]
         best = select_anchor(features) if selection else 0
-        anchor, genuine = features[best], [i for i in own if i != own[best]]
-        sides = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}
-        candidates, images = sides.get(name, tested), load(sides.get(name, tested))
-        if name == "clean":
-            result = Attacked(images, distances(embed, images, anchor, bool(mirroring), None, config.chunk))
-        else:
-            virtual = extract(embed, autoencode(run, load([own[best]]), device))[0] if name == "indirect" else None
-            generator = stable_generator(config.seed, target, "eyeglasses" if name == "indirect" else name)
-            result = run_attack(name, config, embed, images, anchor, mirroring=bool(mirroring), generator=generator,
-                                training=load(training) if "eye_patch" in name else None, virtual=virtual)
+        genuine = [i for i in own if i != own[best]]
+        candidates = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}.get(name, tested)
+        inputs = {"anchor": features[best], "mirroring": bool(mirroring)}
+        if name.endswith("eye_patch"):
+            inputs["training"] = load(training)
+        if name == "indirect":
+            inputs["virtual"] = extract(embed, autoencode(generator_file, load([own[best]])))[0]
+
+        def attack(setting: Config, images: Tensor) -> Attacked:
+            seeded = stable_generator(config.seed, target, "eyeglasses" if name == "indirect" else name)
+            return run_attack(name, setting, embed, images, generator=seeded, **inputs)
+
+        images = load(candidates)
+        result = attack(config, images)
+        if repeat and "reproducible" not in part and name != "clean":
+            short = dataclasses.replace(config, iterations=5, restarts=1, square_search_iterations=1, patterns=5,
+                                        patch_iterations=5, evasion_iterations=5, evasion_restarts=1,
+                                        distal_iterations=5)
+            first, second = (attack(short, images[:2]) for _ in range(2))
+            part["reproducible"] = torch.equal(first.images, second.images)
         if name == "distal":
             candidates, images = [-1], result.images
-        if result.mask is not None:
-            outside = (result.images - images).abs() * ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
-            totals["outside_mask_max"] = max(totals["outside_mask_max"], float(outside.max()))
+        outside = (result.images - images).abs() * ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
+        part["outside_mask_max"] = max(part["outside_mask_max"], float(outside.max()) if name != "clean" else 0.0)
         for key in ("zero_gradients", "nonfinite", "gradients"):
-            totals[key] += getattr(result, key)
+            part[key] += getattr(result, key)
+        for key in ("by_iterations", "by_restarts"):
+            for n, distance in result.extra.get(key, {}).items():
+                total, count = part[key].get(n, (0.0, 0))
+                part[key][n] = (total + float(distance.sum()), count + len(distance))
         columns = {k: v.tolist() for k, v in result.extra.items() if k in ("row", "col", "direct", "indirect")}
         for n, (candidate, distance) in enumerate(zip(candidates, result.distance.tolist())):
             other = faces.names[int(faces.person[candidate])] if candidate >= 0 else ""
-            rows.append([name, mirroring, selection, config.seed, target, own[best], candidate, other,
-                         "genuine" if other == target else "intruder", distance, *(v[n] for v in columns.values())])
-        if config.figures and name != "clean":
-            shown = slice(0, 4)
-            arrays = {"anchor": to_bytes(load([own[best]])[0]), "clean": to_bytes(images[shown]),
-                      "attacked": to_bytes(result.images[shown]), "distance": result.distance[shown].cpu().numpy(),
-                      "candidate": np.array(candidates[shown]), "mask": np.broadcast_to(result.mask.numpy(), (64, 64))
-                      if result.mask.dim() == 2 else result.mask[shown].numpy()}
-            if "pattern" in result.extra:
-                arrays["pattern"] = to_bytes(result.extra["pattern"])
-    if arrays:
-        write(partial / f"{person}.npz", **arrays)
-    write(partial / f"{person}.json", json.dumps({"header": [*COLUMNS, *columns], "rows": rows, **totals,
-                                                  "seconds": time.monotonic() - began}))
+            role = "genuine" if other == target else "intruder"
+            part["rows"].append([name, mirroring, selection, config.seed, target, own[best], candidate, other, role,
+                                 distance, *(v[n] for v in columns.values())])
+        shown = {"anchor": to_bytes(load([own[best]])[0]), "clean": to_bytes(images[:4]), "candidate": candidates[:4],
+                 "attacked": to_bytes(result.images[:4]), "distance": result.distance[:4].cpu(),
+                 "mask": result.mask if result.mask.dim() == 2 else result.mask[0]}
+        if "pattern" in result.extra:
+            shown["pattern"] = to_bytes(result.extra["pattern"])
+    part |= {"header": [*COLUMNS, *columns], "seconds": time.monotonic() - began}
+    return part, {k: np.asarray(v) for k, v in shown.items()} if config.figures and name != "clean" else {}
 
 
-def autoencode(run: Path, images: Tensor, device: torch.device) -> Tensor:
-    """The run's generator's own reconstruction of the images (Sec. 4.4)."""
-    import generator
-
-    try:
-        lord, _ = generator.load_generator(run / "generator.pt", device)
-    except generator.UsageError as error:
-        raise UsageError(f"--attacks indirect: {error}") from None
-    with torch.no_grad():
-        return lord(images).clamp(0, 1)
-
-
-def merge(config: Config, name: str, faces, targets: list[int], partial: Path, table: Path, used: dict,
-          device: torch.device) -> str:
-    """Put the targets' files together as <attack>.csv, .json and .npz; returns the line to print."""
-    parts = [json.loads((partial / f"{person}.json").read_text()) for person in targets]
+def merge(name: str, config: Config, names: Sequence[str], parts: list[dict], images: list[dict], table: Path,
+          about: dict) -> str:
+    """Put the targets' parts together as <attack>.csv, .json and .npz; returns the line to print."""
     rows = [row for part in parts for row in part["rows"]]
-    beside = partial / "rows.csv"
-    with open(beside, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([parts[0]["header"], *rows])
-    images = [np.load(partial / f"{person}.npz") for person in targets if (partial / f"{person}.npz").exists()]
     if images:
-        n = min(len(part["clean"]) for part in images)
-        stacked = {k: np.stack([part[k][:n] if k in ("clean", "attacked", "distance", "candidate") else part[k]
-                                for part in images]) for k in images[0].files if k != "mask"}
-        write(table.with_suffix(".npz"), target=np.array([faces.names[p] for p in targets]), mask=images[0]["mask"], **stacked)
+        shown = {k: [part[k] for part in images] for k in images[0]}
+        least = min(len(x) for x in shown["clean"])
+        stacked = {k: np.stack([x if k in ("anchor", "pattern", "mask") else x[:least] for x in v])
+                   for k, v in shown.items()}
+        write(table.with_suffix(".npz"), target=np.array(names), **stacked)
     seconds = sum(part["seconds"] for part in parts)
-    sums = {key: sum(part[key] for part in parts) for key in ("zero_gradients", "nonfinite", "gradients")}
-    sums["outside_mask_max"] = max(part["outside_mask_max"] for part in parts)
-    write(table.with_suffix(".json"), json.dumps({
-        "attack": name, "config": used, "seed": config.seed, "commit": commit(), "data": faces.data,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "seconds": round(seconds, 2), "n": len(rows), "n_targets": len(parts), **sums}, indent=1))
-    os.replace(beside, table)
-    shutil.rmtree(partial)
-    steps = {"clean": "no attack", "noise": f"+-{config.noise:.3f}", "random_eyeglasses": f"{config.patterns} patterns",
-             "evasion": f"{config.evasion_iterations} iterations x {config.evasion_restarts} restarts",
-             "distal": f"{config.distal_iterations} iterations x 1 restart"}
-    universal = f"{config.patch_iterations} iterations x 1 restart on {config.patch_train} intruders"
-    line = universal if "eye_patch" in name else steps.get(name, f"{config.iterations} iterations x {config.restarts} restarts")
+    record = {"attack": name, **about, **effort(name, config), "n": len(rows), "n_targets": len(parts),
+              "seconds": round(seconds, 2), "outside_mask_max": max(part["outside_mask_max"] for part in parts),
+              "reproducible": next((part["reproducible"] for part in parts if "reproducible" in part), None),
+              **{k: sum(part[k] for part in parts) for k in ("zero_gradients", "nonfinite", "gradients")}}
+    for key in ("by_iterations", "by_restarts"):
+        sums = {n: [sum(v) for v in zip(*(part[key][n] for part in parts))] for n in parts[0][key]}
+        record[key] = {n: total / count for n, (total, count) in sums.items()}
+    write(table.with_suffix(".json"), json.dumps(record, indent=1))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [parts[0]["header"], *([f"{v:.7g}" if isinstance(v, float) else v for v in row] for row in rows)])
+    write(table, text.getvalue())
     mean = {role: [row[9] for row in rows if row[8] == role] for role in ("genuine", "intruder")}
-    return f"{name}: {line}, {len(parts)} targets, {len(rows)} pairs, mean distance " + ", ".join(
-        f"{role} {sum(d) / len(d):.3f}" for role, d in mean.items() if d) + f", {seconds:.0f} s"
+    return f"{name}: " + ", ".join([
+        *(f"{v} {k.replace('_', ' ')}" for k, v in effort(name, config).items()),
+        f"{len(parts)} targets, {len(rows)} pairs",
+        *(f"mean {role} distance {sum(d) / len(d):.3f}" for role, d in mean.items() if d), f"{seconds:.0f} s"])
 
 
-def commit() -> str:
-    """The commit of this checkout, or "unknown"."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, capture_output=True,
-                              text=True, check=True, timeout=10).stdout.strip()
-    return "unknown"
+def attack_method(config: Config, embed: Embed, faces, targets: list[int], near: list[int], far: list[int], out: Path,
+                  about: dict) -> None:
+    """Every attack asked for on one embedding. A target's part is a file of its own until the last is done."""
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(config.device)
+    rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    for name in choose("attacks", config.attacks, ATTACKS):
+        table, partial = out / f"{name}.csv", out / f".{name}.partial"
+        title = f"{out.parent.name} {name}"
+        old = table.with_suffix(".json") if table.exists() else partial / "config.json"
+        if config.resume and old.exists():
+            before = read_json(old)["config"]
+            for key, value in about["config"].items():
+                if before.get(key) != value:
+                    raise UsageError(f"--resume: {old} was made with {key} {before.get(key)!r}, now {value!r}; give "
+                                     "the same settings, or leave out --resume to start this attack again")
+            if table.exists():
+                print(f"{title}: kept, {table} is finished", flush=True)
+                continue
+        elif rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        barrier(world)
+        partial.mkdir(exist_ok=True)
+        if rank == 0:
+            write(partial / "config.json", json.dumps(about))
+        waiting = [p for p in targets[rank::world] if not (partial / f"{p}.json").exists()]
+        for person in progress(waiting, title, rank):
+            part, images = attack_target(config, name, embed, faces, person, near, far, device,
+                                         out.parents[1] / "generator.pt", repeat=person == targets[0])
+            if images:
+                write(partial / f"{person}.npz", **images)
+            write(partial / f"{person}.json", json.dumps(part))
+        barrier(world)
+        if rank == 0:
+            parts = [read_json(partial / f"{person}.json") for person in targets]
+            files = [partial / f"{person}.npz" for person in targets]
+            images = [dict(np.load(file)) for file in files if file.exists()]
+            line = merge(name, config, [faces.names[p] for p in targets], parts, images, table, about)
+            print(out.parent.name, line, flush=True)
+            shutil.rmtree(partial)
+
+
+def attack_run(config: Config) -> None:
+    """Everything of `main` but the command line and the handling of errors."""
+    import data
+    import embed as embedding
+
+    run, trained = Path(config.run), read_json(Path(config.run) / "run.json")
+    methods = choose("method", config.method, sorted(path.parent.name for path in run.glob("*/embedding.pt")))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    config = dataclasses.replace(config, device=device, chunk=config.chunk or (2048 if device != "cpu" else 128))
+    folder, root = "attacks", config.root or None
+    if config.data:
+        same = os.path.realpath(root or "") == os.path.realpath(trained.get("root") or "")
+        if same and config.data == trained["data"]:
+            raise UsageError(f"--root {root}: the embedding was trained on these people; leave out --data and --root")
+        faces = data.load(config.data, root, crop=config.crop or None)
+        counts = torch.bincount(faces.person, minlength=len(faces.names)).tolist()
+        near = [p for p, n in enumerate(counts) if n >= config.min_images]
+        far = [p for p, n in enumerate(counts) if n < config.min_images]
+        if not near:
+            raise UsageError(f"--root {root}: nobody has {config.min_images} images; lower --min-images or add images")
+        folder = f"attacks-{Path(root).resolve().name if root else config.data}"
+    else:
+        faces = data.load(trained["data"], trained.get("root") or None, crop=trained.get("crop") or None,
+                          **trained.get("options") or {})
+        split = data.read_manifest(run / "people.json", faces)
+        near, far = list(split.target), list(split.validation)
+    drawn = sorted(near, key=lambda p: stable_generator(config.seed, faces.names[p]).initial_seed())
+    targets = sorted(drawn[:config.targets])
+    skip = {"run", "method", "attacks", "chunk", "device", "figures", "resume"}
+    used = {k: v for k, v in dataclasses.asdict(config).items() if k not in skip}
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    for method in methods:
+        file = run / method / "embedding.pt"
+        try:
+            embed = embedding.load_embedding(file, device=device)
+        except embedding.UsageError as error:
+            raise UsageError(str(error)) from None
+        used["embedding"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        found = versions()
+        about = {"config": used, "seed": config.seed, "commit": found.pop("commit"), "data": faces.data,
+                 "device": name, "versions": found}
+        attack_method(config, embed, faces, targets, near, far, run / method / folder, about)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        from data import DataError
+    except ImportError:
+        print("attacks.py: the command needs data/ and embed.py beside it", file=sys.stderr)
+        return 2
+    try:
+        attack_run(parse(argv))
+    except (UsageError, DataError) as error:
+        print(f"attacks.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("attacks.py: stopped; the same command with --resume goes on after the last finished target",
+              file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
