@@ -4,8 +4,8 @@
     python metrics.py --run runs/synthetic-demo-0 --json      # {"<method>": {"<attack>": {"auroc": ..., ...}}}
     python metrics.py --run runs/a-0 runs/a-1 runs/a-2        # mean and range over runs (seeds)
 
-In: `<run>/<method>/attacks/<attack>.csv`, one row per compared pair, and what else the run wrote (log.jsonl, .npz, .json).
-Out: figures of merit. The positive class is the intruder ("different", eq. (1) = 1), the score is the distance: the
+In: `<run>/<method>/attacks/<attack>.csv`, one row a compared pair, and what else the run wrote (log.jsonl, .npz, .json).
+Out: `tables.md`, `figures/*.png`. The positive class is the intruder ("different", eq. (1) = 1), the score is the distance: the
 balanced precision TPR / (TPR + FPR) then starts at 1 when an attack moves some intruders all the way and leaves the
 rest where they were, so AU-PR lies above AU-ROC as in the paper's pairs (0.868 / 0.896); with the genuine class as the
 positive one it would lie below. AU-PR here is the step-wise sum, so that chance is exactly 0.5.
@@ -31,6 +31,7 @@ import numpy as np
 
 COLUMNS = ("attack", "mirroring", "selection", "seed", "target", "anchor", "candidate", "person", "role", "distance")
 FPR = 0.05  # Sec. 4.3
+COUNTS = "targets / genuine / intruders"
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion", "indirect", "distal",
            "eot_eyeglasses", "eot_eye_patch")  # fmt: skip
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
@@ -41,8 +42,8 @@ class UsageError(ValueError):
 
 
 class Row(NamedTuple):
-    """One compared pair; `row`, `col`: where a located patch sits, -1 without one; `direct`: an indirect attack's distance
-    before the indirect one is taken into account, nan without one."""
+    """One compared pair; `row`, `col`: where a located patch sits, -1 without one; `direct`: the direct half's
+    distance in a row of the indirect attack, nan without one."""
 
     attack: str
     mirroring: int
@@ -85,7 +86,7 @@ def _two(genuine: Any, intruders: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def auroc(genuine: Any, intruders: Any) -> float:
-    """Probability that an intruder's distance (n,) is larger than a genuine one's (k,); a tie counts one half. Sec. 4."""
+    """Probability that an intruder's distance (n,) is larger than a genuine one's (k,), a tie one half. Sec. 4."""
     g, i = _two(genuine, intruders)
     return float((np.searchsorted(g, i, "left") + np.searchsorted(g, i, "right")).mean() / (2 * len(g)))
 
@@ -120,8 +121,8 @@ def threshold(genuine: Any, fpr: float = FPR) -> float:
 def detection_at_fpr(genuine: Any, attacked: Any, fpr: float = FPR, evading: bool = False) -> float:
     """Share of `attacked` distances that are detected at `threshold(genuine, fpr)`.
 
-    Intruders are detected when eq. (1) calls them different, distance >= delta. Evading images (evading=True), which are
-    genuine, are detected when they are still recognised, distance <= delta.
+    Intruders are detected when eq. (1) calls them different, distance >= delta. Evading images (evading=True) are
+    genuine and detected when they are still recognised, distance <= delta.
     """
     delta, d = threshold(genuine, fpr), np.asarray(attacked, dtype=np.float64).ravel()
     if not len(d):
@@ -154,7 +155,8 @@ def _percentiles(replicates: np.ndarray, level: float = 0.95) -> tuple[float, fl
 
 
 def bootstrap_interval(
-    genuine: Any, genuine_target: Any, intruders: Any, intruder_target: Any, n: int = 1000, level: float = 0.95, seed: int = 0
+    genuine: Any, genuine_target: Any, intruders: Any, intruder_target: Any,
+    n: int = 1000, level: float = 0.95, seed: int = 0,
 ) -> tuple[float, float]:  # fmt: skip
     """Percentile interval of the AU-ROC, resampling targets; (nan, nan) from fewer than two targets."""
     if len(set(genuine_target) | set(intruder_target)) < 2:
@@ -231,8 +233,8 @@ def _row(v: Mapping[str, str]) -> Row:
         raise ValueError(f"role is {v['role']!r}, not genuine or intruder")
     row, col = (whole(name) if v.get(name) else -1 for name in ("row", "col"))
     return Row(
-        v["attack"], whole("mirroring", (0, 1)), whole("selection", (0, 1)), whole("seed"), v["target"], whole("anchor"),
-        whole("candidate"), v["person"], v["role"], length("distance"), row, col,
+        v["attack"], whole("mirroring", (0, 1)), whole("selection", (0, 1)), whole("seed"), v["target"],
+        whole("anchor"), whole("candidate"), v["person"], v["role"], length("distance"), row, col,
         length("direct") if v.get("direct") else math.nan,
     )  # fmt: skip
 
@@ -277,7 +279,7 @@ WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect")  
 
 def sides(attacks: Mapping[str, Attack], name: str, mirroring: int, selection: int) -> tuple[list[Row], list[Row]]:
     """(genuine, intruder) rows that judge attack `name`: its own rows, and clean ones for a role it did not attack.
-    The derived attacks take the lowest distance per pair: of the direct and the indirect attack, or of all (`worst`)."""
+    The derived attacks take a pair's lowest distance: of the direct and the indirect attack, or of all (`worst`)."""
     genuine, intruders = (pick(attacks.get(name), role, mirroring, selection) for role in ("genuine", "intruder"))
     if name == "worst":
         intruders = worst(attacks, mirroring, selection)
@@ -297,7 +299,7 @@ def closest(*several: Sequence[Row]) -> list[Row]:
 
 
 def direct_and_either(attacks: Mapping[str, Attack], mirroring: int, selection: int) -> tuple[list[Row], list[Row]]:
-    """Sec. 4.4: the rows of the direct attack, and those of the more successful of both per intruder, on the same pairs.
+    """Sec. 4.4: the rows of the direct attack, and of the more successful of both per intruder, on the same pairs.
     The direct one is the column `direct` of the indirect attack's rows (same starts), else the eyeglasses' rows."""
     indirect = pick(attacks.get("indirect"), "intruder", mirroring, selection)
     if indirect and not any(math.isnan(r.direct) for r in indirect):
@@ -382,8 +384,8 @@ def names(runs: Sequence[Run]) -> dict[str, list[str]]:
 def summary(
     run: Run | Path | str | Sequence[Run], mirroring: int = 1, selection: int = 1
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """{method: {attack: figures}}, see `measure`; `detected` is the share detected at 5 % FPR. Attacks without rows under
-    this setting are left out."""
+    """{method: {attack: figures}}, see `measure`; `detected` is the share detected at 5 % FPR. Attacks without rows
+    under this setting are left out."""
     runs = [read_run(run)] if isinstance(run, (str, Path)) else [run] if isinstance(run, Run) else list(run)
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for method, attacks in names(runs).items():
@@ -401,7 +403,7 @@ def summary(
 def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A summary as text, one line per method and attack."""
     lines = [
-        f"{'method':<14}{'attack':<21}{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  n"
+        f"{'method':<14}{'attack':<21}{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  {COUNTS}"
     ]
     for method, attacks in result.items():
         for name, m in attacks.items():
@@ -409,7 +411,7 @@ def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             between = "one target" if lo is None else f"{lo:.3f}-{hi:.3f}"
             lines.append(
                 f"{method:<14}{name:<21}{m['auroc']:>7.3f}  {between:<15}{m['aupr']:>6.3f}{m['ap']:>7.3f}"
-                f"{m['detected']:>10.1%}  {m['n_targets']} targets, {m['n_genuine']} genuine, {m['n_intruders']} intruders"
+                f"{m['detected']:>10.1%}  {_counts(m)}"
             )
             if "range" in m:
                 low, high = m["range"]["auroc"]
@@ -496,7 +498,7 @@ def check_random(attacks: Mapping[str, Attack]) -> Check:
 
 
 def check_indirect(attacks: Mapping[str, Attack], margin: float = 0.02) -> Check:
-    """Sec. 4.4: fails when adding the indirect attack takes more than `margin` of AU-ROC from the direct one, a sign that
+    """Sec. 4.4: fails when the indirect attack takes more than `margin` of AU-ROC off the direct one, a sign that
     gradients towards the real anchor are masked."""
     bad, ran = [], 0
     for m, s in sorted({(r.mirroring, r.selection) for r in attacks["indirect"].rows} if "indirect" in attacks else ()):
@@ -517,7 +519,7 @@ def check_mask(attacks: Mapping[str, Attack], tolerance: float = 1e-5) -> Check:
 
 
 def check_reproducible(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Check:
-    """Fails when the same attack with the same seed gave other distances, on average by more than `tolerance` (a share).
+    """Fails when the same attack with the same seed gave other distances, on average by over `tolerance` (a share).
     Repeats: `reproducible` in a sidecar, `<attack>-<anything>.csv` with the same config, and the direct half of the
     indirect attack, which starts where the eyeglasses did."""
     flags = {a: v.sidecar.get("reproducible") for a, v in attacks.items()}
@@ -592,9 +594,6 @@ def cell(m: Mapping[str, Any] | None, pr: bool = True) -> str:
     return f"{m['auroc']:.3f}" + (f" [{'; '.join(notes)}]" if notes else "") + (f" / {m['aupr']:.3f}" if pr else "")
 
 
-COUNTS = "targets / genuine / intruders"
-
-
 def _counts(m: Mapping[str, Any] | None) -> str:
     return f"{m['n_targets']} / {m['n_genuine']} / {m['n_intruders']}" if m else "-"
 
@@ -662,32 +661,30 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; raises UsageError naming the line that is not JSON."""
+    """The finished lines of a log, [] without one; raises UsageError naming the line that is not JSON."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from None
     result = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             result.append(dict(json.loads(line)))
         except (TypeError, ValueError):
-            raise UsageError(f"{path}:{number}: not a JSON object; run the training with --resume") from None
+            raise UsageError(f"{path}:{number}: not a JSON object; mend the line or train again") from None
     return result
 
 
 def cost(folder: Path) -> tuple[float, float] | None:
     """(steps, seconds) of a training: the last line of log.jsonl, `seconds` since the start; None without one."""
-    path = folder / "log.jsonl"
-    timed = [d for d in (read_log(path) if path.exists() else []) if d.get("seconds") and d.get("step")]
+    timed = [d for d in read_log(folder / "log.jsonl") if d.get("seconds") and d.get("step")]
     return (float(timed[-1]["step"]), float(timed[-1]["seconds"])) if timed else None
 
 
 def generator_cost(run: Path) -> tuple[float, float] | None:
     """(epochs, seconds) of the generator's training, the sum over generator.jsonl; None without one."""
-    path = run / "generator.jsonl"
-    timed = [d for d in (read_log(path) if path.exists() else []) if d.get("seconds")]
-    return (float(len(timed)), sum(float(d["seconds"]) for d in timed)) if timed else None
+    timed = [float(d["seconds"]) for d in read_log(run / "generator.jsonl") if d.get("seconds")]
+    return (float(len(timed)), sum(timed)) if timed else None
 
 
 def _costs(runs: Sequence[Run]) -> str:
@@ -754,8 +751,9 @@ def report(runs: Sequence[Run]) -> str:
     several = " and the lowest and highest run" if len(runs) > 1 else ""
     return f"""# Tables
 
-Data: {data}; runs: {len(runs)}; seed: {seeds}; commit: {commits}. The paper's figures are for CelebA. Figures are AU-ROC / AU-PR,
-precision = TPR / (TPR + FPR), intruder positive; in brackets the 95 % bootstrap interval of the AU-ROC over targets{several}.
+Data: {data}; runs: {len(runs)}; seed: {seeds}; commit: {commits}. The paper's figures are for CelebA.
+Figures are AU-ROC / AU-PR, precision = TPR / (TPR + FPR), intruder positive; in brackets the 95 % bootstrap interval of
+the AU-ROC over targets{several}.
 
 ## Health checks
 
@@ -866,8 +864,7 @@ def figure_1(run: Run) -> Any:
 
 
 def _curve(run: Run, method: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    path = run.folder / method / "log.jsonl"
-    lines = [d for d in (read_log(path) if path.exists() else []) if d.get(key) is not None and "step" in d]
+    lines = [d for d in read_log(run.folder / method / "log.jsonl") if d.get(key) is not None and "step" in d]
     return np.array([d["step"] for d in lines]), np.array([float(d[key]) for d in lines])
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -341,3 +344,147 @@ def test_health_of_a_run_fails_where_one_method_does(run, capsys):
     printed = capsys.readouterr().out
     assert "FAILED   gradients: no-at: eyeglasses: 2 zero" in printed and "not run  random search" in printed
     assert "OK       same seed, same result: repeated (ours)" in printed
+
+
+def full_run(folder):
+    """A made-up run that holds every input of every table and figure."""
+    rng = np.random.default_rng(0)
+    pairs = [("intruder", t, 10 + j) for t in ("a", "b", "c") for j in range(4)]
+    for method in ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at"):
+        configs = [(0, 0), (1, 0), (0, 1), (1, 1)] if method == "ours" else [(1, 1)]
+        genuine = [
+            ("genuine", t, j, rng.uniform(0.5, 1.0), *c) for c in configs for t in ("a", "b", "c") for j in range(3)
+        ]
+        write(folder, method, "clean", genuine + [(*p, rng.uniform(1, 2), *c) for c in configs for p in pairs])
+        for name in ("eyeglasses", "eye_patch", "random_eyeglasses", "noise", "eot_eyeglasses", "eot_eye_patch"):
+            effort = {"iterations": 80, "restarts": 1, "device": "CPU", "data": "synthetic", "commit": "c0ffee"}
+            write(folder, method, name, [(*p, rng.uniform(0.5, 2), *c) for c in configs for p in pairs], effort)
+        write(folder, method, "evasion", [(*r[:3], r[3] * 1.5) for r in genuine if tuple(r[4:]) == (1, 1)])
+        lines = [f"indirect,1,1,0,{t},7,{j},p,intruder,0.6,0.7" for _, t, j in pairs]
+        write(folder, method, "indirect", lines, header=HEADER + ",direct")
+        lines = [
+            f"square,{m},{s},0,{t},7,{j},p,intruder,0.9,{15 + 5 * (j % 5)},20" for m, s in configs for _, t, j in pairs
+        ]
+        write(folder, method, "square", lines, header=HEADER + ",row,col")
+        write(folder, method, "distal", [("intruder", t, -1, d) for t, d in (("a", 0.1), ("b", 0.2), ("c", 5.0))])
+        log = [{"step": 50 * k, "loss": 9 / k, "val_loss": 5 + k % 4, "seconds": 25.0 * k} for k in range(1, 9)]
+        (folder / method / "log.jsonl").write_text("".join(json.dumps(d) + "\n" for d in log) + '{"step": 450, "lo')
+    (folder / "ours/attacks/figure3.csv").write_text("kind,distance\nreal-real,2\nreal-real,3\nreal-generated,1\n")
+    for name in ("weak-at-7", "weak-at-20", "weak-at-40"):
+        (folder / name).mkdir()
+        (folder / name / "log.jsonl").write_bytes((folder / "weak-at/log.jsonl").read_bytes())
+    faces = rng.integers(0, 256, (3, 2, 3, 64, 64), dtype=np.uint8)
+    arrays = {"anchor": faces[:, 0], "clean": faces, "attacked": faces, "distance": np.ones((3, 2))}
+    arrays |= {"mask": np.ones((3, 64, 64), bool), "pattern": faces[:, 0, :, :12, :32]}
+    for name in ("eyeglasses", "square", "eye_patch", "distal"):
+        np.savez(folder / f"ours/attacks/{name}.npz", **arrays)
+    np.savez(folder / "quadruplets.npz", quadruplets=rng.integers(0, 256, (7, 4, 3, 64, 64), dtype=np.uint8))
+    (folder / "generator.json").write_text('{"psnr_true_u": 21.25, "content_factors_from_class": {"yaw": 0.03}}')
+    (folder / "generator.jsonl").write_text('{"epoch": 0, "seconds": 20}\n{"epoch": 1, "seconds": 22}\n')
+    (folder / "people.json").write_text('{"data": "synthetic", "seed": 4}')
+    return folder
+
+
+def section(text, title):
+    return text.split(f"## {title}")[1].split("\n## ")[0]
+
+
+def lines_of(text):
+    """{first cell: other cells} of the Markdown table in `text`."""
+    cells = [[c.strip() for c in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    return {c[0]: c[1:] for c in cells[2:]}
+
+
+def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
+    folder = full_run(tmp_path)
+    assert metrics.main(["--run", str(folder)]) == 0
+    assert "not made" not in capsys.readouterr().out
+    text = (folder / "tables.md").read_text()
+    assert (
+        "Data: synthetic" in text
+        and "seed: 4" in text
+        and "c0ffee" in text
+        and "not run  " not in text.split("## Attacks")[1]
+    )
+    result = metrics.summary(folder)
+    one, two = lines_of(section(text, "Table 1")), lines_of(section(text, "Table 2"))
+    assert list(one) == ["Ours, basic", "Ours, mirroring", "Ours, selection", "Ours, both", "Ours, transfer, both",
+                         "Weak AT", "DOA, C = 4", "DOA, C = 10"]  # fmt: skip
+    assert list(two) == ["Without AT", "Ours, both", "Ours, transfer, both"] and two["Ours, both"] == one["Ours, both"]
+    eyeglasses = result["ours"]["eyeglasses"]
+    expected = "{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(
+        eyeglasses["auroc"], *eyeglasses["interval"], eyeglasses["aupr"]
+    )
+    assert one["Ours, both"][2:4] == [expected, "0.868 / 0.896"] and one["Ours, both"][-1] == "3 / 9 / 12"
+    basic = metrics.summary(folder, 0, 0)["ours"]["clean"]
+    assert one["Ours, basic"][0].startswith(f"{basic['auroc']:.3f} [") and one["Ours, basic"][1] == "0.957"
+    assert two["Without AT"][3] == "0.590 / 0.669" and one["Ours, transfer, both"][3] == "-"
+    assert lines_of(section(text, "App. B.2"))["Paper"][:3] == ["0.978", "0.973", "0.965"]
+    evasion = lines_of(section(text, "Sec. 4.3"))["Ours"]
+    assert evasion[0].startswith(f"{result['ours']['evasion']['detected']:.1%} [") and evasion[1] == "25.2 %"
+    assert lines_of(section(text, "Sec. 4.4"))["Paper"][:2] == ["0.868", "0.867"]
+    assert "Ours: 2 of 3 images made from noise" in section(text, "Sec. 4.4")
+    assert lines_of(section(text, "Disentanglement")) == {
+        "psnr true u": ["21.25"],
+        "content factors from class yaw": ["0.03"],
+    }
+    costs = lines_of(section(text, "Cost"))
+    assert costs["Ours"] == ["0.5 s", "3.3 min", "400 steps", "11 h, 1.98 s"] and costs["generator"][0] == "21 s"
+    for number in range(1, 10):
+        assert (folder / f"figures/figure{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_run_lacks_is_said_and_the_rest_is_made(run, capsys):
+    assert metrics.main(["--run", str(run), "--out", str(run / "report")]) == 0
+    printed = capsys.readouterr().out
+    lacking = (
+        "quadruplets.npz",
+        "log.jsonl",
+        "figure3.csv",
+        "distal.npz",
+        "weak-at-<7",
+        "eyeglasses.npz",
+        "square.csv",
+    )
+    for number, name in enumerate((*lacking, "eye_patch.npz", "quadruplets.npz"), 1):
+        assert any(f"figure {number}: not made" in line and name in line for line in printed.splitlines()), (
+            number,
+            name,
+        )
+    text = (run / "report" / "tables.md").read_text()
+    one = lines_of(section(text, "Table 1"))
+    assert (
+        one["Weak AT"][0] == "not run"
+        and one["Ours, both"][0].startswith("1.000")
+        and one["Ours, basic"][0] == "not run"
+    )
+    assert section(text, "Disentanglement").strip() == "not run" and not (run / "tables.md").exists()
+    assert {line[0] for line in lines_of(section(text, "Cost")).values()} == {"not run"}
+
+
+def test_damaged_inputs_of_figures_are_named(run, capsys):
+    (run / "quadruplets.npz").write_bytes(b"PK\x03\x04 not an archive")
+    (run / "ours" / "log.jsonl").write_text('{"step": 1, "val_loss": 2}\n{"step": 2\n{"step": 3}\n')
+    np.savez(run / "ours/attacks/distal.npz", anchor=np.zeros(3))
+    told = metrics.draw(metrics.read_run(run), run / "figures")
+    assert any("quadruplets.npz is not readable" in line for line in told)
+    assert any("log.jsonl:2" in line for line in told) and any("no array 'attacked'" in line for line in told)
+    assert metrics.main(["--run", str(run)]) == 2  # the cost table needs the same log
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_without_matplotlib_tables_are_written_and_one_line_says_so(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert metrics.main(["--run", str(run)]) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out and (run / "tables.md").exists()
+
+
+def test_rows_of_other_people_and_the_script_alone(run, tmp_path):
+    (run / "ours" / "attacks").rename(run / "ours" / "attacks-lfw")
+    assert metrics.summary(metrics.read_run(run, "attacks-lfw"))["ours"]["clean"]["auroc"] == 1
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(metrics.__file__, alone)
+    command = [sys.executable, "metrics.py", "--run", str(run), "--rows", "attacks-lfw", "--json"]
+    done = subprocess.run(command, check=False, cwd=alone, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["ours"]["clean"]["n_targets"] == 2
