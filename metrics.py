@@ -4,11 +4,13 @@
     python metrics.py --run runs/synthetic-demo-0 --json      # {"<method>": {"<attack>": {"auroc": ..., ...}}}
     python metrics.py --run runs/a-0 runs/a-1 runs/a-2        # mean and range over runs (seeds)
 
-In: `<run>/<method>/attacks/<attack>.csv`, one row a compared pair, and what else the run wrote (log.jsonl, .npz, .json).
-Out: `tables.md`, `figures/*.png`. The positive class is the intruder ("different", eq. (1) = 1), the score is the distance: the
-balanced precision TPR / (TPR + FPR) then starts at 1 when an attack moves some intruders all the way and leaves the
-rest where they were, so AU-PR lies above AU-ROC as in the paper's pairs (0.868 / 0.896); with the genuine class as the
-positive one it would lie below. AU-PR here is the step-wise sum, so that chance is exactly 0.5.
+In: `<run>/<method>/attacks/<attack>.csv`, one row a compared pair, and what else the run wrote (logs, .npz, .json).
+Out: `tables.md`, `figures/*.png`.
+
+The positive class is the intruder ("different", eq. (1) = 1), the score is the distance: the balanced precision
+TPR / (TPR + FPR) then starts at 1 when an attack moves some intruders all the way and leaves the rest where they were, so
+AU-PR lies above AU-ROC as in most of the paper's pairs (0.868 / 0.896); with the genuine class as the positive one it
+would lie below. AU-PR is the step-wise sum, so that chance is exactly 0.5.
 """
 
 from __future__ import annotations
@@ -402,9 +404,8 @@ def summary(
 
 def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A summary as text, one line per method and attack."""
-    lines = [
-        f"{'method':<14}{'attack':<21}{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  {COUNTS}"
-    ]
+    head = f"{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  {COUNTS}"
+    lines = [f"{'method':<14}{'attack':<21}{head}"]
     for method, attacks in result.items():
         for name, m in attacks.items():
             lo, hi = m["interval"]
@@ -433,7 +434,7 @@ class Check(NamedTuple):
 def _verdict(name: str, detail: str, bad: Sequence[str], ran: int, missing: str) -> Check:
     if not ran:
         return Check(name, NOT_RUN, missing)
-    return Check(name, FAILED if bad else OK, "; ".join(bad) if bad else f"{detail} ({ran} compared)")
+    return Check(name, FAILED if bad else OK, "; ".join(bad) or detail)
 
 
 def check_gradients(attacks: Mapping[str, Attack]) -> Check:
@@ -518,7 +519,7 @@ def check_mask(attacks: Mapping[str, Attack], tolerance: float = 1e-5) -> Check:
     return _verdict("outside the mask", "nothing changed", bad, len(moved), "no attack measured it")
 
 
-def check_reproducible(attacks: Mapping[str, Attack], tolerance: float = 0.01) -> Check:
+def check_reproducible(attacks: Mapping[str, Attack], tolerance: float = 0.02) -> Check:
     """Fails when the same attack with the same seed gave other distances, on average by over `tolerance` (a share).
     Repeats: `reproducible` in a sidecar, `<attack>-<anything>.csv` with the same config, and the direct half of the
     indirect attack, which starts where the eyeglasses did."""
@@ -544,14 +545,16 @@ def health(runs: Sequence[Run]) -> list[Check]:
     """Every check over every method of every run; one that fails anywhere has failed, and says where."""
     result = []
     for check in CHECKS:
-        found = [(method, check(attacks)) for run in runs for method, attacks in run.methods.items()]
-        failed = [f"{method}: {c.detail}" for method, c in found if c.status == FAILED]
-        passed = [(method, c) for method, c in found if c.status == OK]
-        status = FAILED if failed else OK if passed else NOT_RUN
-        detail = "; ".join(failed) or found[0][1].detail
-        if status == OK:
-            detail = f"{passed[0][1].detail.rpartition(' (')[0]} ({', '.join(sorted({m for m, _ in passed}))})"
-        result.append(Check(found[0][1].name, status, detail))
+        found = []
+        for run in runs:
+            where = f"{run.folder.name} " if len(runs) > 1 else ""
+            found += [(method, f"{where}{method}", check(attacks)) for method, attacks in run.methods.items()]
+        failed = [f"{where}: {c.detail}" for _, where, c in found if c.status == FAILED]
+        passed = sorted({method for method, _, c in found if c.status == OK})
+        name, status, detail = next((c for _, _, c in found if c.status == OK), found[0][2])
+        if passed:
+            detail = f"{detail} in {', '.join(passed)}"
+        result.append(Check(name, FAILED, "; ".join(failed)) if failed else Check(name, status, detail))
     return result
 
 

@@ -342,8 +342,10 @@ def test_health_of_a_run_fails_where_one_method_does(run, capsys):
     write(run, "no-at", "eyeglasses", attacked(1, 1, 1, 1), {"zero_gradients": 2})
     assert metrics.main(["--run", str(run)]) == 0
     printed = capsys.readouterr().out
+    both = metrics.health([metrics.read_run(run)] * 2)[0]
+    assert both.status == "FAILED" and f"{run.name} no-at: eyeglasses" in both.detail and "ours" not in both.detail
     assert "FAILED   gradients: no-at: eyeglasses: 2 zero" in printed and "not run  random search" in printed
-    assert "OK       same seed, same result: repeated (ours)" in printed
+    assert "OK       same seed, same result: repeated in ours" in printed
 
 
 def full_run(folder):
