@@ -613,7 +613,7 @@ def comparison(runs: Sequence[Run], lines: Sequence[tuple[str, str, int, int, tu
         for n, figures in enumerate(found):
             row += [cell(figures, n > 0), " / ".join(f"{v:.3f}" for v in paper[n]) if paper else "-"]
         body.append([*row, _counts(found[1] or found[0])])
-    return markdown([*header, COUNTS], body)
+    return markdown([*header, f"{COUNTS} under eyeglasses"], body)
 
 
 def _evasion(runs: Sequence[Run]) -> str:
@@ -808,8 +808,7 @@ class Missing(ValueError):
     """A figure's input that the run does not hold; the text names it."""
 
 
-STEPS = {"weak-at-7": "7 steps of 30/255", "weak-at-10": "10 steps of 16/255", "weak-at-20": "20 steps of 12/255",
-         "weak-at-40": "40 steps of 6/255"}  # App. A, Fig. 5  # fmt: skip
+STEPS = {"weak-at-7": (7, 30), "weak-at-10": (10, 16), "weak-at-20": (20, 12), "weak-at-40": (40, 6)}  # App. A, Fig. 5
 
 
 def load_arrays(path: Path, *keys: str) -> list[np.ndarray]:
@@ -952,16 +951,19 @@ def figure_4(run: Run, columns: int = 8) -> Any:
 
 def figure_5(run: Run) -> Any:
     """Test loss of weak adversarial training for the step settings; a dot at the lowest, where it would stop early."""
-    curves = {m: _curve(run, m, "val_loss") for m in STEPS}
-    if not len(curves["weak-at-10"][0]):
-        curves["weak-at-10"] = _curve(run, "weak-at", "val_loss")
+    curves = {m: _curve(run, m, "val_loss") for m in ("weak-at", *STEPS)}
     curves = {m: c for m, c in curves.items() if len(c[0])}
+    if "weak-at-10" in curves:
+        curves.pop("weak-at", None)
     if not curves:
         raise Missing(f"{run.folder}/weak-at-<7|10|20|40>/log.jsonl is missing")
     figure, axes = _new(1, 1, 5.2, 3.4)
     for method, (steps, loss) in curves.items():
+        config = _json(run.folder / method / "result.json").get("config", {})
+        count, size = STEPS.get(method, (10, 16))
+        count, size = config.get("attack_steps", count), config.get("attack_alpha", size)
         smooth = _smooth(loss)
-        (line,) = axes[0, 0].plot(steps, smooth, label=STEPS[method])
+        (line,) = axes[0, 0].plot(steps, smooth, label=f"{count} steps of {size:.0f}/255")
         axes[0, 0].plot(steps, loss, color=line.get_color(), alpha=0.25, linewidth=0.8)
         axes[0, 0].plot(steps[smooth.argmin()], smooth.min(), "o", color=line.get_color())
     highest = 3 * max(loss[0] for _, loss in curves.values())
@@ -972,12 +974,12 @@ def figure_5(run: Run) -> Any:
 
 
 def _face(run: Run) -> np.ndarray:
-    """(64, 64, 3): the mean of the run's real faces in its quadruplets, grey without them."""
+    """(64, 64, 3): the mean of the faces that the square attack shows, grey without them."""
     try:
-        (rows,) = load_arrays(run.folder / "quadruplets.npz", "quadruplets")
+        (faces,) = load_arrays(_first(run, "square"), "clean")
     except Missing:
         return np.full((64, 64, 3), 0.8)
-    return np.mean([picture(i) for i in rows[:, [0, 2]].reshape(-1, *rows.shape[2:])], 0)
+    return np.mean([picture(i) for i in faces.reshape(-1, *faces.shape[-3:])], 0)
 
 
 def figure_6(run: Run) -> Any:
