@@ -751,6 +751,7 @@ def main(argv: list[str] | None = None) -> int:
             split = data.read_manifest(people, faces)
         else:
             split = data.split_persons(faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed)
+            run.mkdir(parents=True, exist_ok=True)
             data.write_manifest(people, faces, split)
         record = {"data": config.data, "root": str(Path(config.root).resolve()) if config.root else "", "crop": config.crop, "preset": config.preset, "seed": config.seed, "options": options}
         write_json(run / "run.json", record)

@@ -82,7 +82,7 @@ PRESETS: dict[str, dict[str, object]] = {
         data="synthetic", train_persons=0, validation_persons=40, target_persons=30, class_dim=96, content_dim=96,
         hidden=(192, 256), channels=(128, 96, 48, 16), out_channels=12, encoder_channels=(16, 32, 64, 96, 96),
         encoder_hidden=128, loss="pyramid", content_penalty=1e-5, rate=1.5e-3, rate_end=5e-5, code_rate=4.0,
-        epochs=90, encoder_epochs=45, encoder_rate=1e-3, encoder_rate_end=2e-5, code_weight=0.02,
+        epochs=60, encoder_epochs=35, encoder_rate=1e-3, encoder_rate_end=2e-5, code_weight=0.02,
     ),
 }  # fmt: skip
 
@@ -487,9 +487,14 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tupl
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
-    parser = argparse.ArgumentParser(description="Train the disentangled generator (Sec. 2, App. A).")
+    parser = Parser(prog="generator.py", description="Train the disentangled generator (Sec. 2, App. A).")
     for field in dataclasses.fields(Config):
         flag, default = "--" + field.name.replace("_", "-"), field.default
         if isinstance(default, tuple):
@@ -597,6 +602,7 @@ def main(argv: list[str] | None = None) -> int:
             split = data.split_persons(
                 faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed
             )
+            run.mkdir(parents=True, exist_ok=True)
             data.write_manifest(people, faces, split)
         if finished.exists() and not args.overwrite:
             lord, content = load_generator(finished, device)
@@ -637,8 +643,7 @@ def evaluate(config: Config, run: Path, lord: Lord, faces, split, device: torch.
     if config.data == "synthetic":
         from data import synthetic
 
-        identity, content = synthetic.factors(config.synthetic_persons, config.synthetic_images, 0)
-        identity, content = identity[faces.person[pick]], content[pick]
+        identity, content = faces.identity[faces.person[pick]], faces.content[pick]
         truth = to_float(synthetic.render(identity[x], content[t]).to(device))
         class_code, content_code = encode(lord, images)
         result["psnr_true_u"] = psnr(decode(lord, class_code[x], content_code[t]), truth)
