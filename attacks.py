@@ -101,11 +101,12 @@ class Config:
 PRESETS: dict[str, dict] = {
     "paper": {},
     "released": {},  # where the released code's attacks differ they are wrong, so nothing is taken from them
+    # 80 iterations at 0.2 falling to zero came closer than 1000 at 0.01, by 0.1 % (robust F) to 2 % (untrained F)
     "demo": {
-        "targets": 20, "intruders": 12, "clean_intruders": 60, "iterations": 80, "lr": 0.1, "restarts": 1,
-        "decay": True, "square_search_iterations": 10, "patch_train": 24, "patch_iterations": 150, "patch_lr": 0.05,
-        "patterns": 200, "evasion_iterations": 80, "evasion_lr": 0.1, "evasion_restarts": 1,
-        "distal_iterations": 200, "distal_lr": 0.1, "eot_samples": 2, "eot_tests": 8,
+        "targets": 20, "intruders": 12, "clean_intruders": 60, "iterations": 80, "lr": 0.2, "restarts": 1,
+        "decay": True, "square_search_iterations": 6, "square_search_lr": 0.3, "patch_train": 20,
+        "patch_iterations": 100, "patch_lr": 0.2, "patterns": 200, "evasion_iterations": 80, "evasion_lr": 0.2,
+        "evasion_restarts": 1, "distal_iterations": 150, "distal_lr": 0.2, "eot_samples": 2, "eot_tests": 8,
     },
 }  # fmt: skip
 

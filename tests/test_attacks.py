@@ -1,0 +1,616 @@
+"""Each attack is held to its definition: known optima, masks, signs, seeds, and the real command on a small run."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import attacks
+from attacks import Config, eye_patch_mask, eyeglasses_mask, run_attack, square_mask, tanh_attack, universal_patch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def faces(n, seed=0, size=64):
+    return torch.rand(n, 3, size, size, generator=seeded(seed))
+
+
+class Linear(nn.Module):
+    """Features that are weighted sums of all pixels."""
+
+    def __init__(self, dim=8, size=64, seed=1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3 * size * size, dim, generator=seeded(seed)) / size)
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
+
+
+class Small(nn.Module):
+    """A small convolutional embedding with dropout and batch norm, which behave differently in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 5, 4, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU(),
+                                 nn.Flatten(), nn.Dropout(0.5), nn.Linear(512, 8))  # fmt: skip
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+# ------------------------------------------------------------------------------------------------------------------- masks
+def test_masks_are_the_papers():
+    glasses, patch = eyeglasses_mask(), eye_patch_mask()
+    assert glasses.shape == (64, 64) and glasses.sum() == 107 and f"{107 / 4096:.1%}" == "2.6%"
+    rows, columns = glasses.nonzero().unbind(1)
+    assert 24 <= rows.min() and rows.max() < 40 and 16 <= columns.min() and columns.max() < 48
+    assert glasses[26, 17] and not glasses[26, 16] and glasses[26, 28] and not glasses[26, 29]  # 7ff80ffe: bits 30 to 19
+    assert patch[26:38, 16:48].all() and patch.sum() == 12 * 32
+    square = square_mask(15, 35)
+    assert square.sum() == 100 and square[15:25, 35:45].all()
+
+
+@pytest.mark.parametrize("stride, count", [(5, 25), (1, 21 * 21), (3, 64), (50, 4)])
+def test_square_positions_cover_the_region_with_its_flush_edge(stride, count):
+    places = attacks.square_positions(stride)
+    assert len(places) == len(set(places)) == count
+    assert {p for place in places for p in place} <= set(range(15, 36)) and (15, 15) in places and (35, 35) in places
+    if stride == 5:
+        assert {row for row, _ in places} == {15, 20, 25, 30, 35}
+
+
+# --------------------------------------------------------------------------------------------------------------- distances
+def test_distance_mirrors_the_candidate_and_not_the_anchor():
+    embed, x = Linear(), faces(3)
+    anchor = embed(faces(1, 9))[0].detach()
+    by_hand = [((embed(x) - anchor).square().sum(1) + (embed(x.flip(3)) - anchor).square().sum(1)) / 2,
+               (embed(x) - anchor).square().sum(1)]  # fmt: skip
+    for mirroring, want in zip((True, False), by_hand):
+        assert torch.allclose(attacks.distances(embed, x, anchor, mirroring), want.sqrt())
+        assert torch.allclose(attacks.distances(embed, x, anchor, mirroring, chunk=2), want.sqrt())
+
+
+def test_anchor_is_the_image_nearest_to_the_others():
+    features = torch.tensor([[9.0, 0], [0, 0], [1, 0], [0, 1]])
+    squared = [sum(math.dist(a, b) ** 2 for b in features.tolist()) for a in features.tolist()]
+    assert attacks.select_anchor(features) == squared.index(min(squared)) == 2
+
+
+def test_transform_moves_scales_turns_and_brightens():
+    x = torch.zeros(1, 3, 64, 64)
+    x[:, :, 20:24, 30:34] = 0.5
+    same, moved, bright, turned, large = attacks.transform(
+        x, torch.tensor([[0, 0, 1, 0, 1], [2, -3, 1, 0, 1], [0, 0, 1, 0, 1.4], [0, 0, 1, math.pi / 2, 1], [0, 0, 2, 0, 1]])
+    ).split(1)
+    assert torch.allclose(same, x, atol=1e-5)
+    assert torch.allclose(bright, x * 1.4, atol=1e-5)
+    assert torch.allclose(moved, torch.roll(x, (-2, 3), (2, 3)), atol=1e-4)
+    assert min((turned - torch.rot90(x, k, (2, 3))).abs().max() for k in (1, 3)) < 1e-4
+    assert torch.isclose(large.sum(), 4 * x.sum(), rtol=0.02)
+    drawn = attacks.draw_transforms(1000, 2, 0.05, 5, 0.1, seeded())
+    limits = torch.tensor([2, 2, 0.05, math.radians(5), 0.1])
+    assert ((drawn - torch.tensor([0, 0, 1.0, 0, 1])).abs() <= limits + 1e-6).all()
+    assert ((drawn - torch.tensor([0, 0, 1.0, 0, 1])).abs().amax(0) > 0.95 * limits).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- tanh attack
+@pytest.mark.parametrize("direction", ["impersonate", "evade"])
+def test_attack_stays_in_its_mask_and_range_and_has_the_right_sign(small, direction):
+    x = faces(4)
+    x[0], x[1] = 0.0, 1.0  # saturated pixels
+    anchor = small(faces(1, 5))[0].detach()
+    before = attacks.distances(small, x, anchor)
+    mask = eyeglasses_mask()
+    result = tanh_attack(small, x, anchor, mask, direction=direction, iterations=20, lr=0.3, restarts=2)
+    assert torch.equal(result.images[:, :, ~mask], x[:, :, ~mask])
+    assert result.images.min() >= 0 and result.images.max() <= 1
+    assert torch.allclose(result.distance, attacks.distances(small, result.images, anchor), atol=1e-5)
+    assert (result.distance < before if direction == "impersonate" else result.distance > before).all()
+    assert (result.zero_gradients, result.nonfinite, result.gradients) == (0, 0, 4 * 2 * 20)
+
+
+def test_direction_must_be_named(small):
+    with pytest.raises(ValueError, match="impersonate or evade"):
+        tanh_attack(small, faces(1), torch.zeros(8), eyeglasses_mask(), direction="both")
+
+
+def test_more_restarts_never_hurt(small):
+    x, anchor = faces(6), small(faces(1, 5))[0].detach()
+    found = [tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=6, lr=0.3, restarts=n, generator=seeded(3))
+             for n in (1, 2, 4)]  # fmt: skip
+    for fewer, more in zip(found, found[1:]):
+        assert (more.distance <= fewer.distance + 1e-6).all()
+    assert (found[2].distance < found[0].distance - 1e-4).any()
+    assert torch.allclose(found[2].extra["by_restarts"][1], found[0].distance, atol=1e-5)
+    assert torch.equal(found[2].extra["loss"][:2], found[1].extra["loss"])
+
+
+def test_best_iterate_is_kept(small):
+    x, anchor = faces(4), small(faces(1, 5))[0].detach()
+    settings = {"lr": 50.0, "restarts": 1, "generator": seeded(3)}  # overshoots
+    start = attacks.draw_start(4, 1, 3, 107, seeded(3))
+    found = [tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=n, **settings | {"start": start}) for n in (1, 4, 9)]
+    for fewer, more in zip(found, found[1:]):
+        assert (more.distance <= fewer.distance + 1e-6).all()
+
+
+def test_empty_mask_changes_nothing(small):
+    x, anchor = faces(3), small(faces(1, 5))[0].detach()
+    result = tanh_attack(small, x, anchor, torch.zeros(64, 64, dtype=torch.bool), iterations=5)
+    assert torch.equal(result.images, x) and result.gradients == 0
+    assert torch.equal(result.distance, attacks.distances(small, x, anchor))
+
+
+def test_linear_embedding_reaches_the_known_optimum():
+    """One feature, so that the distance inside the box [0, 1]^P is known: |what the pixels can still reach|."""
+    embed, x, mask = Linear(dim=1), faces(4), eyeglasses_mask()
+    w = embed.weight.view(3, 64, 64)[:, mask].detach()
+    outside = embed(x * ~mask)[:, 0].detach()
+    low, high = outside + w.clamp(max=0).sum(), outside + w.clamp(min=0).sum()
+    for anchor in (torch.tensor([1e3]), torch.tensor([-1e3])):  # out of reach: every pixel goes to its end
+        result = tanh_attack(embed, x, anchor, mask, mirroring=False, iterations=150, lr=0.3, restarts=1)
+        want = (anchor - high).abs() if anchor > 0 else (anchor - low).abs()
+        assert torch.allclose(result.distance, want, rtol=0, atol=2e-3 * float(high[0] - low[0]))
+        away = tanh_attack(embed, x, anchor, mask, direction="evade", mirroring=False, iterations=150, lr=0.3, restarts=1)
+        want = (anchor - low).abs() if anchor > 0 else (anchor - high).abs()
+        assert torch.allclose(away.distance, want, rtol=0, atol=2e-3 * float(high[0] - low[0]))
+    inside = (low.max() + high.min())[None] / 2  # within reach of all: distance zero
+    result = tanh_attack(embed, x, inside, mask, mirroring=False, iterations=150, lr=0.1, restarts=1, decay=True)
+    assert result.distance.max() < 1e-3 * float(high[0] - low[0])
+
+
+def test_mirroring_optimum_is_that_of_the_mean():
+    """The image alone can reach the anchor exactly; the attack through the mirror finds the lowest mean instead."""
+    embed, x, mask = Linear(dim=2), faces(2), eyeglasses_mask()
+    weight = embed.weight.detach().view(3, 64, 64, 2)
+    columns = torch.cat([weight[:, mask].flatten(0, 1), weight.flip(2)[:, mask].flatten(0, 1)], 1).T  # (4, P)
+    rest = torch.cat([embed(x * ~mask), embed((x * ~mask).flip(3))], 1).detach()
+    anchor = rest[:, :2].mean(0) + weight[:, mask].sum((0, 1)) / 2 + torch.tensor([0.2, -0.1])
+    result = tanh_attack(embed, x, anchor, mask, iterations=400, lr=0.1, restarts=1, decay=True)
+    for i in range(2):  # projected gradient on the same convex problem
+        pixels, goal = torch.full((columns.shape[1],), 0.5), torch.cat([anchor, anchor]) - rest[i]
+        step = 1 / torch.linalg.matrix_norm(columns, 2) ** 2
+        for _ in range(3000):
+            pixels = (pixels - step * columns.T @ (columns @ pixels - goal)).clamp(0, 1)
+        want = ((columns @ pixels - goal).square().sum() / 2).sqrt()
+        assert abs(result.distance[i] - want) < 0.01 * attacks.distances(embed, x, anchor)[i]
+
+
+def test_same_seed_same_result_and_chunks_do_not_matter(small):
+    x, anchor = faces(5), small(faces(1, 5))[0].detach()
+    run = lambda chunk, seed: tanh_attack(  # noqa: E731
+        small.double(), x.double(), anchor.double(), eyeglasses_mask(), iterations=8, lr=0.1, restarts=3, chunk=chunk,
+        generator=seeded(seed))  # fmt: skip
+    first = run(256, 1)
+    assert torch.equal(first.images, run(256, 1).images)
+    assert not torch.allclose(first.images, run(256, 2).images, atol=1e-3)
+    for chunk in (1, 4, 7):
+        assert torch.allclose(run(chunk, 1).images, first.images, atol=1e-9)
+
+
+def test_targets_in_one_batch_as_alone(small):
+    """Rows of several targets, each with its own generator and anchor, as when attacked one target at a time."""
+    x, anchors = faces(6), small(faces(2, 5)).detach()
+    settings = {"iterations": 5, "lr": 0.1, "restarts": 2}
+    both = tanh_attack(small, x, anchors.repeat_interleave(3, 0), eyeglasses_mask(), generator=[seeded(1), seeded(2)], **settings)
+    for k in range(2):
+        alone = tanh_attack(small, x[3 * k:3 * k + 3], anchors[k], eyeglasses_mask(), generator=seeded(k + 1), **settings)
+        assert torch.allclose(both.images[3 * k:3 * k + 3], alone.images, atol=1e-4)
+
+
+def test_mode_and_gradient_flags_are_restored(small):
+    small.train()
+    small.net[3].eval()
+    small.net[0].weight.requires_grad_(False)
+    modes = [m.training for m in small.modules()]
+    flags = [p.requires_grad for p in small.parameters()]
+    state = {k: v.clone() for k, v in small.state_dict().items()}
+    anchor = torch.zeros(8)
+    seen = []
+    handle = small.register_forward_hook(lambda m, _, __: seen.append((m.training, any(p.requires_grad for p in m.parameters()))))
+    universal_patch(small, faces(2), anchor, eye_patch_mask(), iterations=2)
+    tanh_attack(small, faces(2), anchor, eyeglasses_mask(), iterations=2)
+    handle.remove()
+    with pytest.raises(RuntimeError):
+        tanh_attack(small, faces(2), torch.zeros(5), eyeglasses_mask(), iterations=2)
+    assert set(seen) == {(False, False)}
+    assert [m.training for m in small.modules()] == modes and [p.requires_grad for p in small.parameters()] == flags
+    assert all(p.grad is None for p in small.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in small.state_dict().items())
+
+
+def test_zero_and_nonfinite_gradients_are_counted():
+    flat = lambda x: torch.zeros(len(x), 4) * x.sum((1, 2, 3))[:, None]  # noqa: E731
+    result = tanh_attack(flat, faces(2), torch.ones(4), eyeglasses_mask(), iterations=3, restarts=1)
+    assert (result.zero_gradients, result.nonfinite, result.gradients) == (6, 0, 6)
+    broken = lambda x: (x.sum((1, 2, 3)) - 1e9)[:, None].sqrt()  # noqa: E731
+    result = tanh_attack(broken, faces(2), torch.ones(1), eyeglasses_mask(), iterations=3, restarts=1)
+    assert (result.zero_gradients, result.nonfinite, result.gradients) == (0, 6, 6)
+    assert result.images.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------------ square
+def test_location_search_finds_the_planted_place():
+    """The embedding reads one window for each image, so only the square on that window can help."""
+    planted = [(15, 35), (25, 20), (35, 35)]
+    x = faces(3) * 0.2
+    x[:, :, 0, 0] = torch.tensor([0.1, 0.2, 0.3])[:, None]  # the image says which window is read
+
+    def embed(images):
+        which = (images[:, 0, 0, 0] * 10).round().long() - 1
+        views = torch.stack([images[:, :, r:r + 10, c:c + 10].mean((1, 2, 3)) for r, c in planted], 1)  # (N, 3)
+        return views.gather(1, which[:, None])
+
+    result = attacks.square_attack(embed, x, torch.ones(1), mirroring=False, search_iterations=4, iterations=60, lr=0.3, restarts=1)
+    assert list(zip(result.extra["row"].tolist(), result.extra["col"].tolist())) == planted
+    assert result.distance.max() < 0.02
+    for i, (row, column) in enumerate(planted):
+        outside = ~square_mask(row, column)
+        assert torch.equal(result.images[i][:, outside], x[i][:, outside])
+    fine = attacks.square_attack(embed, x[:1], torch.ones(1), mirroring=False, search_iterations=2, iterations=2, lr=0.3,
+                                 restarts=1, positions=[(r, c) for r in (13, 15, 17) for c in (34, 35, 36)])  # fmt: skip
+    assert (fine.extra["row"].item(), fine.extra["col"].item()) == planted[0]
+
+
+def test_location_search_does_not_depend_on_chunks(small):
+    x, anchor = faces(3).double(), torch.ones(8).double()
+    found = [attacks.location_search(small.double(), x, anchor, attacks.square_positions(10), iterations=2, chunk=c)[0]
+             for c in (1, 40, 500)]  # fmt: skip
+    assert found[0].shape == (3, 9)
+    assert all(torch.allclose(found[0], f, atol=1e-9) for f in found[1:])
+
+
+# --------------------------------------------------------------------------------------------------------- universal patch
+def test_universal_patch_helps_on_intruders_it_never_saw(small):
+    anchor = small(faces(1, 5))[0].detach()
+    seen, unseen, mask = faces(12, 1), faces(12, 2), eye_patch_mask()
+    pattern, trained = universal_patch(small, seen, anchor, mask, iterations=60, lr=0.1)
+    patched = attacks.apply_pattern(unseen, pattern, mask)
+    assert pattern.shape == (3, 384) and 0 <= pattern.min() and pattern.max() <= 1
+    assert torch.equal(patched[:, :, mask], pattern.expand(12, -1, -1)) and torch.equal(patched[:, :, ~mask], unseen[:, :, ~mask])
+    grey = attacks.apply_pattern(unseen, torch.full_like(pattern, 0.5), mask)
+    clean, after, occluded = (attacks.distances(small, x, anchor) for x in (unseen, patched, grey))
+    assert after.mean() < 0.9 * clean.mean() and after.mean() < 0.9 * occluded.mean()
+    assert trained.distance.mean() < 0.9 * attacks.distances(small, seen, anchor).mean()
+    again, _ = universal_patch(small, seen, anchor, mask, iterations=60, lr=0.1, chunk=7)
+    assert torch.allclose(again, pattern, atol=0.02)
+
+
+# ----------------------------------------------------------------------------------------------------- the other attacks
+def test_random_patterns_keep_the_closest_of_all(small):
+    x, anchor, mask = faces(3), small(faces(1, 5))[0].detach(), eyeglasses_mask()
+    found = [attacks.random_patterns(small, x, anchor, mask, patterns=n, generator=seeded(), chunk=16) for n in (1, 20)]
+    values = torch.rand(20, 3, 107, generator=seeded())
+    by_hand = attacks.distances(small, attacks.apply_pattern(x[:1].expand(20, -1, -1, -1), values, mask), anchor)
+    assert torch.isclose(found[1].distance[0], by_hand.min()) and torch.equal(found[1].images[:, :, ~mask], x[:, :, ~mask])
+    gradient = tanh_attack(small, x, anchor, mask, iterations=30, lr=0.2, restarts=1)
+    assert (gradient.distance < found[1].distance).all()
+
+
+def test_uniform_noise_is_bounded_and_fills_its_range():
+    x = faces(4) * 0.8 + 0.1
+    moved = attacks.uniform_noise(x, 10 / 255) - x
+    assert moved.abs().max() <= 10 / 255 + 1e-6 and abs(moved.mean()) < 1e-3
+    assert abs(moved.std() - 10 / 255 / 3**0.5) < 1e-3
+    assert attacks.uniform_noise(torch.ones(1, 3, 8, 8)).max() == 1
+
+
+def test_indirect_takes_the_stronger_by_true_distance(small):
+    x, anchor, virtual = faces(6), *small(faces(2, 5)).detach()
+    settings = {"iterations": 10, "lr": 0.2, "start": attacks.draw_start(6, 1, 3, 107, seeded())}
+    result = attacks.indirect_attack(small, x, anchor, virtual, eyeglasses_mask(), **settings)
+    direct = tanh_attack(small, x, anchor, eyeglasses_mask(), **settings)
+    indirect = tanh_attack(small, x, virtual, eyeglasses_mask(), **settings)
+    assert torch.allclose(result.extra["direct"], direct.distance, atol=1e-5)
+    assert torch.allclose(result.extra["indirect"], attacks.distances(small, indirect.images, anchor), atol=1e-5)
+    assert torch.allclose(result.distance, torch.minimum(result.extra["direct"], result.extra["indirect"]), atol=1e-5)
+    near = attacks.indirect_attack(small, x, anchor, anchor, eyeglasses_mask(), **settings)
+    assert torch.equal(near.extra["direct"], near.extra["indirect"])
+
+
+def test_worst_is_the_strongest_per_intruder():
+    one = attacks.Attacked(torch.zeros(3, 1, 2, 2), torch.tensor([1.0, 5, 3]), 1, 2, 3)
+    two = attacks.Attacked(torch.ones(3, 1, 2, 2), torch.tensor([2.0, 4, 3]), 1, 2, 3)
+    both = attacks.worst(one, two)
+    assert both.distance.tolist() == [1, 4, 3] and both.extra["strongest"].tolist() == [0, 1, 0]
+    assert both.images[:, 0, 0, 0].tolist() == [0, 1, 0] and (both.zero_gradients, both.nonfinite, both.gradients) == (2, 4, 6)
+
+
+def test_distal_reaches_the_anchor_from_noise(small):
+    anchor = small(faces(1, 5))[0].detach()
+    result = attacks.distal_attack(small, (2, 3, 64, 64), anchor, iterations=80, lr=0.1, restarts=1, mirroring=False)
+    start = attacks.distances(small, torch.rand(2, 3, 64, 64, generator=seeded()), anchor, False)
+    assert (result.distance < 0.1 * start).all()
+
+
+@pytest.mark.parametrize("name", ["eot_eyeglasses", "eot_eye_patch"])
+def test_eot_survives_transforms_better_than_the_plain_attack(small, name):
+    config = Config(iterations=40, lr=0.2, restarts=1, patch_iterations=40, patch_lr=0.2, eot_samples=3, eot_tests=12,
+                    eot_shift=3.0, eot_rotation=8.0)  # fmt: skip
+    x, train, anchor = faces(4), faces(6, 1), small(faces(1, 5))[0].detach()
+    robust = run_attack(name, config, small, x, anchor, generator=seeded(), training=train)
+    plain = run_attack(name[4:], config, small, x, anchor, generator=seeded(), training=train)
+    fresh = attacks.draw_transforms(64, 3.0, 0.05, 8.0, 0.1, seeded(77))
+    scores = [attacks.distances(small, r.images, anchor, True, fresh).mean() for r in (robust, plain)]
+    assert scores[0] < scores[1] and scores[0] < attacks.distances(small, x, anchor, True, fresh).mean()
+    assert abs(robust.distance.mean() - scores[0]) < 0.1 * scores[0]  # the row is the distance under transforms
+    assert torch.equal(robust.images[:, :, ~robust.mask], x[:, :, ~robust.mask])
+
+
+# ------------------------------------------------------------------------------------------------------ a foreign embedding
+class Block(nn.Module):
+    def __init__(self, c, d, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c, d, 3, stride, 1, bias=False), nn.BatchNorm2d(d)
+        self.conv2, self.bn2 = nn.Conv2d(d, d, 3, 1, 1, bias=False), nn.BatchNorm2d(d)
+        self.downsample = nn.Sequential(nn.Conv2d(c, d, 1, stride, bias=False), nn.BatchNorm2d(d))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """In torchvision's form: stem, stages of basic blocks, average pooling, with the input normalised inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stages = nn.Sequential(Block(8, 8, 1), Block(8, 16, 2), Block(16, 32, 2))
+        self.fc = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.fc(self.stages(self.stem((x - self.mean) / self.std)).mean((2, 3)))
+
+
+def test_every_attack_runs_on_a_resnet_that_is_not_ours():
+    torch.manual_seed(0)
+    embed = ResNet()  # left in training mode: the attacks must not use or move its batch statistics
+    config = replace(Config(**attacks.PRESETS["demo"]), iterations=8, square_search_iterations=1, square_stride=20,
+                     patch_iterations=8, patterns=8, evasion_iterations=8, distal_iterations=8)  # fmt: skip
+    x, train = faces(3), faces(4, 2)
+    anchor, virtual = attacks.extract(embed, faces(2, 5))
+    clean = attacks.distances(embed, x, anchor)
+    for name in attacks.ATTACKS:
+        result = run_attack(name, config, embed, x, anchor, generator=seeded(), training=train, virtual=virtual)
+        images = result.images if name == "distal" else x
+        mask = result.mask.expand(len(images), -1, -1)[:, None].expand_as(images)
+        assert torch.equal(result.images[~mask], images[~mask]) and 0 <= result.images.min() <= result.images.max() <= 1
+        assert result.distance.shape == (len(images),) and result.distance.isfinite().all() and result.nonfinite == 0
+        if name in ("eyeglasses", "square", "indirect"):
+            assert (result.distance < clean).all()
+        if name == "evasion":
+            assert (result.distance > clean).all()
+    assert embed.training and all(p.requires_grad for p in embed.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- who takes part
+def test_intruders_are_others_and_patches_train_on_other_images():
+    person = torch.arange(10).repeat_interleave(4)
+    near, far = [0, 1, 2], [3, 4]
+    tested, training = attacks.choose_intruders(person, 0, near, far, 6, 5, seeded())
+    assert len(set(tested)) == 6 and {int(person[i]) for i in tested} <= {1, 2}
+    assert len(set(training)) == 5 and {int(person[i]) for i in training} <= {3, 4}
+    tested, training = attacks.choose_intruders(person, 0, near, far, 10, 100, seeded())
+    assert [int(person[i]) in (1, 2) for i in tested] == [True] * 8 + [False] * 2
+    assert not set(tested) & set(training) and len(tested) + len(training) == 16
+    longer, _ = attacks.choose_intruders(person, 0, near, far, 12, 0, seeded())
+    assert longer[:10] == tested
+    a, b, c = (attacks.stable_generator(*parts).initial_seed() for parts in ((0, "a"), (0, "a"), (1, "a")))
+    assert a == b == 3426483283761622585 != c  # the same on every machine
+
+
+# -------------------------------------------------------------------------------------------------------------- the command
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on photographs of eight persons with an untrained embedding, as embed.py leaves it."""
+    import data
+    import embed
+    from PIL import Image
+
+    home = tmp_path_factory.mktemp("attacks")
+    for p in range(8):
+        (home / f"people/p{p}").mkdir(parents=True)
+        for k in range(5):
+            image = (faces(1, p, 8) * 0.7 + faces(1, 100 * p + k, 8) * 0.3)[0].permute(1, 2, 0).mul(255).byte().numpy()
+            Image.fromarray(image).resize((64, 64)).save(home / f"people/p{p}/{k}.png")
+    loaded = data.load("folder", home / "people", cache=None, progress=False)
+    run = home / "run"
+    (run / "ours").mkdir(parents=True)
+    data.write_manifest(run / "people.json", loaded, data.split_persons(loaded, 2, 2, 4, 0, min_target_images=5))
+    torch.manual_seed(0)
+    model = embed.Embedding(1 / 16, 16)
+    torch.save({"kind": "embedding", "config": {"width": 1 / 16, "dim": 16, "standardise": False}, "model": model.state_dict()},
+               run / "ours" / "embedding.pt")  # fmt: skip
+    about = {"data": "folder", "root": str(home / "people"), "crop": "", "preset": "demo", "seed": 3, "options": {}}
+    (run / "run.json").write_text(json.dumps(about))
+    return run
+
+
+SMALL = ("--iterations 4 --patch-iterations 2 --patterns 4 --evasion-iterations 2 --distal-iterations 2 --eot-tests 2 "
+         "--eot-samples 1 --patch-train 4 --square-stride 20 --square-search-iterations 1 --intruders 3 --clean-intruders 6 --targets 3").split()  # fmt: skip
+
+
+def command(run, *flags, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / "attacks.py"), "--run", str(run), *SMALL, *flags],
+                          capture_output=True, text=True, cwd=cwd or run.parent)  # fmt: skip
+
+
+def rows(run, name, folder="attacks"):
+    lines = (run / "ours" / folder / f"{name}.csv").read_text().splitlines()
+    return [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+
+
+def in_process(run, monkeypatch, *flags):
+    monkeypatch.chdir(run.parent)
+    return attacks.main(["--run", str(run), *SMALL, *flags])
+
+
+def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
+    import metrics
+
+    names = [name for name in attacks.ATTACKS if name != "indirect"]
+    assert in_process(trained, monkeypatch, "--attacks", ",".join(names), "--defences", "basic,both") == 0
+    told = capsys.readouterr().out
+    assert "ours eyeglasses: 4 iterations, 1 restarts, 3 targets, 18 pairs" in told
+    manifest = json.loads((trained / "people.json").read_text())
+    clean = rows(trained, "clean")
+    assert len(clean) == 3 * 2 * (4 + 6) and tuple(clean[0]) == attacks.COLUMNS
+    assert {r["role"] for r in clean} == {"genuine", "intruder"}
+    for row in clean:
+        assert (row["person"] == row["target"]) == (row["role"] == "genuine") and row["candidate"] != row["anchor"]
+        assert row["target"] in manifest["target"] and row["person"] not in manifest["train"]
+    counts = {"evasion": 3 * 2 * 4, "noise": 3 * 2 * (4 + 3), "distal": 3 * 2}
+    for name in names[1:]:
+        found = rows(trained, name)
+        assert len(found) == counts.get(name, 3 * 2 * 3), name
+        about = json.loads((trained / "ours/attacks" / f"{name}.json").read_text())
+        assert about["n"] == len(found) and about["seed"] == 3 and about["n_targets"] == 3 and about["reproducible"] is True
+        assert about["outside_mask_max"] == 0 and about["nonfinite"] == 0 and about["config"]["intruders"] == 3
+        with np.load(trained / "ours/attacks" / f"{name}.npz") as images:
+            assert images["attacked"].shape[0] == len(images["target"]) == 3 and images["attacked"].dtype == np.uint8
+            assert images["anchor"].shape == (3, 3, 64, 64) and images["mask"].shape == (3, 64, 64)
+    pairs = {tuple(r[k] for k in ("target", "candidate", "mirroring", "selection", "anchor")) for r in clean}
+    for row in rows(trained, "square"):
+        assert tuple(row[k] for k in ("target", "candidate", "mirroring", "selection", "anchor")) in pairs
+        assert row["row"] in ("15", "35") and row["col"] in ("15", "35")
+    assert set(metrics.summary(metrics.read_run(trained))["ours"]) >= {"clean", "eyeglasses", "square", "evasion", "noise"}
+
+
+def test_clean_rows_are_the_distances_of_the_embedding(trained, monkeypatch):
+    import data
+    import embed
+
+    assert in_process(trained, monkeypatch, "--attacks", "clean", "--defences", "all") == 0
+    loaded = data.load("folder", json.loads((trained / "run.json").read_text())["root"], cache=None, progress=False)
+    model = embed.load_embedding(trained / "ours/embedding.pt")
+    x = loaded.images.float() / 255
+    with torch.no_grad():
+        features, mirrored = model(x).double(), model(x.flip(3)).double()
+    for row in rows(trained, "clean"):
+        a, c = int(row["anchor"]), int(row["candidate"])
+        squared = [(f[c] - features[a]).square().sum() for f in (features, mirrored)[: 1 + int(row["mirroring"])]]
+        assert math.isclose(float(row["distance"]), math.sqrt(sum(squared) / len(squared)), rel_tol=1e-3)
+        own = [i for i in range(len(x)) if loaded.names[loaded.person[i]] == row["target"]]
+        costs = {i: float((features[own] - features[i]).square().sum()) for i in own}
+        assert a == (min(costs, key=costs.get) if row["selection"] == "1" else own[0])
+
+
+def test_same_command_same_rows_whatever_the_targets_beside(trained, monkeypatch):
+    flags = ("--attacks", "eyeglasses,square")
+    assert in_process(trained, monkeypatch, *flags) == 0
+    first = {name: rows(trained, name) for name in ("eyeglasses", "square")}
+    assert in_process(trained, monkeypatch, *flags) == 0
+    assert all(rows(trained, name) == first[name] for name in first)
+    assert in_process(trained, monkeypatch, *flags, "--targets", "1", "--chunk", "2") == 0
+    fewer = rows(trained, "eyeglasses")
+    same = [row for row in first["eyeglasses"] if row["target"] == fewer[0]["target"]]
+    assert len(fewer) == len(same) == 3
+    for a, b in zip(fewer, same):
+        assert {**a, "distance": 0} == {**b, "distance": 0} and math.isclose(float(a["distance"]), float(b["distance"]), rel_tol=1e-3)
+    assert in_process(trained, monkeypatch, *flags, "--seed", "4") == 0
+    assert rows(trained, "eyeglasses") != first["eyeglasses"]
+
+
+def test_resume_keeps_finished_targets_and_refuses_other_settings(trained, monkeypatch, capsys):
+    real, done = attacks.attack_target, []
+
+    def stopping(*args, **keywords):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(args[4])
+        return real(*args, **keywords)
+
+    flags = ("--attacks", "eyeglasses", "--intruders", "2")
+    (trained / "ours/attacks/eyeglasses.csv").unlink(missing_ok=True)
+    monkeypatch.setattr(attacks, "attack_target", stopping)
+    assert in_process(trained, monkeypatch, *flags) == 130
+    assert "--resume" in capsys.readouterr().err and not (trained / "ours/attacks/eyeglasses.csv").exists()
+    assert in_process(trained, monkeypatch, *flags, "--resume", "--lr", "0.3") == 2
+    assert "lr" in capsys.readouterr().err
+    done.clear()
+    assert in_process(trained, monkeypatch, *flags, "--resume") == 0
+    assert len(done) == 1  # only the third
+    resumed = rows(trained, "eyeglasses")
+    assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and "kept" in capsys.readouterr().out
+    done.clear()
+    monkeypatch.setattr(attacks, "attack_target", real)
+    assert in_process(trained, monkeypatch, *flags) == 0 and rows(trained, "eyeglasses") == resumed
+
+
+def test_other_people_are_judged(trained, monkeypatch, capsys):
+    others = trained.parent / "others"
+    if not others.exists():
+        shutil.copytree(trained.parent / "people", others)
+    people = ("--data", "folder", "--root", str(others))
+    assert in_process(trained, monkeypatch, *people, "--min-images", "5", "--attacks", "clean") == 0
+    assert len({row["target"] for row in rows(trained, "clean", "attacks-others")}) == 3
+    for flags, told in [
+        ((*people,), "--min-images"),
+        (("--data", "folder", "--root", str(trained.parent / "people")), "trained on these people"),
+        (("--data", "folder", "--root", str(trained.parent / "nowhere")), "nowhere"),
+    ]:
+        capsys.readouterr()
+        assert in_process(trained, monkeypatch, *flags) == 2
+        error = capsys.readouterr().err
+        assert told in error.splitlines()[-1] and error.count("attacks.py:") == 1
+
+
+@pytest.mark.parametrize("flags, told", [
+    (("--attacks", "glasses"), "--attacks glasses"), (("--defences", "none"), "--defences none"), (("--method", "nonsense"), "nonsense"),
+    (("--restarts", "0"), "--restarts 0"), (("--restarts", "many"), "--restarts"), (("--preset", "fast"), "--preset fast"),
+    (("--no-such-flag",), "--no-such-flag"), (("--attacks", "indirect"), "generator"), (("--lr", "nan"), "--lr nan"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_exit_2(trained, monkeypatch, capsys, flags, told):
+    assert in_process(trained, monkeypatch, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in error if line.startswith("attacks.py:")]) == 1 and told in error[-1]
+
+
+def test_missing_run_is_one_line(tmp_path):
+    done = command(tmp_path / "nothing", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such folder" in done.stderr
+
+
+def test_script_imports_alone(tmp_path):
+    shutil.copy(ROOT / "attacks.py", tmp_path)
+    code = "import attacks, torch; print(int(attacks.eyeglasses_mask().sum()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "107", done.stderr
+
+
+def test_presets_fit_the_config():
+    paper = Config()
+    assert (paper.iterations, paper.lr, paper.restarts, paper.patch_iterations, paper.patch_lr) == (1000, 0.01, 5, 5000, 0.005)
+    assert (paper.square_search_iterations, paper.square_search_lr, paper.patterns, paper.noise) == (20, 0.1, 1000, 10 / 255)
+    assert (paper.distal_iterations, paper.distal_lr, paper.patch_train, paper.targets) == (2000, 0.01, 100, 27)
+    for preset in attacks.PRESETS.values():
+        replace(paper, **preset)
