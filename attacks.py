@@ -122,7 +122,7 @@ class Attacked:
     extra: dict = dataclasses.field(default_factory=dict)  # what one attack adds, as its docstring says
 
 
-# Masks, Fig. 6 ------------------------------------------------------------------------------------------------------
+# Masks, Fig. 6
 def eyeglasses_mask() -> Tensor:
     """(64, 64) bool, 107 pixels: the authors' eyeglasses."""
     rows = [[int(word, 16) >> (31 - bit) & 1 for bit in range(32)] for word in EYEGLASSES.split()]
@@ -151,7 +151,7 @@ def square_positions(stride: int = 5) -> list[tuple[int, int]]:
     return [(row, column) for row in starts for column in starts]
 
 
-# Distance and patch -------------------------------------------------------------------------------------------------
+# Distance and patch
 @contextlib.contextmanager
 def frozen(embed: Embed) -> Iterator[None]:
     """Evaluation mode without weight gradients; on leaving, every mode and requires_grad flag is as it was."""
@@ -218,7 +218,7 @@ def mask_pixels(mask: Tensor, rows: int) -> Tensor:
     return mask.flatten(1).nonzero()[:, 1].view(len(mask), -1)
 
 
-# The optimisation, App. C -------------------------------------------------------------------------------------------
+# The optimisation, App. C
 def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base: Tensor, start: Tensor, *, sign: int,
               mirroring: bool, iterations: int, lr: float, decay: bool, transforms: Tensor | None,
               validation: Tensor | None) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
@@ -335,7 +335,7 @@ def distances(embed: Embed, images: Tensor, anchor: Tensor, mirroring: bool = Tr
                           for x, a in zip(images.split(rows), anchor.split(rows))])
 
 
-# Square with a search for its place, Sec. 3, App. C -------------------------------------------------------------------
+# Square with a search for its place, Sec. 3, App. C
 def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Sequence[tuple[int, int]], *,
                     size: int = 10, direction: str = "impersonate", mirroring: bool = True, iterations: int = 20,
                     lr: float = 0.1, chunk: int = 256, generator: torch.Generator | None = None
@@ -384,7 +384,7 @@ def _count(total: Attacked, part: Attacked) -> None:
     total.gradients += part.gradients
 
 
-# Universal eye patch, Sec. 3, App. C ----------------------------------------------------------------------------------
+# Universal eye patch, Sec. 3, App. C
 def universal_patch(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, direction: str = "impersonate",
                     mirroring: bool = True, iterations: int = 5000, lr: float = 0.005, decay: bool = False,
                     chunk: int = 256, generator: torch.Generator | None = None, transforms: Tensor | None = None,
@@ -416,7 +416,7 @@ def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
     return paste(images, pattern.to(images).expand(len(images), -1, -1), pixels)
 
 
-# Random perturbations, App. B.2 ---------------------------------------------------------------------------------------
+# Random perturbations, App. B.2
 def random_patterns(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, patterns: int = 1000,
                     direction: str = "impersonate", mirroring: bool = True, chunk: int = 256,
                     generator: torch.Generator | None = None) -> Attacked:
@@ -438,7 +438,7 @@ def uniform_noise(images: Tensor, amount: float = 10 / 255, generator: torch.Gen
     return (images + amount * noise.to(images)).clamp(0, 1)
 
 
-# Indirect anchor and distal, Sec. 4.4 ---------------------------------------------------------------------------------
+# Indirect anchor and distal, Sec. 4.4
 def indirect_attack(embed: Embed, images: Tensor, anchor: Tensor, virtual: Tensor, mask: Tensor, *,
                     mirroring: bool = True, chunk: int = 256, start: Tensor, **settings) -> Attacked:
     """Attack the anchor and, from the same start, the features `virtual` (D,) of the autoencoded target; both are
@@ -472,7 +472,7 @@ def worst(*results: Attacked) -> Attacked:
     return best
 
 
-# Scoring, Sec. 4 ------------------------------------------------------------------------------------------------------
+# Scoring, Sec. 4
 @torch.no_grad()
 def extract(embed: Embed, images: Tensor, chunk: int = 256) -> Tensor:
     """images (N, C, H, W) uint8 or float in [0, 1] -> features (N, D)."""
@@ -583,7 +583,7 @@ def effort(name: str, config: Config) -> dict[str, int]:
     return {"iterations": config.iterations, "restarts": config.restarts, **search}
 
 
-# main -----------------------------------------------------------------------------------------------------------------
+# main
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (--help lists the flags)")
@@ -719,7 +719,7 @@ def attack_target(config: Config, name: str, embed: Embed, faces, person: int, n
         if name == "indirect":
             inputs["virtual"] = extract(embed, autoencode(generator_file, load([own[best]])))[0]
 
-        def attack(setting: Config, images: Tensor) -> Attacked:
+        def attack(setting: Config, images: Tensor, inputs: dict = inputs) -> Attacked:
             seeded = stable_generator(config.seed, target, "eyeglasses" if name == "indirect" else name)
             return run_attack(name, setting, embed, images, generator=seeded, **inputs)
 

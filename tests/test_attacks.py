@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,16 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 6, 5, 4, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU(),
-                                 nn.Flatten(), nn.Dropout(0.5), nn.Linear(512, 8))  # fmt: skip
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 6, 5, 4, 2),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3, 2, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(512, 8),
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -64,13 +73,15 @@ def small():
     return Small().eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------- masks
+# masks
 def test_masks_are_the_papers():
     glasses, patch = eyeglasses_mask(), eye_patch_mask()
     assert glasses.shape == (64, 64) and glasses.sum() == 107 and f"{107 / 4096:.1%}" == "2.6%"
     rows, columns = glasses.nonzero().unbind(1)
     assert 24 <= rows.min() and rows.max() < 40 and 16 <= columns.min() and columns.max() < 48
-    assert glasses[26, 17] and not glasses[26, 16] and glasses[26, 28] and not glasses[26, 29]  # 7ff80ffe: bits 30 to 19
+    assert (
+        glasses[26, 17] and not glasses[26, 16] and glasses[26, 28] and not glasses[26, 29]
+    )  # 7ff80ffe: bits 30 to 19
     assert patch[26:38, 16:48].all() and patch.sum() == 12 * 32
     square = square_mask(15, 35)
     assert square.sum() == 100 and square[15:25, 35:45].all()
@@ -85,12 +96,14 @@ def test_square_positions_cover_the_region_with_its_flush_edge(stride, count):
         assert {row for row, _ in places} == {15, 20, 25, 30, 35}
 
 
-# --------------------------------------------------------------------------------------------------------------- distances
+# distances
 def test_distance_mirrors_the_candidate_and_not_the_anchor():
     embed, x = Linear(), faces(3)
     anchor = embed(faces(1, 9))[0].detach()
-    by_hand = [((embed(x) - anchor).square().sum(1) + (embed(x.flip(3)) - anchor).square().sum(1)) / 2,
-               (embed(x) - anchor).square().sum(1)]  # fmt: skip
+    by_hand = [
+        ((embed(x) - anchor).square().sum(1) + (embed(x.flip(3)) - anchor).square().sum(1)) / 2,
+        (embed(x) - anchor).square().sum(1),
+    ]
     for mirroring, want in zip((True, False), by_hand):
         assert torch.allclose(attacks.distances(embed, x, anchor, mirroring), want.sqrt())
         assert torch.allclose(attacks.distances(embed, x, anchor, mirroring, chunk=2), want.sqrt())
@@ -106,7 +119,10 @@ def test_transform_moves_scales_turns_and_brightens():
     x = torch.zeros(1, 3, 64, 64)
     x[:, :, 20:24, 30:34] = 0.5
     same, moved, bright, turned, large = attacks.transform(
-        x, torch.tensor([[0, 0, 1, 0, 1], [2, -3, 1, 0, 1], [0, 0, 1, 0, 1.4], [0, 0, 1, math.pi / 2, 1], [0, 0, 2, 0, 1]])
+        x,
+        torch.tensor(
+            [[0, 0, 1, 0, 1], [2, -3, 1, 0, 1], [0, 0, 1, 0, 1.4], [0, 0, 1, math.pi / 2, 1], [0, 0, 2, 0, 1]]
+        ),
     ).split(1)
     assert torch.allclose(same, x, atol=1e-5)
     assert torch.allclose(bright, x * 1.4, atol=1e-5)
@@ -119,7 +135,7 @@ def test_transform_moves_scales_turns_and_brightens():
     assert ((drawn - torch.tensor([0, 0, 1.0, 0, 1])).abs().amax(0) > 0.95 * limits).all()
 
 
-# ------------------------------------------------------------------------------------------------------------- tanh attack
+# tanh attack
 @pytest.mark.parametrize("direction", ["impersonate", "evade"])
 def test_attack_stays_in_its_mask_and_range_and_has_the_right_sign(small, direction):
     x = faces(4)
@@ -142,9 +158,11 @@ def test_direction_must_be_named(small):
 
 def test_more_restarts_never_hurt(small):
     x, anchor = faces(6), small(faces(1, 5))[0].detach()
-    found = [tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=6, lr=0.3, restarts=n, generator=seeded(3))
-             for n in (1, 2, 4)]  # fmt: skip
-    for fewer, more in zip(found, found[1:]):
+    found = [
+        tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=6, lr=0.3, restarts=n, generator=seeded(3))
+        for n in (1, 2, 4)
+    ]
+    for fewer, more in pairwise(found):
         assert (more.distance <= fewer.distance + 1e-6).all()
     assert (found[2].distance < found[0].distance - 1e-4).any()
     assert torch.allclose(found[2].extra["by_restarts"][1], found[0].distance, atol=1e-5)
@@ -155,8 +173,10 @@ def test_best_iterate_is_kept(small):
     x, anchor = faces(4), small(faces(1, 5))[0].detach()
     settings = {"lr": 50.0, "restarts": 1, "generator": seeded(3)}  # overshoots
     start = attacks.draw_start(4, 1, 3, 107, seeded(3))
-    found = [tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=n, **settings | {"start": start}) for n in (1, 4, 9)]
-    for fewer, more in zip(found, found[1:]):
+    found = [
+        tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=n, **settings | {"start": start}) for n in (1, 4, 9)
+    ]
+    for fewer, more in pairwise(found):
         assert (more.distance <= fewer.distance + 1e-6).all()
 
 
@@ -177,7 +197,9 @@ def test_linear_embedding_reaches_the_known_optimum():
         result = tanh_attack(embed, x, anchor, mask, mirroring=False, iterations=150, lr=0.3, restarts=1)
         want = (anchor - high).abs() if anchor > 0 else (anchor - low).abs()
         assert torch.allclose(result.distance, want, rtol=0, atol=2e-3 * float(high[0] - low[0]))
-        away = tanh_attack(embed, x, anchor, mask, direction="evade", mirroring=False, iterations=150, lr=0.3, restarts=1)
+        away = tanh_attack(
+            embed, x, anchor, mask, direction="evade", mirroring=False, iterations=150, lr=0.3, restarts=1
+        )
         want = (anchor - low).abs() if anchor > 0 else (anchor - high).abs()
         assert torch.allclose(away.distance, want, rtol=0, atol=2e-3 * float(high[0] - low[0]))
     inside = (low.max() + high.min())[None] / 2  # within reach of all: distance zero
@@ -204,9 +226,17 @@ def test_mirroring_optimum_is_that_of_the_mean():
 
 def test_same_seed_same_result_and_chunks_do_not_matter(small):
     x, anchor = faces(5), small(faces(1, 5))[0].detach()
-    run = lambda chunk, seed: tanh_attack(  # noqa: E731
-        small.double(), x.double(), anchor.double(), eyeglasses_mask(), iterations=8, lr=0.1, restarts=3, chunk=chunk,
-        generator=seeded(seed))  # fmt: skip
+    run = lambda chunk, seed: tanh_attack(
+        small.double(),
+        x.double(),
+        anchor.double(),
+        eyeglasses_mask(),
+        iterations=8,
+        lr=0.1,
+        restarts=3,
+        chunk=chunk,
+        generator=seeded(seed),
+    )
     first = run(256, 1)
     assert torch.equal(first.images, run(256, 1).images)
     assert not torch.allclose(first.images, run(256, 2).images, atol=1e-3)
@@ -218,10 +248,14 @@ def test_targets_in_one_batch_as_alone(small):
     """Rows of several targets, each with its own generator and anchor, as when attacked one target at a time."""
     x, anchors = faces(6), small(faces(2, 5)).detach()
     settings = {"iterations": 5, "lr": 0.1, "restarts": 2}
-    both = tanh_attack(small, x, anchors.repeat_interleave(3, 0), eyeglasses_mask(), generator=[seeded(1), seeded(2)], **settings)
+    both = tanh_attack(
+        small, x, anchors.repeat_interleave(3, 0), eyeglasses_mask(), generator=[seeded(1), seeded(2)], **settings
+    )
     for k in range(2):
-        alone = tanh_attack(small, x[3 * k:3 * k + 3], anchors[k], eyeglasses_mask(), generator=seeded(k + 1), **settings)
-        assert torch.allclose(both.images[3 * k:3 * k + 3], alone.images, atol=1e-4)
+        alone = tanh_attack(
+            small, x[3 * k : 3 * k + 3], anchors[k], eyeglasses_mask(), generator=seeded(k + 1), **settings
+        )
+        assert torch.allclose(both.images[3 * k : 3 * k + 3], alone.images, atol=1e-4)
 
 
 def test_mode_and_gradient_flags_are_restored(small):
@@ -233,7 +267,9 @@ def test_mode_and_gradient_flags_are_restored(small):
     state = {k: v.clone() for k, v in small.state_dict().items()}
     anchor = torch.zeros(8)
     seen = []
-    handle = small.register_forward_hook(lambda m, _, __: seen.append((m.training, any(p.requires_grad for p in m.parameters()))))
+    handle = small.register_forward_hook(
+        lambda m, _, __: seen.append((m.training, any(p.requires_grad for p in m.parameters())))
+    )
     universal_patch(small, faces(2), anchor, eye_patch_mask(), iterations=2)
     tanh_attack(small, faces(2), anchor, eyeglasses_mask(), iterations=2)
     handle.remove()
@@ -246,16 +282,16 @@ def test_mode_and_gradient_flags_are_restored(small):
 
 
 def test_zero_and_nonfinite_gradients_are_counted():
-    flat = lambda x: torch.zeros(len(x), 4) * x.sum((1, 2, 3))[:, None]  # noqa: E731
+    flat = lambda x: torch.zeros(len(x), 4) * x.sum((1, 2, 3))[:, None]
     result = tanh_attack(flat, faces(2), torch.ones(4), eyeglasses_mask(), iterations=3, restarts=1)
     assert (result.zero_gradients, result.nonfinite, result.gradients) == (6, 0, 6)
-    broken = lambda x: (x.sum((1, 2, 3)) - 1e9)[:, None].sqrt()  # noqa: E731
+    broken = lambda x: (x.sum((1, 2, 3)) - 1e9)[:, None].sqrt()
     result = tanh_attack(broken, faces(2), torch.ones(1), eyeglasses_mask(), iterations=3, restarts=1)
     assert (result.zero_gradients, result.nonfinite, result.gradients) == (0, 6, 6)
     assert result.images.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------------ square
+# square
 def test_location_search_finds_the_planted_place():
     """The embedding reads one window for each image, so only the square on that window can help."""
     planted = [(15, 35), (25, 20), (35, 35)]
@@ -264,36 +300,51 @@ def test_location_search_finds_the_planted_place():
 
     def embed(images):
         which = (images[:, 0, 0, 0] * 10).round().long() - 1
-        views = torch.stack([images[:, :, r:r + 10, c:c + 10].mean((1, 2, 3)) for r, c in planted], 1)  # (N, 3)
+        views = torch.stack([images[:, :, r : r + 10, c : c + 10].mean((1, 2, 3)) for r, c in planted], 1)  # (N, 3)
         return views.gather(1, which[:, None])
 
-    result = attacks.square_attack(embed, x, torch.ones(1), mirroring=False, search_iterations=4, iterations=60, lr=0.3, restarts=1)
+    result = attacks.square_attack(
+        embed, x, torch.ones(1), mirroring=False, search_iterations=4, iterations=60, lr=0.3, restarts=1
+    )
     assert list(zip(result.extra["row"].tolist(), result.extra["col"].tolist())) == planted
     assert result.distance.max() < 0.02
     for i, (row, column) in enumerate(planted):
         outside = ~square_mask(row, column)
         assert torch.equal(result.images[i][:, outside], x[i][:, outside])
-    fine = attacks.square_attack(embed, x[:1], torch.ones(1), mirroring=False, search_iterations=2, iterations=2, lr=0.3,
-                                 restarts=1, positions=[(r, c) for r in (13, 15, 17) for c in (34, 35, 36)])  # fmt: skip
+    fine = attacks.square_attack(
+        embed,
+        x[:1],
+        torch.ones(1),
+        mirroring=False,
+        search_iterations=2,
+        iterations=2,
+        lr=0.3,
+        restarts=1,
+        positions=[(r, c) for r in (13, 15, 17) for c in (34, 35, 36)],
+    )
     assert (fine.extra["row"].item(), fine.extra["col"].item()) == planted[0]
 
 
 def test_location_search_does_not_depend_on_chunks(small):
     x, anchor = faces(3).double(), torch.ones(8).double()
-    found = [attacks.location_search(small.double(), x, anchor, attacks.square_positions(10), iterations=2, chunk=c)[0]
-             for c in (1, 40, 500)]  # fmt: skip
+    found = [
+        attacks.location_search(small.double(), x, anchor, attacks.square_positions(10), iterations=2, chunk=c)[0]
+        for c in (1, 40, 500)
+    ]
     assert found[0].shape == (3, 9)
     assert all(torch.allclose(found[0], f, atol=1e-9) for f in found[1:])
 
 
-# --------------------------------------------------------------------------------------------------------- universal patch
+# universal patch
 def test_universal_patch_helps_on_intruders_it_never_saw(small):
     anchor = small(faces(1, 5))[0].detach()
     seen, unseen, mask = faces(12, 1), faces(12, 2), eye_patch_mask()
     pattern, trained = universal_patch(small, seen, anchor, mask, iterations=60, lr=0.1)
     patched = attacks.apply_pattern(unseen, pattern, mask)
     assert pattern.shape == (3, 384) and 0 <= pattern.min() and pattern.max() <= 1
-    assert torch.equal(patched[:, :, mask], pattern.expand(12, -1, -1)) and torch.equal(patched[:, :, ~mask], unseen[:, :, ~mask])
+    assert torch.equal(patched[:, :, mask], pattern.expand(12, -1, -1)) and torch.equal(
+        patched[:, :, ~mask], unseen[:, :, ~mask]
+    )
     grey = attacks.apply_pattern(unseen, torch.full_like(pattern, 0.5), mask)
     clean, after, occluded = (attacks.distances(small, x, anchor) for x in (unseen, patched, grey))
     assert after.mean() < 0.9 * clean.mean() and after.mean() < 0.9 * occluded.mean()
@@ -302,13 +353,15 @@ def test_universal_patch_helps_on_intruders_it_never_saw(small):
     assert torch.allclose(again, pattern, atol=0.02)
 
 
-# ----------------------------------------------------------------------------------------------------- the other attacks
+# the other attacks
 def test_random_patterns_keep_the_closest_of_all(small):
     x, anchor, mask = faces(3), small(faces(1, 5))[0].detach(), eyeglasses_mask()
     found = [attacks.random_patterns(small, x, anchor, mask, patterns=n, generator=seeded(), chunk=16) for n in (1, 20)]
     values = torch.rand(20, 3, 107, generator=seeded())
     by_hand = attacks.distances(small, attacks.apply_pattern(x[:1].expand(20, -1, -1, -1), values, mask), anchor)
-    assert torch.isclose(found[1].distance[0], by_hand.min()) and torch.equal(found[1].images[:, :, ~mask], x[:, :, ~mask])
+    assert torch.isclose(found[1].distance[0], by_hand.min()) and torch.equal(
+        found[1].images[:, :, ~mask], x[:, :, ~mask]
+    )
     gradient = tanh_attack(small, x, anchor, mask, iterations=30, lr=0.2, restarts=1)
     assert (gradient.distance < found[1].distance).all()
 
@@ -339,7 +392,11 @@ def test_worst_is_the_strongest_per_intruder():
     two = attacks.Attacked(torch.ones(3, 1, 2, 2), torch.tensor([2.0, 4, 3]), 1, 2, 3)
     both = attacks.worst(one, two)
     assert both.distance.tolist() == [1, 4, 3] and both.extra["strongest"].tolist() == [0, 1, 0]
-    assert both.images[:, 0, 0, 0].tolist() == [0, 1, 0] and (both.zero_gradients, both.nonfinite, both.gradients) == (2, 4, 6)
+    assert both.images[:, 0, 0, 0].tolist() == [0, 1, 0] and (both.zero_gradients, both.nonfinite, both.gradients) == (
+        2,
+        4,
+        6,
+    )
 
 
 def test_distal_reaches_the_anchor_from_noise(small):
@@ -351,8 +408,17 @@ def test_distal_reaches_the_anchor_from_noise(small):
 
 @pytest.mark.parametrize("name", ["eot_eyeglasses", "eot_eye_patch"])
 def test_eot_survives_transforms_better_than_the_plain_attack(small, name):
-    config = Config(iterations=40, lr=0.2, restarts=1, patch_iterations=40, patch_lr=0.2, eot_samples=3, eot_tests=12,
-                    eot_shift=3.0, eot_rotation=8.0)  # fmt: skip
+    config = Config(
+        iterations=40,
+        lr=0.2,
+        restarts=1,
+        patch_iterations=40,
+        patch_lr=0.2,
+        eot_samples=3,
+        eot_tests=12,
+        eot_shift=3.0,
+        eot_rotation=8.0,
+    )
     x, train, anchor = faces(4), faces(6, 1), small(faces(1, 5))[0].detach()
     robust = run_attack(name, config, small, x, anchor, generator=seeded(), training=train)
     plain = run_attack(name[4:], config, small, x, anchor, generator=seeded(), training=train)
@@ -363,7 +429,7 @@ def test_eot_survives_transforms_better_than_the_plain_attack(small, name):
     assert torch.equal(robust.images[:, :, ~robust.mask], x[:, :, ~robust.mask])
 
 
-# ------------------------------------------------------------------------------------------------------ a foreign embedding
+# a foreign embedding
 class Block(nn.Module):
     def __init__(self, c, d, stride):
         super().__init__()
@@ -383,7 +449,9 @@ class ResNet(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
         self.stages = nn.Sequential(Block(8, 8, 1), Block(8, 16, 2), Block(16, 32, 2))
         self.fc = nn.Linear(32, 16)
 
@@ -394,8 +462,16 @@ class ResNet(nn.Module):
 def test_every_attack_runs_on_a_resnet_that_is_not_ours():
     torch.manual_seed(0)
     embed = ResNet()  # left in training mode: the attacks must not use or move its batch statistics
-    config = replace(Config(**attacks.PRESETS["demo"]), iterations=8, square_search_iterations=1, square_stride=20,
-                     patch_iterations=8, patterns=8, evasion_iterations=8, distal_iterations=8)  # fmt: skip
+    config = replace(
+        Config(**attacks.PRESETS["demo"]),
+        iterations=8,
+        square_search_iterations=1,
+        square_stride=20,
+        patch_iterations=8,
+        patterns=8,
+        evasion_iterations=8,
+        distal_iterations=8,
+    )
     x, train = faces(3), faces(4, 2)
     anchor, virtual = attacks.extract(embed, faces(2, 5))
     clean = attacks.distances(embed, x, anchor)
@@ -412,7 +488,7 @@ def test_every_attack_runs_on_a_resnet_that_is_not_ours():
     assert embed.training and all(p.requires_grad for p in embed.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------- who takes part
+# who takes part
 def test_intruders_are_others_and_patches_train_on_other_images():
     person = torch.arange(10).repeat_interleave(4)
     near, far = [0, 1, 2], [3, 4]
@@ -428,13 +504,14 @@ def test_intruders_are_others_and_patches_train_on_other_images():
     assert a == b == 3426483283761622585 != c  # the same on every machine
 
 
-# -------------------------------------------------------------------------------------------------------------- the command
+# the command
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run on photographs of eight persons with an untrained embedding, as embed.py leaves it."""
+    from PIL import Image
+
     import data
     import embed
-    from PIL import Image
 
     home = tmp_path_factory.mktemp("attacks")
     for p in range(8):
@@ -448,20 +525,44 @@ def trained(tmp_path_factory):
     data.write_manifest(run / "people.json", loaded, data.split_persons(loaded, 2, 2, 4, 0, min_target_images=5))
     torch.manual_seed(0)
     model = embed.Embedding(1 / 16, 16)
-    torch.save({"kind": "embedding", "config": {"width": 1 / 16, "dim": 16, "standardise": False}, "model": model.state_dict()},
-               run / "ours" / "embedding.pt")  # fmt: skip
+    torch.save(
+        {
+            "kind": "embedding",
+            "config": {"width": 1 / 16, "dim": 16, "standardise": False},
+            "model": model.state_dict(),
+        },
+        run / "ours" / "embedding.pt",
+    )
     about = {"data": "folder", "root": str(home / "people"), "crop": "", "preset": "demo", "seed": 3, "options": {}}
     (run / "run.json").write_text(json.dumps(about))
     return run
 
 
-SMALL = ("--iterations 4 --patch-iterations 2 --patterns 4 --evasion-iterations 2 --distal-iterations 2 --eot-tests 2 "
-         "--eot-samples 1 --patch-train 4 --square-stride 20 --square-search-iterations 1 --intruders 3 --clean-intruders 6 --targets 3").split()  # fmt: skip
+SMALL = [
+    "--iterations=4",
+    "--patch-iterations=2",
+    "--patterns=4",
+    "--evasion-iterations=2",
+    "--distal-iterations=2",
+    "--eot-tests=2",
+    "--eot-samples=1",
+    "--patch-train=4",
+    "--square-stride=20",
+    "--square-search-iterations=1",
+    "--intruders=3",
+    "--clean-intruders=6",
+    "--targets=3",
+]
 
 
 def command(run, *flags, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / "attacks.py"), "--run", str(run), *SMALL, *flags],
-                          capture_output=True, text=True, cwd=cwd or run.parent)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, str(ROOT / "attacks.py"), "--run", str(run), *SMALL, *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd or run.parent,
+    )
 
 
 def rows(run, name, folder="attacks"):
@@ -493,7 +594,12 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
         found = rows(trained, name)
         assert len(found) == counts.get(name, 3 * 2 * 3), name
         about = json.loads((trained / "ours/attacks" / f"{name}.json").read_text())
-        assert about["n"] == len(found) and about["seed"] == 3 and about["n_targets"] == 3 and about["reproducible"] is True
+        assert (
+            about["n"] == len(found)
+            and about["seed"] == 3
+            and about["n_targets"] == 3
+            and about["reproducible"] is True
+        )
         assert about["outside_mask_max"] == 0 and about["nonfinite"] == 0 and about["config"]["intruders"] == 3
         with np.load(trained / "ours/attacks" / f"{name}.npz") as images:
             assert images["attacked"].shape[0] == len(images["target"]) == 3 and images["attacked"].dtype == np.uint8
@@ -502,7 +608,13 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
     for row in rows(trained, "square"):
         assert tuple(row[k] for k in ("target", "candidate", "mirroring", "selection", "anchor")) in pairs
         assert row["row"] in ("15", "35") and row["col"] in ("15", "35")
-    assert set(metrics.summary(metrics.read_run(trained))["ours"]) >= {"clean", "eyeglasses", "square", "evasion", "noise"}
+    assert set(metrics.summary(metrics.read_run(trained))["ours"]) >= {
+        "clean",
+        "eyeglasses",
+        "square",
+        "evasion",
+        "noise",
+    }
 
 
 def test_clean_rows_are_the_distances_of_the_embedding(trained, monkeypatch):
@@ -535,7 +647,9 @@ def test_same_command_same_rows_whatever_the_targets_beside(trained, monkeypatch
     same = [row for row in first["eyeglasses"] if row["target"] == fewer[0]["target"]]
     assert len(fewer) == len(same) == 3
     for a, b in zip(fewer, same):
-        assert {**a, "distance": 0} == {**b, "distance": 0} and math.isclose(float(a["distance"]), float(b["distance"]), rel_tol=1e-3)
+        assert {**a, "distance": 0} == {**b, "distance": 0} and math.isclose(
+            float(a["distance"]), float(b["distance"]), rel_tol=1e-3
+        )
     assert in_process(trained, monkeypatch, *flags, "--seed", "4") == 0
     assert rows(trained, "eyeglasses") != first["eyeglasses"]
 
@@ -584,11 +698,20 @@ def test_other_people_are_judged(trained, monkeypatch, capsys):
         assert told in error.splitlines()[-1] and error.count("attacks.py:") == 1
 
 
-@pytest.mark.parametrize("flags, told", [
-    (("--attacks", "glasses"), "--attacks glasses"), (("--defences", "none"), "--defences none"), (("--method", "nonsense"), "nonsense"),
-    (("--restarts", "0"), "--restarts 0"), (("--restarts", "many"), "--restarts"), (("--preset", "fast"), "--preset fast"),
-    (("--no-such-flag",), "--no-such-flag"), (("--attacks", "indirect"), "generator"), (("--lr", "nan"), "--lr nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (("--attacks", "glasses"), "--attacks glasses"),
+        (("--defences", "none"), "--defences none"),
+        (("--method", "nonsense"), "nonsense"),
+        (("--restarts", "0"), "--restarts 0"),
+        (("--restarts", "many"), "--restarts"),
+        (("--preset", "fast"), "--preset fast"),
+        (("--no-such-flag",), "--no-such-flag"),
+        (("--attacks", "indirect"), "generator"),
+        (("--lr", "nan"), "--lr nan"),
+    ],
+)
 def test_bad_flags_are_one_line_and_exit_2(trained, monkeypatch, capsys, flags, told):
     assert in_process(trained, monkeypatch, *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()
@@ -603,14 +726,25 @@ def test_missing_run_is_one_line(tmp_path):
 def test_script_imports_alone(tmp_path):
     shutil.copy(ROOT / "attacks.py", tmp_path)
     code = "import attacks, torch; print(int(attacks.eyeglasses_mask().sum()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stdout.strip() == "107", done.stderr
 
 
 def test_presets_fit_the_config():
     paper = Config()
-    assert (paper.iterations, paper.lr, paper.restarts, paper.patch_iterations, paper.patch_lr) == (1000, 0.01, 5, 5000, 0.005)
-    assert (paper.square_search_iterations, paper.square_search_lr, paper.patterns, paper.noise) == (20, 0.1, 1000, 10 / 255)
+    assert (paper.iterations, paper.lr, paper.restarts, paper.patch_iterations, paper.patch_lr) == (
+        1000,
+        0.01,
+        5,
+        5000,
+        0.005,
+    )
+    assert (paper.square_search_iterations, paper.square_search_lr, paper.patterns, paper.noise) == (
+        20,
+        0.1,
+        1000,
+        10 / 255,
+    )
     assert (paper.distal_iterations, paper.distal_lr, paper.patch_train, paper.targets) == (2000, 0.01, 100, 27)
     for preset in attacks.PRESETS.values():
         replace(paper, **preset)
