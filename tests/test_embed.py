@@ -1,0 +1,477 @@
+"""embed.py: the equations, sampling, the inner attacks, DOA's search, training, resuming and the command."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import embed as e
+import generator as g
+from tests.test_generator import FLAGS as GENERATOR_FLAGS
+from tests.test_generator import Evil
+
+TINY = dict(preset="demo", data="synthetic", width=1 / 32, dim=16, standardise=True, batch=6, attack_steps=2, attack_alpha=32.0)
+FLAGS = (
+    "--synthetic-persons 14 --synthetic-images 10 --validation-persons 3 --target-persons 3 --width 0.03125 --dim 16 --batch 6 "
+    "--steps 6 --validate-every 2 --attack-steps 2 --no-evaluation"
+).split()
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(dim=5, seed=0):
+    weight = torch.randn(3 * 64 * 64, dim, generator=rng(seed)) / 64
+    return lambda x: x.flatten(1) @ weight
+
+
+def faces(persons=5, each=4):
+    base = torch.rand(persons, 1, 3, 8, 8, generator=rng()).repeat(1, each, 1, 1, 1) * 0.8
+    base = base + 0.2 * torch.rand(persons, each, 3, 8, 8, generator=rng(1))
+    images = torch.nn.functional.interpolate(base.flatten(0, 1), 64, mode="bilinear")
+    return (images * 255).to(torch.uint8), torch.arange(persons).repeat_interleave(each)
+
+
+# ---------------------------------------------------------------------------------------------------------- equations
+def test_eq1_decides_by_the_distance():
+    target, candidate = torch.zeros(3, 4), torch.tensor([[2.9, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 3.1, 0]])
+    assert e.different(candidate, target, 3.0).tolist() == [False, True, True]
+
+
+def test_eq2_and_the_released_hinge():
+    fx, fy, ft, fu = torch.randn(4, 7, 3, generator=rng())
+    plus, minus = ((fx - fy) ** 2).sum(1), ((ft - fu) ** 2).sum(1)
+    torch.testing.assert_close(e.two_pair_loss(fx, fy, ft, fu, 10.0, "squared"), (plus + (10 - minus).clamp(min=0)).mean())
+    torch.testing.assert_close(e.two_pair_loss(fx, fy, ft, fu, 10.0), (plus + (10 - minus.sqrt()).clamp(min=0) ** 2).mean())
+    far = fu + 100
+    assert e.two_pair_loss(fx, fx, far, fu, 10.0) == e.two_pair_loss(fx, fx, far, fu, 10.0, "squared") == 0
+
+
+def test_a_constant_embedding_is_stationary_for_eq2_but_not_for_the_released_hinge():
+    sizes = []
+    for hinge in ("squared", "distance"):
+        f = torch.zeros(1, 4, requires_grad=True)
+        shift = torch.full((1, 4), 1e-9)
+        e.two_pair_loss(f, f, f, (f + shift).detach(), 10.0, hinge).backward()
+        sizes.append(float(f.grad.norm()))
+    assert sizes[0] < 1e-6 < sizes[1]
+    f = torch.zeros(1, 4, requires_grad=True)
+    e.two_pair_loss(f.detach(), f.detach(), f, torch.full((1, 4), 1e-3), 10.0).backward()
+    assert float(f.grad.norm()) == pytest.approx(20, rel=1e-2)  # 2 m
+
+
+def test_embedding_is_vgg16_with_unit_rows():
+    f = e.Embedding()
+    convs = [m for m in f.trunk if isinstance(m, torch.nn.Conv2d)]
+    assert [m.out_channels for m in convs] == [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    assert f.weight.shape == (128, 2048)
+    small = e.Embedding(1 / 32, 16)
+    x = torch.rand(3, 3, 64, 64)
+    before = small(x)
+    small.weight.data *= 7  # the constraint is on the weights, whatever their stored length
+    torch.testing.assert_close(small(x), before)
+    assert before.shape == (3, 16) and not torch.allclose(before.norm(dim=1), torch.ones(3), atol=0.1)
+    assert float(before.detach().min()) < 0  # no final ReLU
+
+
+def test_vgg_weights_start_the_trunk(tmp_path):
+    f = e.Embedding()
+    state = {f"features.{k}": torch.randn_like(v) for k, v in f.trunk.state_dict().items()} | {"classifier.0.bias": torch.zeros(3)}
+    f.load_vgg(state)
+    assert torch.equal(f.trunk[0].weight, state["features.0.weight"])
+    with pytest.raises(RuntimeError):
+        e.Embedding(0.5).load_vgg(state)
+
+
+# ------------------------------------------------------------------------------------- the script's forms and the kernels'
+def test_script_forms_are_the_kernels_references():
+    import ast
+
+    from kernels import gaussian_cutout as cutout
+    from kernels import masked_step as step
+
+    source = Path(e.__file__).read_text()
+    tree = ast.parse(source)
+    names = ("box_mask", "masked_step", "draw_boxes", "gaussian_cutout")
+    kept = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names]
+    space = {"torch": torch, "Tensor": torch.Tensor}
+    exec(compile(ast.Module([ast.parse("from __future__ import annotations").body[0], *kept], []), "embed.py", "exec"), space)
+    images = torch.rand(40, 3, 17, 23)
+    boxes = space["draw_boxes"](40, 17, 23, 0.5, (0.02, 0.2), (0.5, 2.0), rng(3))
+    assert torch.equal(boxes, cutout.draw_boxes(40, 17, 23, 0.5, (0.02, 0.2), (0.5, 2.0), rng(3)))
+    assert 8 < int((boxes[:, 2] > 0).sum()) < 32
+    for fill in ("gaussian", "uniform"):
+        script, ref = (f(images, fill=fill, generator=rng(4), boxes=boxes) for f in (space["gaussian_cutout"], cutout.gaussian_cutout_ref))
+        assert all(torch.equal(a, b) for a, b in zip(script, ref))
+    noise = torch.rand_like(images)
+    three = [f(images, boxes=boxes, noise=noise)[0] for f in (space["gaussian_cutout"], cutout.gaussian_cutout_ref, cutout.gaussian_cutout)]
+    assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2])
+    grad, alpha = torch.randn_like(images), torch.randn(40)
+    grad[:, :, ::2] = 0
+    three = [f(images, grad, alpha, boxes) for f in (space["masked_step"], step.masked_step_ref, step.masked_step)]
+    assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2])
+
+
+def test_rectangles_are_those_of_appendix_a():
+    boxes = e.draw_boxes(4000, 64, 64, 1.0, (0.02, 0.2), (0.5, 2.0), rng()).double()
+    top, left, h, w = boxes.unbind(1)
+    area, aspect = h * w / 64**2, h / w
+    assert 0.015 < float(area.min()) < 0.025 and 0.19 < float(area.max()) < 0.21
+    assert float(area.mean()) == pytest.approx(0.11, abs=0.004)
+    assert 0.45 < float(aspect.min()) and float(aspect.max()) < 2.2
+    assert int((top + h).max()) == 64 and int((left + w).max()) == 64 and int(top.min()) == int(left.min()) == 0
+
+
+def test_augment_mirrors_and_shifts_with_edges_filled():
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    out = e.augment(images, 2, rng())
+    padded = torch.nn.functional.pad(images.float() / 255, (2, 2, 2, 2), mode="replicate")
+    seen = set()
+    for i in range(64):
+        options = {
+            (m, r, c): (padded[i, :, r : r + 16, c : c + 16].flip(2) if m else padded[i, :, r : r + 16, c : c + 16])
+            for m in (0, 1) for r in range(5) for c in range(5)
+        }  # fmt: skip
+        match = [k for k, v in options.items() if torch.equal(v, out[i])]
+        assert len(match) == 1
+        seen.add(match[0])
+    assert len({k[0] for k in seen}) == 2 and len(seen) > 20
+    assert torch.equal(e.augment(images, 2, rng()), out)
+
+
+# ----------------------------------------------------------------------------------------------------------- inner attacks
+def test_inner_attack_moves_each_sample_its_way_and_stays_in_its_rectangle():
+    embed, images = linear(), torch.rand(6, 3, 64, 64, generator=rng())
+    anchors = embed(torch.rand(6, 3, 64, 64, generator=rng(1)))
+    sign = torch.tensor([1.0, 1, 1, -1, -1, -1])
+    boxes = torch.tensor([[0, 0, 10, 10], [54, 50, 10, 14], [5, 9, 30, 20]] * 2)
+    found = e.inner_attack(embed, images, anchors, sign, boxes, 5, 16 / 255)
+    before, after = (e.squared_distance(embed(v), anchors) for v in (images, found))
+    assert bool(((after - before) * sign > 0).all())
+    outside = ~e.box_mask(boxes, 64, 64).expand_as(images)
+    assert torch.equal(found[outside], images[outside])
+    assert float(found.min()) >= 0 and float(found.max()) <= 1 and not torch.equal(found, images)
+    one = e.inner_attack(embed, images, anchors, sign, boxes, 1, 16 / 255)
+    assert float((one - images).abs().max()) <= 16 / 255 + 1e-6
+    assert torch.equal(e.inner_attack(embed, images, anchors, sign, boxes, 0, 16 / 255), images)
+
+
+def test_inner_attack_computes_no_weight_gradients():
+    f = e.Embedding(1 / 32, 16)
+    e.inner_attack(f, torch.rand(2, 3, 64, 64), torch.zeros(2, 16), torch.ones(2), torch.tensor([[0, 0, 9, 9]] * 2), 2, 0.1)
+    assert all(p.grad is None for p in f.parameters())
+
+
+@pytest.mark.parametrize("size, stride", [(20, 5), (10, 5), (10, 1), (64, 5), (20, 7)])
+def test_positions_are_the_enumerated_list(size, stride):
+    starts = list(range(0, 64 - size + 1, stride))
+    starts += [64 - size] if starts[-1] != 64 - size else []
+    assert e.positions(64, 64, size, stride).tolist() == [[r, c] for r in starts for c in starts]
+
+
+def test_window_energy_is_the_brute_force_sum():
+    grad = torch.randn(3, 3, 64, 64, dtype=torch.double, generator=rng())
+    places = e.positions(64, 64, 20, 5)
+    wanted = torch.stack([(grad[:, :, r : r + 20, c : c + 20] ** 2).sum((1, 2, 3)) for r, c in places.tolist()], 1)
+    torch.testing.assert_close(e.window_energy(grad, 20, places), wanted)
+
+
+def test_doa_paints_positives_away_and_negatives_towards_the_anchor():
+    """Every candidate is compared by hand; the opposite sign for the negatives would choose another window."""
+    embed, images = linear(), torch.rand(4, 3, 64, 64, generator=rng())
+    anchors = embed(torch.rand(4, 3, 64, 64, generator=rng(1)))
+    sign = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    places = e.positions(64, 64, 20, 5)
+    got = e.doa_boxes(embed, images, anchors, sign, 20, 5, len(places))
+    for i in range(4):
+        d = []
+        for r, c in places.tolist():
+            grey = images[i : i + 1].clone()
+            grey[:, :, r : r + 20, c : c + 20] = 0.5
+            d.append(float(e.squared_distance(embed(grey), anchors[i : i + 1])))
+        best = d.index(max(d) if sign[i] > 0 else min(d))
+        assert got[i].tolist() == [*places[best].tolist(), 20, 20]
+        assert d.index(max(d)) != d.index(min(d))
+    few = e.doa_boxes(embed, images, anchors, sign, 20, 5, 1)  # one candidate: the window of the largest gradient
+    x = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(e.squared_distance(embed(x), anchors).sum(), x)
+    assert few[:, :2].tolist() == places[e.window_energy(grad, 20, places).argmax(1)].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ sampling and mining
+def test_sampler_draws_persons_evenly_and_pairs_truly():
+    person = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 2, 2])[torch.randperm(10, generator=rng())]
+    s = e.Sampler(torch.zeros(10, 3, 64, 64, dtype=torch.uint8), person)
+    x, other, t = s.draw(3000, 2, rng())
+    assert bool((person[t] != person[x][:, None]).all())
+    share = person[x].bincount() / 3000
+    assert float((share - 1 / 3).abs().max()) < 0.05  # persons evenly, however many images they have
+    assert len(other.unique()) == 10
+    x, y, t = s.draw(3000, 1, rng(), pairs=True)
+    assert bool((person[x] == person[y]).all()) and bool((x != y).all()) and bool((person[t[:, 0]] != person[x]).all())
+    assert set(person[x].tolist()) == {0, 2}  # a person with one image gives no pair
+    assert len({(a, b) for a, b in zip(x.tolist(), y.tolist())}) == 7 * 6 + 2
+
+
+@pytest.mark.parametrize("method", e.METHODS)
+def test_mining_keeps_the_nearest_candidate(method, monkeypatch):
+    images, person = faces()
+    config = e.Config(**{**TINY, "method": method, "mine": 3})
+    embed, sampler = linear(), e.Sampler(images, person)
+    kept = {}
+
+    def draw(*args, **kwargs):
+        kept["draw"] = e.Sampler.draw(sampler, *args, **kwargs)
+        return kept["draw"]
+
+    monkeypatch.setattr(sampler, "draw", draw, raising=False)
+    monkeypatch.setattr(e, "augment", lambda v, shift, r: v.float() / 255)
+    made = (images.float() / 255).flip(2)
+    make = (lambda identity, content, pixels: (made[identity] + made[content]) / 2) if config.generated else None
+    batch = e.make_batch(dataclasses.replace(config, cutout=0.0), embed, sampler, make, rng())
+    x, other, t = kept["draw"]
+    for i in range(config.batch):
+        reals = images[t[i]].float() / 255
+        against = (made[x[i]] + made[t[i]]) / 2 if config.generated else (images[x[i]].float() / 255)[None].expand(3, -1, -1, -1)
+        best = int(e.squared_distance(embed(reals), embed(against)).argmin())
+        assert torch.equal(batch["t"][i], reals[best])
+        if config.generated:
+            assert torch.equal(batch["u"][i], against[best])  # u belongs to the t that was kept
+            assert torch.equal(batch["y"][i], made[x[i]])
+        else:
+            assert torch.equal(batch["y"][i], images[other[i]].float() / 255) and batch["u"] is batch["y"]
+    torch.testing.assert_close(batch["anchor_t"], embed(batch["u"]))
+    torch.testing.assert_close(batch["anchor_x"], embed(batch["y"]))
+
+
+def test_what_each_method_attacks():
+    images, person = faces()
+    sampler, embed = e.Sampler(images, person), linear()
+    make = lambda identity, content, pixels: images[content].float() / 255  # noqa: E731
+    for method, share in (("ours", "half"), ("no-at", "none"), ("weak-at", "all"), ("doa", "all")):
+        config = e.Config(**{**TINY, "method": method, "batch": 64, "candidates": 4})
+        batch = e.make_batch(config, embed, sampler, make if config.generated else None, rng())
+        x, t = e.attack_batch(config, embed, batch, rng(1))
+        changed = torch.cat([(x != batch["x"]).flatten(1).any(1), (t != batch["t"]).flatten(1).any(1)]).float().mean()
+        erased = torch.cat([batch["x_boxes"], batch["t_boxes"]])[:, 2].gt(0).float().mean()
+        assert {"half": 0.3 < changed < 0.7, "none": changed == 0, "all": changed == 1}[share], method
+        assert (erased > 0.3) == (method in ("ours", "no-at"))
+        moved = (x != batch["x"]).any(1).float().mean((1, 2))  # share of the pixels of each image
+        if method == "weak-at":
+            assert float(moved.max()) < 0.11
+        if method == "doa":
+            assert float(moved.max()) <= 400 / 4096 and float(moved.min()) > 0.08
+
+
+def test_transfer_takes_another_images_content():
+    images, person = faces()
+    asked = []
+    make = lambda identity, content, pixels: asked.append((identity, content)) or images[content].float() / 255  # noqa: E731
+    for positive in ("reconstruct", "transfer"):
+        e.make_batch(e.Config(**{**TINY, "positive": positive}), linear(), e.Sampler(images, person), make, rng())
+    (same, own), _, (identity, content), _ = asked
+    assert torch.equal(same, own) and not torch.equal(identity, content)
+
+
+# -------------------------------------------------------------------------------------------------------------- validation
+def test_auroc_is_scikit_learns():
+    from sklearn.metrics import roc_auc_score
+
+    genuine, intruder = torch.rand(50, generator=rng()).mul(10).round(), torch.rand(80, generator=rng(1)).mul(14).round()
+    truth = torch.cat([torch.zeros(50), torch.ones(80)])
+    assert e.auroc(genuine, intruder) == pytest.approx(roc_auc_score(truth, torch.cat([genuine, intruder])))
+
+
+def test_threshold_refuses_the_asked_share_of_genuine_pairs():
+    images, person = faces(6, 6)
+    embed = linear()
+    delta = e.genuine_threshold(embed, images, person, fpr=0.05)
+    floats, d = images.float() / 255, []
+    for i in range(len(images)):
+        for j in range(len(images)):
+            if i != j and person[i] == person[j]:
+                anchor = embed(floats[j : j + 1])
+                both = [e.squared_distance(embed(v), anchor) for v in (floats[i : i + 1], floats[i : i + 1].flip(3))]
+                d.append(float(torch.stack(both).mean().sqrt()))
+    assert delta == pytest.approx(float(torch.tensor(d).quantile(0.95)), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("method", e.METHODS)
+def test_a_random_start_trains(method):
+    images, person = faces(8, 6)
+    config = e.Config(**{**TINY, "method": method, "batch": 16, "width": 1 / 16, "attack_steps": 1, "attack_alpha": 8.0})
+    torch.manual_seed(0)
+    f = e.Embedding(config.width, config.dim, config.standardise)
+    adam = torch.optim.Adam(f.parameters(), lr=1e-3)
+    sampler = e.Sampler(images, person)
+    make = (lambda identity, content, pixels: images[identity].float() / 255) if config.generated else None
+    losses = [e.train_step(config, f, adam, sampler, make, rng(i))["loss"] for i in range(40)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_collapse_and_non_finite_values_are_noticed():
+    config = e.Config(**TINY)
+    assert e.collapsed({"d_negative": 0.01}, config) and not e.collapsed({"d_negative": 4.0}, config)
+    images, person = faces()
+    f = e.Embedding(1 / 32, 16)
+    f.bias.data[0] = math.nan
+    adam = torch.optim.Adam(f.parameters())
+    before = f.weight.clone()
+    with pytest.raises(FloatingPointError, match="images"):
+        e.train_step(dataclasses.replace(config, method="weak-at"), f, adam, e.Sampler(images, person), None, rng())
+    assert torch.equal(f.weight, before)
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder (with a space in its name) that holds a tiny run with its generator."""
+    folder = tmp_path_factory.mktemp("a project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert g.main(GENERATOR_FLAGS) == 0
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "no-at"], ["--positive", "transfer"], ["--method", "weak-at"], ["--method", "doa"]])
+def test_interrupted_and_resumed_training_is_bit_for_bit_the_unbroken_one(project, monkeypatch, capsys, flags):
+    monkeypatch.chdir(project)
+    config, _ = e.parse([*FLAGS, *flags])
+    folder = config.run / config.name
+    assert e.main([*FLAGS, *flags]) == 0
+    whole = torch.load(folder / "embedding-last.pt", weights_only=True)["model"]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2, 4, 6] and all(0 <= line["val_auroc"] <= 1 for line in log)
+    assert {"loss", "d_positive", "d_negative", "val_loss", "seconds"} <= set(log[0])
+    result = json.loads((folder / "result.json").read_text())
+    assert result["threshold"] > 0 and result["config"]["method"] == config.method
+    assert e.main([*FLAGS, *flags]) == 0 and "already" in capsys.readouterr().out
+    assert e.main([*FLAGS, *flags, "--margin", "3"]) == 2 and "margin" in capsys.readouterr().err
+
+    step, calls = e.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(e, "train_step", interrupted)
+    again = [*FLAGS, *flags, "--overwrite"]
+    assert e.main(again) == 130 and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(e, "train_step", step)
+    assert e.main([*FLAGS, *flags]) == 2 and "--resume" in capsys.readouterr().err
+    assert e.main([*FLAGS, *flags, "--resume", "--rate", "0.5"]) == 2 and "rate" in capsys.readouterr().err
+    assert e.main([*FLAGS, *flags, "--resume"]) == 0
+    resumed = torch.load(folder / "embedding-last.pt", weights_only=True)["model"]
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    repeated = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in line.items() if k != "seconds"} for line in repeated] == [
+        {k: v for k, v in line.items() if k != "seconds"} for line in log
+    ]
+
+
+def test_the_whole_chain_prints_the_table_and_json(project, monkeypatch, capsys):
+    import metrics
+
+    monkeypatch.chdir(project)
+    flags = [f for f in FLAGS if f != "--no-evaluation"]
+    assert e.main([*flags, "--run", "runs/chain", "--method", "weak-at", "--attack-steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "eyeglasses" in out and "clean" in out
+    assert metrics.main(["--run", "runs/chain", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["weak-at"]
+    for attack in ("clean", "eyeglasses"):
+        assert 0 <= found[attack]["auroc"] <= 1 and 0 <= found[attack]["aupr"] <= 1 and found[attack]["n_targets"] == 3
+        assert len(found[attack]["interval"]) == 2
+
+
+def test_verify_answers_eq1(project, monkeypatch, capsys):
+    from PIL import Image
+
+    import data
+
+    monkeypatch.chdir(project)
+    run = ["--run", "runs/verify", "--method", "weak-at"]
+    assert e.main([*FLAGS, *run]) == 0
+    found = data.load("synthetic", persons=14, images_per_person=10)
+    for i in (0, 1):
+        Image.fromarray(found.images[i].permute(1, 2, 0).numpy()).save(f"{i}.png")
+    capsys.readouterr()
+    assert e.main(["--verify", "0.png", "0.png", *run]) == 0
+    assert "same person" in capsys.readouterr().out
+    assert e.main(["--verify", "0.png", "1.png", *run]) == 0
+    out = capsys.readouterr().out.split()
+    embed = e.load_embedding("runs/verify/weak-at/embedding.pt")
+    a, b = (found.images[i : i + 1].float() / 255 for i in (0, 1))
+    d = torch.stack([e.squared_distance(embed(v), embed(a)) for v in (b, b.flip(3))]).mean().sqrt()
+    assert float(out[1]) == pytest.approx(float(d), abs=1e-3)
+    assert e.main(["--verify", "0.png", "absent.png", *run]) == 2 and "absent.png" in capsys.readouterr().err
+    assert e.main(["--verify", "0.png", "1.png", "--run", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_a_generator_that_saw_the_test_persons_is_refused(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    content = torch.load("runs/synthetic-demo-0/generator.pt", weights_only=True)
+    people = json.loads(Path("runs/synthetic-demo-0/people.json").read_text())
+    Path("runs/leak").mkdir(exist_ok=True)
+    torch.save({**content, "train": [*content["train"], people["target"][0]]}, "runs/leak/generator.pt")
+    assert e.main([*FLAGS, "--run", "runs/leak"]) == 2
+    assert people["target"][0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--method", "nonsense"], "nonsense"),
+        (["--data", "folder", "--root", "absent"], "absent"),
+        (["--data", "folder", "--root", "empty"], "empty"),
+        (["--persons", "5000"], "--persons"),
+        (["--weights", "absent.pth"], "absent.pth"),
+        (["--steps", "3.5"], "--steps"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(project, monkeypatch, capfd, flags, named):
+    monkeypatch.chdir(project)
+    Path("empty").mkdir(exist_ok=True)
+    assert e.main([*FLAGS, *flags, "--run", "runs/bad", "--overwrite"]) == 2
+    err = [line for line in capfd.readouterr().err.splitlines() if line.startswith("embed.py:")]
+    assert len(err) == 1 and named in err[0]
+    assert not Path("runs/bad/ours/embedding.pt").exists()
+
+
+def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.asdict(e.Config(**TINY))
+    state = e.Embedding(1 / 32, 16).state_dict()
+    e.save(Path("good.pt"), {"kind": "embedding", "config": {**config, "standardise": True}, "model": state})
+    e.load_embedding("good.pt")
+    torch.save({"kind": "embedding", "config": {**config, "width": 0.125}, "model": state}, "width.pt")
+    torch.save({"kind": "embedding", "config": Evil()}, "evil.pt")
+    torch.save([1, 2], "list.pt")
+    Path("short.pt").write_bytes(Path("good.pt").read_bytes()[:2000])
+    Path("empty.pt").write_bytes(b"")
+    for name in ("width.pt", "evil.pt", "list.pt", "short.pt", "empty.pt", "absent.pt"):
+        with pytest.raises(e.UsageError, match=name) as error:
+            e.load_embedding(name)
+        assert "\n" not in str(error.value)
+    assert not Path("executed").exists()
+
+
+def test_a_full_disk_during_a_save_leaves_the_last_good_file(tmp_path, monkeypatch):
+    path = tmp_path / "kept.pt"
+    e.save(path, {"kind": "embedding", "value": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(e.os, "fsync", full)
+    with pytest.raises(e.UsageError, match="No space left"):
+        e.save(path, {"kind": "embedding", "value": 2})
+    assert e.read(path, "embedding")["value"] == 1 and [p.name for p in tmp_path.iterdir()] == ["kept.pt"]

@@ -1,0 +1,254 @@
+"""generator.py: the two stages, the exact shortcuts, the probes, checkpoints and the command."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import generator as g
+
+TINY = dict(
+    preset="demo", data="synthetic", class_dim=8, content_dim=8, hidden=(16, 16), channels=(8, 8, 8, 8), out_channels=4,
+    encoder_channels=(4, 4, 8, 8, 8), encoder_hidden=16, loss="pyramid", content_penalty=1e-5, rate=2e-3, code_rate=4.0,
+    batch=8, epochs=3, encoder_epochs=2, encoder_rate=1e-3,
+)  # fmt: skip
+FLAGS = (
+    "--synthetic-persons 14 --synthetic-images 10 --validation-persons 3 --target-persons 3 --class-dim 8 --content-dim 8 "
+    "--hidden 16,16 --channels 8,8,8,8 --out-channels 4 --encoder-channels 4,4,8,8,8 --encoder-hidden 16 --epochs 2 "
+    "--encoder-epochs 2 --batch 16"
+).split()
+
+
+def toy(persons=4, each=8):
+    """Blurred colour blobs, the colour by person, the place by image."""
+    rng = torch.Generator().manual_seed(0)
+    colour = torch.rand(persons, 1, 3, 1, 1, generator=rng)
+    place = F.interpolate(torch.rand(persons * each, 1, 4, 4, generator=rng), 64, mode="bilinear").view(persons, each, 1, 64, 64)
+    return (colour * place * 255).flatten(0, 1).to(torch.uint8), torch.arange(persons).repeat_interleave(each)
+
+
+def test_adain_closed_form_is_the_reference():
+    x, scale, offset = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in ((3, 4, 5, 6), (3, 4), (3, 4)))
+    torch.testing.assert_close(g.AdaIN.apply(x, scale, offset), g.adain_ref(x, scale, offset))
+    assert torch.autograd.gradcheck(g.AdaIN.apply, (x, scale, offset))
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_upsample_conv_is_upsampling_then_convolution(size):
+    x, w, b = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in ((2, 3, size, size), (5, 3, 3, 3), (5,)))
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), w, b, padding=1)
+    fast = g.upsample_conv(x, w, b)
+    torch.testing.assert_close(fast, plain)
+    weight = torch.randn_like(plain)
+    for one, other in zip(torch.autograd.grad((plain * weight).sum(), (x, w, b)), torch.autograd.grad((fast * weight).sum(), (x, w, b))):
+        torch.testing.assert_close(one, other)
+
+
+def test_pyramid_loss_is_the_sum_of_the_levels_differences():
+    def levels(x):
+        found = []
+        while x.shape[-1] > 4:
+            low = F.avg_pool2d(x, 2)
+            found.append(x - F.interpolate(low, scale_factor=2, mode="bilinear", align_corners=False))
+            x = low
+        return [*found, x]
+
+    a, b = torch.rand(2, 2, 3, 64, 64)
+    wanted = sum((p - q).abs().mean() for p, q in zip(levels(a), levels(b)))
+    torch.testing.assert_close(g.pyramid_loss(a, b), wanted)
+    assert g.pyramid_loss(a, a) == 0
+
+
+def vgg_state():
+    widths, state, previous, index = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512), {}, 3, 0
+    for width in widths:
+        if width:
+            state[f"features.{index}.weight"] = torch.randn(width, previous, 3, 3) * (2 / 9 / previous) ** 0.5
+            state[f"features.{index}.bias"] = torch.zeros(width)
+            previous = width
+        index += 2 if width else 1
+    return state
+
+
+def test_vgg_loss_reads_the_five_layers(tmp_path):
+    state = vgg_state()
+    loss = g.VggLoss(state)
+    a, b = torch.rand(2, 1, 3, 64, 64)
+    assert [tuple(f.shape[1:]) for f in loss.features(a)] == [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4)]
+    first = F.conv2d((a - loss.mean) / loss.std, state["features.0.weight"], padding=1).relu()
+    second = F.conv2d(first, state["features.2.weight"], padding=1).relu()
+    torch.testing.assert_close(next(loss.features(a)), second, rtol=1e-4, atol=1e-5)
+    assert loss(a, a) == 0 and loss(a, b) > 0
+    del state["features.26.weight"]
+    with pytest.raises(KeyError):
+        g.VggLoss(state)
+    with pytest.raises(g.UsageError, match="--vgg-weights"):
+        g.vgg_state(str(tmp_path / "absent.pth"))
+
+
+def test_both_stages_learn_and_stage_two_matches_the_codes():
+    images, person = toy()
+    config = g.Config(**{**TINY, "epochs": 60, "encoder_epochs": 60, "code_weight": 1.0})
+    trainer = g.Trainer(config, images, person, g.pyramid_loss)
+    lines = [trainer.epoch() for _ in range(trainer.total)]
+    assert [line["stage"] for line in lines] == [1] * 60 + [2] * 60
+    assert lines[59]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.7 * lines[60]["loss"]
+    class_code, content_code = g.encode(trainer.lord, images)
+    error = (class_code - trainer.class_codes[person]).square().mean() / trainer.class_codes.var()
+    assert error < 0.3
+
+
+def test_the_penalty_shrinks_content_codes_and_the_noise_moves_the_output():
+    images, person = toy()
+    sizes = []
+    for penalty in (0.0, 0.1):
+        trainer = g.Trainer(g.Config(**{**TINY, "content_penalty": penalty}), images, person, g.pyramid_loss)
+        for _ in range(3):
+            trainer.epoch()
+        sizes.append(float(trainer.content_codes.square().mean()))
+    assert sizes[1] < 0.5 * sizes[0]
+    losses = []
+    for noise in (0.0, 1.0):
+        trainer = g.Trainer(g.Config(**{**TINY, "noise": noise}), images, person, g.pyramid_loss)
+        losses.append(float(trainer.stage1(torch.arange(8), 0.0, torch.Generator().manual_seed(0))))
+    assert losses[0] != losses[1]
+
+
+def test_resumed_training_equals_an_unbroken_one_bit_for_bit():
+    images, person = toy()
+    config = g.Config(**TINY)
+    whole = g.Trainer(config, images, person, g.pyramid_loss)
+    for _ in range(5):
+        whole.epoch()
+    for stop in (1, 3, 4):  # inside stage 1, between the stages, inside stage 2
+        first = g.Trainer(config, images, person, g.pyramid_loss)
+        for _ in range(stop):
+            first.epoch()
+        second = g.Trainer(dataclasses.replace(config), images, person, g.pyramid_loss)
+        second.load(pickle.loads(pickle.dumps(first.state())))
+        while second.done < second.total:
+            second.epoch()
+        for one, other in zip(whole.lord.state_dict().values(), second.lord.state_dict().values()):
+            assert torch.equal(one, other)
+
+
+def test_non_finite_loss_stops():
+    images, person = toy()
+    trainer = g.Trainer(g.Config(**TINY), images, person, lambda a, b: (a - b).mean() * float("nan"))
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        trainer.epoch()
+
+
+def test_probes_read_what_is_there_and_only_that():
+    rng = torch.Generator().manual_seed(0)
+    person = torch.arange(20).repeat_interleave(10)
+    telling = torch.randn(20, 8, generator=rng)[person] + 0.05 * torch.randn(200, 8, generator=rng)
+    silent = torch.randn(200, 8, generator=rng)
+    assert g.person_probe(telling, person) > 0.95
+    assert g.person_probe(silent, person) < 0.2
+    factors = silent @ torch.randn(8, 5, generator=rng)
+    assert g.factor_probe(silent, factors, person) > 0.95
+    assert g.factor_probe(telling, factors, person) < 0.1
+    fit, test = g.halves(person)
+    assert len(fit) == len(test) == 100 and not set(fit.tolist()) & set(test.tolist())
+
+
+def test_psnr():
+    a = torch.zeros(2, 3, 4, 4)
+    assert g.psnr(a, a + 0.1) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_u_has_the_class_of_x_and_the_content_of_t():
+    lord = g.Lord(g.Config(**TINY)).eval()
+    x, t = torch.rand(2, 3, 3, 64, 64)
+    y, u = g.quadruplets(lord, x, t)
+    torch.testing.assert_close(y, lord(x))
+    torch.testing.assert_close(u, lord.generator(lord.class_encoder(x), lord.content_encoder(t)))
+    assert y.shape == u.shape == x.shape and float(u.min()) >= 0 and float(u.max()) <= 1
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(g.UsageError, match="no such checkpoint"):
+        g.load_generator("absent.pt")
+    Path("garbage.pt").write_bytes(b"not a checkpoint")
+    torch.save({"kind": "generator", "config": Evil()}, "evil.pt")
+    torch.save({"kind": "embedding"}, "other.pt")
+    config = dataclasses.asdict(g.Config(**TINY))
+    state = g.Lord(g.Config(**TINY)).state_dict()
+    torch.save({"kind": "generator", "config": {**config, "class_dim": 9}, "lord": state}, "width.pt")
+    g.save(Path("good.pt"), {"kind": "generator", "config": config, "lord": state, "train": []})
+    whole = Path("good.pt").read_bytes()
+    Path("short.pt").write_bytes(whole[: len(whole) // 2])
+    for name in ("garbage.pt", "evil.pt", "other.pt", "width.pt", "short.pt"):
+        with pytest.raises(g.UsageError, match=name) as error:
+            g.load_generator(name)
+        assert "\n" not in str(error.value)
+    assert not Path("executed").exists()
+    lord, _ = g.load_generator("good.pt")
+    assert not lord.training and not any(p.requires_grad for p in lord.parameters())
+
+
+def test_command_trains_stops_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/synthetic-demo-0")
+    assert g.main(FLAGS) == 0
+    whole = torch.load(run / "generator.pt", weights_only=True)["lord"]
+    assert {p.name for p in run.iterdir()} == {
+        "people.json", "generator.pt", "generator.jsonl", "generator.json", "quadruplets.png", "quadruplets.npz"
+    }  # fmt: skip
+    report = json.loads((run / "generator.json").read_text())
+    assert report["persons"] == 6 and report["chance"] == pytest.approx(1 / 6) and 0 < report["psnr_reconstruction"] < 40
+    assert {"psnr_true_u", "person_from_content", "content_factors_from_class"} <= set(report)
+    assert np.load(run / "quadruplets.npz")["quadruplets"].shape == (24, 4, 3, 64, 64)
+    assert len((run / "generator.jsonl").read_text().splitlines()) == 4
+
+    epoch, calls = g.Trainer.epoch, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return epoch(self, *args)
+
+    monkeypatch.setattr(g.Trainer, "epoch", interrupted)
+    other = ["--run", "other run", *FLAGS]
+    assert g.main(other) == 130 and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(g.Trainer, "epoch", epoch)
+    assert g.main(other) == 2 and "--resume" in capsys.readouterr().err  # nothing is lost by asking again
+    assert g.main([*other, "--resume", "--rate", "0.5"]) == 2 and "rate" in capsys.readouterr().err
+    assert g.main([*other, "--resume", "--export", "small.pt"]) == 0
+    resumed = torch.load(Path("other run") / "generator.pt", weights_only=True)["lord"]
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    exported, content = g.load_generator("small.pt")
+    assert content["lord"]["generator.conv5.weight"].dtype == torch.float16
+    assert g.main(other) == 0  # finished: the report alone
+    assert g.main([*other, "--noise", "0.5"]) == 2 and "noise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--data", "folder", "--root", "absent"], "absent"),
+        (["--preset", "nonsense"], "nonsense"),
+        (["--synthetic-persons", "5"], "persons"),
+        (["--loss", "vgg"], "--vgg-weights"),
+        (["--epochs", "many"], "--epochs"),
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(tmp_path, monkeypatch, capfd, flags, named):
+    monkeypatch.chdir(tmp_path)
+    assert g.main([*FLAGS, *flags]) == 2
+    err = [line for line in capfd.readouterr().err.splitlines() if line.startswith("generator.py:")]
+    assert len(err) == 1 and named in err[0]
