@@ -72,7 +72,7 @@ def augment_ref(
     layout: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch of `augment`."""
-    B, _, H, W = images.shape
+    B, C, H, W = images.shape
     device = images.device
     drawn = draw_moves(B, shift, generator, device)
     flips, shifts = drawn[0] if flips is None else flips, drawn[1] if shifts is None else shifts
@@ -80,10 +80,11 @@ def augment_ref(
     rows = (torch.arange(H, device=device) + shifts[:, :1]).clamp(0, H - 1)  # (B, H)
     cols = (torch.arange(W, device=device) + shifts[:, 1:]).clamp(0, W - 1)  # (B, W)
     cols = torch.where(flips[:, None], W - 1 - cols, cols)
-    b = torch.arange(B, device=device)[:, None, None]
-    moved = images.permute(0, 2, 3, 1)[b, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H, W)
+    planes = torch.arange(B * C, device=device).view(B, C, 1) * H
+    moved = images.contiguous().view(-1, W).index_select(0, (planes + rows[:, None]).view(-1)).view(B, C, H, W)
+    moved = moved.gather(3, cols[:, None, None].expand(B, C, H, W))  # whole rows first, then within them
     if images.dtype == torch.uint8:
-        moved = moved / torch.full((), 255.0, device=device)  # a tensor: by a number a GPU multiplies with 1 / 255
+        moved = moved.float().div_(torch.full((), 255.0, device=device))  # a tensor: by a number a GPU multiplies with 1 / 255
     layout = memory_format("augment: images", images) if layout is None else layout
     dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
     moved = moved.to(dtype).contiguous(memory_format=layout)

@@ -57,10 +57,19 @@ def masked_step_ref(
     mask: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Plain PyTorch of `masked_step`."""
+    """Plain PyTorch of `masked_step`; on a CPU it works on the rectangles alone."""
     B, _, H, W = x.shape
+    per_sample = isinstance(alpha, Tensor) and alpha.dim() > 0
+    if boxes is not None and not x.is_cuda:
+        result = x.clone() if out is None else out.copy_(x)
+        steps = alpha.tolist() if per_sample else [alpha] * B
+        for b, (top, left, h, w) in enumerate(boxes.tolist()):
+            if h > 0 and w > 0:
+                at = (b, slice(None), slice(top, top + h), slice(left, left + w))
+                result[at] = grad[at].sign().float().mul_(steps[b]).add_(x[at]).clamp_(0, 1)
+        return result
     inside = box_mask(boxes, H, W) if mask is None else mask.reshape(-1, 1, H, W) != 0
-    step = alpha.reshape(B, 1, 1, 1) if isinstance(alpha, Tensor) and alpha.dim() else alpha
+    step = alpha.reshape(B, 1, 1, 1) if per_sample else alpha
     stepped = grad.sign().float().mul_(step).add_(x).clamp_(0, 1).to(x.dtype)
     result = torch.where(inside, stepped, x)
     return result if out is None else out.copy_(result)
@@ -80,7 +89,8 @@ def masked_step(
     x:      (B, C, H, W) float32, float16 or bfloat16, contiguous or channels_last
     grad:   (B, C, H, W), any of these dtypes; another memory layout than x's is copied to it first
     alpha:  float, or float32 (B,): negative descends, so one batch may hold both directions
-    boxes:  int32 or int64 (B, 4) = (top, left, height, width) in pixels; height or width 0 is empty
+    boxes:  int32 or int64 (B, 4) = (top, left, height, width) in pixels; inside the image;
+            height or width 0 is empty
     mask:   instead of boxes: (H, W), (B, H, W) or (B, 1, H, W), bool or float; inside is where it is not 0
     out:    where to write, of x's shape, dtype and layout; `out is x` steps in place
     returns (B, C, H, W), in x's dtype and layout; arithmetic in float32; no gradient flows through

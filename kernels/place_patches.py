@@ -127,21 +127,29 @@ def positions(H: int, W: int, h: int, w: int, stride: int = 1, device: torch.dev
 def place_patches_ref(
     images: Tensor, patches: Tensor | float, positions: Tensor, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Plain PyTorch of `place_patches`: P copies of the images, then one indexed write under the patches."""
+    """Plain PyTorch of `place_patches`: P copies of the images, then a small write for each patch."""
     B, C, H, W = images.shape
     P, device = positions.shape[-2], images.device
     h, w = patches.shape[3:] if isinstance(patches, Tensor) else size
     layout = memory_format("place_patches: images", images)
     out = torch.empty(B * P, C, H, W, dtype=images.dtype, device=device, memory_format=layout).unflatten(0, (B, P))
     out.copy_(images[:, None].expand(B, P, C, H, W))
+    if not isinstance(patches, Tensor) or not (patches.requires_grad and torch.is_grad_enabled()):
+        for b, places in enumerate(positions.tolist() if positions.dim() == 3 else [positions.tolist()]):
+            some = slice(b, b + 1) if positions.dim() == 3 else slice(None)
+            for p, (top, left) in enumerate(places):
+                each = patches
+                if isinstance(patches, Tensor):
+                    each = patches[some if len(patches) > 1 else slice(None), p if patches.shape[1] > 1 else 0]
+                out[some, p, :, top : top + h, left : left + w] = each
+        return out
     top, left = positions.expand(B, P, 2)[..., None, None].unbind(2)  # (B, P, 1, 1)
     rows = (top + torch.arange(h, device=device)[:, None])[:, :, None]  # (B, P, 1, h, 1)
     cols = (left + torch.arange(w, device=device))[:, :, None]  # (B, P, 1, 1, w)
-    b, p, c = torch.meshgrid(*(torch.arange(n, device=device) for n in (B, P, C)), indexing="ij")
-    at = (*(v[..., None, None] for v in (b, p, c)), rows, cols)
-    if isinstance(patches, Tensor):
-        return out.index_put(at, patches.to(out.dtype).expand(B, P, C, h, w))
-    return out.index_put_(at, torch.tensor(patches, dtype=out.dtype, device=device))
+    b, p, c = (
+        torch.arange(n, device=device).view(s) for n, s in ((B, (-1, 1, 1, 1, 1)), (P, (-1, 1, 1, 1)), (C, (-1, 1, 1)))
+    )
+    return out.index_put((b, p, c, rows, cols), patches.to(out.dtype).expand(B, P, C, h, w))  # one node for autograd
 
 
 def place_patches(
