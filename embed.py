@@ -22,9 +22,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -171,15 +171,15 @@ def gaussian_cutout(
 
 
 try:  # the same operations, as Triton kernels on a GPU
-    from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]  # noqa: F811
-    from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]  # noqa: F811
+    from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]
+    from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
 
 
 def augment(images: Tensor, shift: int, rng: torch.Generator) -> Tensor:
     """Random mirroring and shifts of at most `shift` pixels (edge filled) of uint8 (B, 3, H, W) -> float (B, 3, H, W), App. A."""
-    B, C, H, W = images.shape
+    B, _, H, W = images.shape
     device = images.device
     mirror = torch.rand(B, 1, generator=rng, device=device) < 0.5
     dy, dx = torch.randint(-shift, shift + 1, (2, B, 1), generator=rng, device=device)
@@ -293,7 +293,7 @@ def doa_boxes(
     The `candidates` windows of the largest squared gradient are each painted grey, and the one that serves the adversary best
     wins: the largest distance to the anchor where sign is +1 (positives), the smallest where it is -1 (negatives).
     """
-    B, C, H, W = images.shape
+    B, _, H, W = images.shape
     places = positions(H, W, size, stride).to(images.device)
     images = images.detach().requires_grad_()
     (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
@@ -504,7 +504,7 @@ def read(path: Path, kind: str) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint: train it first with embed.py, or name another --run") from None
-    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+    except Exception as error:  # noqa: BLE001 torch.load raises many kinds for a file that is not a checkpoint
         line = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UsageError(f"{path}: not a readable checkpoint ({line}): restore the file or train again") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
@@ -636,7 +636,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     if config.weights:
         try:
             embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 as above
             line = " ".join(str(error).split())[:120]
             raise UsageError(f"--weights {config.weights}: not a VGG16 of this width ({line}): name a torchvision VGG16, --width 1") from None
     embed = embed.to(device)

@@ -21,9 +21,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +82,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "demo": dict(
         data="synthetic", train_persons=0, validation_persons=40, target_persons=30, class_dim=96, content_dim=96,
         hidden=(192, 256), channels=(128, 96, 48, 16), out_channels=12, encoder_channels=(16, 32, 64, 96, 96),
-        encoder_hidden=128, loss="pyramid", content_penalty=1e-5, rate=1.5e-3, rate_end=5e-5, code_rate=4.0,
-        epochs=60, encoder_epochs=35, encoder_rate=1e-3, encoder_rate_end=2e-5, code_weight=0.02,
+        encoder_hidden=128, loss="pyramid", content_penalty=1e-5, rate=1.5e-3, rate_end=5e-5, code_rate=40.0,
+        epochs=60, encoder_epochs=20, encoder_rate=1e-3, encoder_rate_end=2e-5, code_weight=0.02,
     ),
 }  # fmt: skip
 
@@ -163,7 +164,7 @@ class Encoder(nn.Module):
         c, h = config.encoder_channels, config.encoder_hidden
         self.convs = nn.Sequential(
             nn.Conv2d(3, c[0], 7, padding=3), nn.LeakyReLU(0.2),
-            *(m for i, o in zip(c, c[1:]) for m in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2))),
+            *(m for i, o in pairwise(c) for m in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2))),
         )  # fmt: skip
         self.dense = nn.Sequential(
             nn.Linear(c[-1] * 16, h), nn.LeakyReLU(0.2), nn.Linear(h, h), nn.LeakyReLU(0.2), nn.Linear(h, code)
@@ -424,7 +425,7 @@ def report(lord: Lord, images: Tensor, person: Tensor) -> dict[str, float]:
     }
 
 
-def sheet(rows: Tensor, columns: int, scale: int = 2) -> "object":
+def sheet(rows: Tensor, columns: int, scale: int = 2) -> object:
     """A PIL picture of quadruplets (n, 4, 3, H, W) in [0, 1]: blocks of 2x2 (x y over t u), as in Fig. 9."""
     from PIL import Image
 
@@ -461,7 +462,7 @@ def read(path: Path, kind: str) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint: train it first with generator.py, or name another run") from None
-    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+    except Exception as error:  # noqa: BLE001 torch.load raises many kinds for a file that is not a checkpoint
         line = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UsageError(f"{path}: not a readable checkpoint ({line}): restore the file or train again") from None
     if not isinstance(content, dict) or content.get("kind") != kind:
@@ -525,7 +526,7 @@ def vgg_state(name: str) -> dict[str, Tensor]:
             raise UsageError(f"--vgg-weights download: cannot reach {url} ({error}): give a local file") from None
     try:
         return torch.load(name, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 as above
         raise UsageError(f"--vgg-weights {name}: not readable ({str(error).splitlines()[0][:100]})") from None
 
 

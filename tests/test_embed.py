@@ -99,7 +99,7 @@ def test_script_forms_are_the_kernels_references():
     names = ("box_mask", "masked_step", "draw_boxes", "gaussian_cutout")
     kept = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names]
     space = {"torch": torch, "Tensor": torch.Tensor}
-    exec(compile(ast.Module([ast.parse("from __future__ import annotations").body[0], *kept], []), "embed.py", "exec"), space)
+    exec(compile(ast.Module([ast.parse("from __future__ import annotations").body[0], *kept], []), "embed.py", "exec"), space)  # noqa: S102
     images = torch.rand(40, 3, 17, 23)
     boxes = space["draw_boxes"](40, 17, 23, 0.5, (0.02, 0.2), (0.5, 2.0), rng(3))
     assert torch.equal(boxes, cutout.draw_boxes(40, 17, 23, 0.5, (0.02, 0.2), (0.5, 2.0), rng(3)))
@@ -251,7 +251,7 @@ def test_mining_keeps_the_nearest_candidate(method, monkeypatch):
 def test_what_each_method_attacks():
     images, person = faces()
     sampler, embed = e.Sampler(images, person), linear()
-    make = lambda identity, content, pixels: images[content].float() / 255  # noqa: E731
+    make = lambda identity, content, pixels: images[content].float() / 255
     for method, share in (("ours", "half"), ("no-at", "none"), ("weak-at", "all"), ("doa", "all")):
         config = e.Config(**{**TINY, "method": method, "batch": 64, "candidates": 4})
         batch = e.make_batch(config, embed, sampler, make if config.generated else None, rng())
@@ -270,7 +270,7 @@ def test_what_each_method_attacks():
 def test_transfer_takes_another_images_content():
     images, person = faces()
     asked = []
-    make = lambda identity, content, pixels: asked.append((identity, content)) or images[content].float() / 255  # noqa: E731
+    make = lambda identity, content, pixels: asked.append((identity, content)) or images[content].float() / 255
     for positive in ("reconstruct", "transfer"):
         e.make_batch(e.Config(**{**TINY, "positive": positive}), linear(), e.Sampler(images, person), make, rng())
     (same, own), _, (identity, content), _ = asked

@@ -99,7 +99,7 @@ def test_both_stages_learn_and_stage_two_matches_the_codes():
     assert [line["stage"] for line in lines] == [1] * 60 + [2] * 60
     assert lines[59]["loss"] < 0.5 * lines[0]["loss"]
     assert lines[-1]["loss"] < 0.7 * lines[60]["loss"]
-    class_code, content_code = g.encode(trainer.lord, images)
+    class_code, _ = g.encode(trainer.lord, images)
     error = (class_code - trainer.class_codes[person]).square().mean() / trainer.class_codes.var()
     assert error < 0.3
 
@@ -231,7 +231,7 @@ def test_command_trains_stops_and_resumes(tmp_path, monkeypatch, capsys):
     assert g.main([*other, "--resume", "--export", "small.pt"]) == 0
     resumed = torch.load(Path("other run") / "generator.pt", weights_only=True)["lord"]
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    exported, content = g.load_generator("small.pt")
+    _, content = g.load_generator("small.pt")
     assert content["lord"]["generator.conv5.weight"].dtype == torch.float16
     assert g.main(other) == 0  # finished: the report alone
     assert g.main([*other, "--noise", "0.5"]) == 2 and "noise" in capsys.readouterr().err
