@@ -610,7 +610,14 @@ def maker(config: Config, path: Path, images: Tensor, person: Tensor, device: to
     lord, _ = generator.load_generator(path, device)
     class_codes, content_codes = generator.encode(lord, images)
     if config.generate_from == "clean":
-        return lambda identity, content, _: lord.generator(class_codes[identity], content_codes[content])
+        copies = generator.decode(lord, class_codes, content_codes).half() if config.positive == "reconstruct" else None
+
+        def make(identity: Tensor, content: Tensor, _: Tensor) -> Tensor:
+            if content is identity and copies is not None:
+                return copies[identity].float()
+            return lord.generator(class_codes[identity], content_codes[content])
+
+        return make
     first = torch.stack([(person == p).nonzero()[0, 0] for p in range(int(person.max()) + 1)])
     return lambda identity, _, pixels: lord.generator(class_codes[first[person[identity]]], lord.content_encoder(pixels))
 

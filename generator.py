@@ -69,6 +69,7 @@ class Config:
     encoder_epochs: int = 200  # LORD
     encoder_rate: float = 1e-4  # LORD
     encoder_rate_end: float = 1e-4  # LORD: constant
+    swap: bool = False  # ours: in stage 2 the class code comes from another image of the person, so that it can hold no content
     code_weight: float = 1e4  # LORD: weight of the two code errors (means over dimensions and batch)
 
     @property
@@ -83,7 +84,7 @@ PRESETS: dict[str, dict[str, object]] = {
         data="synthetic", train_persons=0, validation_persons=40, target_persons=30, class_dim=96, content_dim=96,
         hidden=(192, 256), channels=(128, 96, 48, 16), out_channels=12, encoder_channels=(16, 32, 64, 96, 96),
         encoder_hidden=128, loss="pyramid", content_penalty=1e-5, rate=1.5e-3, rate_end=5e-5, code_rate=40.0,
-        epochs=60, encoder_epochs=20, encoder_rate=1e-3, encoder_rate_end=2e-5, code_weight=0.02,
+        epochs=60, encoder_epochs=16, encoder_rate=1e-3, encoder_rate_end=2e-5, swap=True, code_weight=0.1,
     ),
 }  # fmt: skip
 
@@ -286,6 +287,8 @@ class Trainer:
         codes = [self.class_codes, self.content_codes]
         self.adam1 = torch.optim.Adam([{"params": generator}, {"params": codes}], lr=config.rate, betas=(0.5, 0.999))
         self.adam2 = torch.optim.Adam(self.lord.parameters(), lr=config.encoder_rate)
+        self.by_person, self.counts = person.argsort(stable=True), person.bincount()
+        self.starts = self.counts.cumsum(0) - self.counts
         self.done = 0  # epochs, of both stages together
 
     @property
@@ -331,7 +334,8 @@ class Trainer:
         for group in self.adam2.param_groups:
             group["lr"] = cosine(c.encoder_rate, c.encoder_rate_end, progress)
         x = to_float(self.images[index])
-        class_code, content_code = self.lord.class_encoder(x), self.lord.content_encoder(x)
+        content_code = self.lord.content_encoder(x)
+        class_code = self.lord.class_encoder(self.partner(index, noise) if c.swap else x)
         loss = self.loss(self.lord.generator(class_code, content_code), x)
         codes = F.mse_loss(content_code, self.content_codes[index].detach())
         codes = codes + F.mse_loss(class_code, self.class_codes[self.person[index]].detach())
@@ -339,6 +343,13 @@ class Trainer:
         (loss + c.code_weight * codes).backward()
         self.adam2.step()
         return loss
+
+    def partner(self, index: Tensor, noise: torch.Generator) -> Tensor:
+        """A random image of the same person for each of index (B,), as float (B, 3, 64, 64)."""
+        person = self.person[index]
+        r = torch.rand(len(index), generator=noise, device=index.device)
+        place = self.starts[person] + (r * self.counts[person]).long()
+        return to_float(self.images[self.by_person[place]])
 
     def state(self) -> dict[str, object]:
         optimiser = self.adam1 if self.done < self.config.epochs else self.adam2
@@ -498,7 +509,9 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     parser = Parser(prog="generator.py", description="Train the disentangled generator (Sec. 2, App. A).")
     for field in dataclasses.fields(Config):
         flag, default = "--" + field.name.replace("_", "-"), field.default
-        if isinstance(default, tuple):
+        if isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif isinstance(default, tuple):
             parser.add_argument(flag, type=lambda s: tuple(int(v) for v in s.split(",")), metavar="N,N")
         else:
             choices = {"preset": list(PRESETS), "data": ["synthetic", "folder", "celeba"], "loss": ["vgg", "pyramid"]}
