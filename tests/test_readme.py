@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,16 +34,38 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def split(text: str) -> tuple[str, str, str]:
-    before, rest = text.split("<!-- table: python -m tests.test_readme -->\n", 1)
-    inside, after = rest.split("\n<!-- end of table -->", 1)
-    return before, inside, after
+def generator_table() -> str:
+    """The disentanglement report of the demo's generator, results/demo/generator.json."""
+    r = json.loads((ROOT / "results/demo/generator.json").read_text())
+    gap = r["psnr_reconstruction"] - r["psnr_true_u"]
+    rows = [
+        ("PSNR of the reconstruction y", f"{r['psnr_reconstruction']:.1f} dB", "at least 22 dB"),
+        ("PSNR of u against the true rendering", f"{r['psnr_true_u']:.1f} dB, {gap:.1f} dB below y", "within 1.5 dB of y"),
+        (f"person read from the content code (chance {r['chance']:.3f})", f"{r['person_from_content']:.3f}", "near chance"),
+        ("person read from the class code", f"{r['person_from_class']:.3f}", "high"),
+        ("R^2 of the true content factors from the class code", f"{r['content_factors_from_class']:.2f}", "0"),
+        ("R^2 of the true content factors from the content code", f"{r['content_factors_from_content']:.2f}", "high"),
+    ]
+    head = f"| {r['images']} images of {r['persons']} persons never seen | found | wanted |"
+    return "\n".join([head, "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
 
 
-def test_the_table_is_made_from_the_rows():
-    assert split((ROOT / "README.md").read_text())[1] == table()
+BLOCKS = {"table": table, "generator": generator_table}
+
+
+def split(text: str, name: str) -> tuple[str, str, str]:
+    start, end = f"<!-- {name}: python -m tests.test_readme -->\n", f"<!-- end of {name} -->"
+    before, rest = text.split(start, 1)
+    inside, after = rest.split(end, 1)
+    return before + start, inside, end + after
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_the_tables_are_made_from_the_rows(name):
+    assert split((ROOT / "README.md").read_text(), name)[1] == BLOCKS[name]() + "\n"
 
 
 if __name__ == "__main__":
-    before, _, after = split((ROOT / "README.md").read_text())
-    (ROOT / "README.md").write_text(f"{before}<!-- table: python -m tests.test_readme -->\n{table()}\n<!-- end of table -->{after}")
+    for name, make in BLOCKS.items():
+        before, _, after = split((ROOT / "README.md").read_text(), name)
+        (ROOT / "README.md").write_text(f"{before}{make()}\n{after}")
