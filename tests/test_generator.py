@@ -93,10 +93,10 @@ def test_vgg_loss_reads_the_five_layers(tmp_path):
 
 def test_both_stages_learn_and_stage_two_matches_the_codes():
     images, person = toy()
-    config = g.Config(**{**TINY, "epochs": 60, "encoder_epochs": 60, "code_weight": 1.0})
+    config = g.Config(**{**TINY, "epochs": 60, "encoder_epochs": 120, "code_weight": 1.0})
     trainer = g.Trainer(config, images, person, g.pyramid_loss)
     lines = [trainer.epoch() for _ in range(trainer.total)]
-    assert [line["stage"] for line in lines] == [1] * 60 + [2] * 60
+    assert [line["stage"] for line in lines] == [1] * 60 + [2] * 120
     assert lines[59]["loss"] < 0.5 * lines[0]["loss"]
     assert lines[-1]["loss"] < 0.7 * lines[60]["loss"]
     class_code, _ = g.encode(trainer.lord, images)
