@@ -367,25 +367,24 @@ def make_batch(config: Config, embed: Embed, sampler: Sampler, make: Make | None
     with torch.no_grad():
         if make is None:
             y = augment(sampler.images[other], config.shift, rng)
-            anchors = embed(y)  # eq. (6): u = y
-            fu = anchors.repeat_interleave(n, 0)
-            u = None
+            fy, u = embed(y), y  # eq. (6): u = y
+            fu = fy.repeat_interleave(n, 0)
+            reference = embed(x).repeat_interleave(n, 0)
         else:
             yi = other if config.positive == "transfer" else xi
             content = sampler.images[yi].float() / 255 if config.positive == "transfer" else x
             y = make(xi, yi, content)
             u = make(xi.repeat_interleave(n), ti.flatten(), real[B:])  # (B n, 3, H, W)
-            fu = embed(u)
-            anchors = None
+            fy, fu = embed(y), embed(u)
+            reference = fu
         # App. A: of n_m candidates the negative pair of the lowest feature distance, for the baselines against x
         fc = embed(real[B:])
-        reference = fu if make is not None else embed(x).repeat_interleave(n, 0)
         pick = squared_distance(fc, reference).view(B, n).argmin(1)
         rows = torch.arange(B, device=pick.device)
         batch = {"x": x, "y": y, "t": t[rows, pick], "x_boxes": boxes[:B], "t_boxes": t_boxes[rows, pick], "index": index}
         batch["anchor_t"] = fu.view(B, n, -1)[rows, pick]  # what t is attacked towards, already known
-        batch["anchor_x"] = anchors if anchors is not None else embed(y)
-        batch["u"] = u.view(B, n, *u.shape[1:])[rows, pick] if u is not None else y
+        batch["anchor_x"] = fy
+        batch["u"] = y if make is None else u.view(B, n, *u.shape[1:])[rows, pick]
     return batch
 
 
@@ -577,8 +576,8 @@ def versions(device: torch.device) -> dict[str, str]:
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip() or "unknown"}
 
 
-def find_generator(config: Config, run: Path, faces, split, args: argparse.Namespace) -> Path:
-    """The run's generator; for the demo on rendered faces the one in data/; otherwise one is trained now."""
+def find_generator(config: Config, run: Path, faces, split, args: argparse.Namespace, device: torch.device):
+    """The run's generator (a `generator.Lord`); for the demo on rendered faces the one in data/; otherwise one is trained now."""
     import generator
 
     path = run / "generator.pt"
@@ -596,18 +595,17 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
         flags += [f"--preset={preset}", f"--run={run}", *(["--resume"] if (run / "generator.ckpt").exists() else [])]
         if code := generator.main(flags + ([f"--device={args.device}"] if args.device else [])):
             raise SystemExit(code)
-    _, content = generator.load_generator(path)
+    lord, content = generator.load_generator(path, device)
     seen = {*content["train"]} & {faces.names[p] for p in (*split.validation, *split.target)}
     if seen:
         raise UsageError(f"{path}: was trained on {len(seen)} of the validation or target persons ({min(seen)}, ...): train one with generator.py on this split")
-    return path
+    return lord
 
 
-def maker(config: Config, path: Path, images: Tensor, person: Tensor, device: torch.device) -> Make:
+def maker(config: Config, lord, images: Tensor, person: Tensor) -> Make:
     """How y and u are made: from the codes of the sampled images, computed once (Sec. 2), or as in the released code."""
     import generator
 
-    lord, _ = generator.load_generator(path, device)
     class_codes, content_codes = generator.encode(lord, images)
     if config.generate_from == "clean":
         copies = generator.decode(lord, class_codes, content_codes).half() if config.positive == "reconstruct" else None
@@ -669,7 +667,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         log.write_text("")
     make = None
     if config.generated:
-        make = maker(config, find_generator(config, run, faces, split, args), training.images, training.person, device)
+        make = maker(config, find_generator(config, run, faces, split, args, device), training.images, training.person)
     print(f"{config.name}: {len(training.images)} images of {len(persons)} persons, {config.steps} steps of {config.batch} on {device}")
 
     def checkpoint(name: str) -> None:

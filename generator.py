@@ -557,11 +557,12 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
     loss = VggLoss(vgg_state(config.vgg_weights)).to(device) if config.loss == "vgg" else pyramid_loss
     trainer = Trainer(config, images, person.to(device), loss)
     part, log = run / "generator.ckpt", run / "generator.jsonl"
+    settings = {"config": dataclasses.asdict(config), "people": json.loads((run / "people.json").read_text())["sha256"]}
     if args.resume and part.exists():
         state = read(part, "generator-training")
-        if differs := differing(state["config"], dataclasses.asdict(config)):
+        if differs := differing(state["config"], settings["config"]):
             raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
-        if state["people"] != split_hash(run):
+        if state["people"] != settings["people"]:
             raise UsageError(f"--resume: {part} was trained on other persons than {run / 'people.json'} names; use --overwrite")
         trainer.load(state)
     elif part.exists() and not args.overwrite:
@@ -577,8 +578,7 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
         if line["stage"] == 2:
             class_code, content_code = encode(trainer.lord, held_images)
             line["psnr_unseen"] = psnr(decode(trainer.lord, class_code, content_code), to_float(held_images))
-        state = {"kind": "generator-training", "config": dataclasses.asdict(config), "people": split_hash(run)}
-        save(part, {**state, **trainer.state()})
+        save(part, {"kind": "generator-training", **settings, **trainer.state()})
         with open(log, "a") as f:
             f.write(json.dumps(line) + "\n")
         left = (time.time() - started) / (trainer.done - begun) * (trainer.total - trainer.done)
@@ -587,15 +587,10 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
             f"epoch {trainer.done}/{trainer.total}  stage {line['stage']}  loss {line['loss']:.4f}{unseen}"
             f"  {line['seconds']:.0f} s  left {left / 60:.0f} min", flush=True,
         )  # fmt: skip
-    content = {"kind": "generator", "config": dataclasses.asdict(config), "people": split_hash(run)}
-    content["train"] = [faces.names[p] for p in split.train]
-    save(run / "generator.pt", {**content, "lord": trainer.lord.state_dict()})
+    train_names = [faces.names[p] for p in split.train]
+    save(run / "generator.pt", {"kind": "generator", **settings, "train": train_names, "lord": trainer.lord.state_dict()})
     part.unlink()
     return trainer.lord
-
-
-def split_hash(run: Path) -> str:
-    return json.loads((run / "people.json").read_text())["sha256"]
 
 
 def main(argv: list[str] | None = None) -> int:
