@@ -75,6 +75,7 @@ class Config:
     generate_from: str = "clean"  # Sec. 2; released: erased (the augmented images' content, one class code a person)
     attack_steps: int = 10  # Sec. 4, App. A
     attack_alpha: float = 16.0  # Sec. 4, App. A: in 255ths
+    attack_warmup: int = 0  # ours: steps over which alpha grows from 0, for a random start (the authors start from ImageNet weights)
     attacked: str = "auto"  # erased | all; auto: App. A, ours only where erased, the baselines all
     weak_area: tuple[float, ...] = (0.02, 0.1)  # App. A: weak AT's rectangles
     candidates: int = 10  # Sec. 4: C of DOA, 4 or 10
@@ -104,6 +105,10 @@ class Config:
     def attack_share(self) -> str:
         return self.attacked if self.attacked != "auto" else ("erased" if self.generated else "all")
 
+    def alpha(self, step: int) -> float:
+        """Step size of the inner attack, in 255ths, at a step of the training."""
+        return self.attack_alpha * min(step / self.attack_warmup, 1.0) if self.attack_warmup else self.attack_alpha
+
     @property
     def selected(self) -> str:
         return self.select if self.select != "auto" else ("best-auroc" if self.method == "weak-at" else "last")
@@ -114,7 +119,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "released": dict(amsgrad=True, fill="uniform", generate_from="erased"),
     "demo": dict(
         data="synthetic", train_persons=0, validation_persons=40, target_persons=30, persons=0, width=0.125,
-        standardise=True, batch=32, steps=300, rate_end=1e-4, attack_steps=5, attack_alpha=32.0,
+        standardise=True, batch=32, steps=300, rate_end=1e-4, attack_steps=5, attack_alpha=32.0, attack_warmup=150,
     ),
 }  # fmt: skip
 METHODS = ("ours", "no-at", "weak-at", "doa")
@@ -678,8 +683,9 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         rng.manual_seed(config.seed * 1_000_003 + step)  # a step's random numbers depend on (seed, step) alone
         for group in adam.param_groups:
             group["lr"] = config.rate_end + (config.rate - config.rate_end) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        now = dataclasses.replace(config, attack_alpha=config.alpha(step))
         try:
-            sums.append(train_step(config, embed, adam, training, make, rng))
+            sums.append(train_step(now, embed, adam, training, make, rng))
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step + 1}: {error}; last good checkpoint: {part if part.exists() else 'none yet'}") from None
         step += 1

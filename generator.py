@@ -69,8 +69,10 @@ class Config:
     encoder_epochs: int = 200  # LORD
     encoder_rate: float = 1e-4  # LORD
     encoder_rate_end: float = 1e-4  # LORD: constant
-    swap: bool = False  # ours: in stage 2 the class code comes from another image of the person, so that it can hold no content
     code_weight: float = 1e4  # LORD: weight of the two code errors (means over dimensions and batch)
+    swap: bool = False  # ours: in stage 2 the class code comes from another image of the person, so that it can hold no content,
+    # and the content code is free of stage 1's, but noisy and penalised as there, so that it holds no more than it must
+    encoder_penalty: float = 0.0  # ours: lambda of stage 2, with swap
 
     @property
     def run(self) -> Path:
@@ -84,7 +86,7 @@ PRESETS: dict[str, dict[str, object]] = {
         data="synthetic", train_persons=0, validation_persons=40, target_persons=30, class_dim=96, content_dim=96,
         hidden=(192, 256), channels=(128, 96, 48, 16), out_channels=12, encoder_channels=(16, 32, 64, 96, 96),
         encoder_hidden=128, loss="pyramid", content_penalty=1e-5, rate=1.5e-3, rate_end=5e-5, code_rate=40.0,
-        epochs=60, encoder_epochs=16, encoder_rate=1e-3, encoder_rate_end=2e-5, swap=True, code_weight=0.1,
+        epochs=60, encoder_epochs=20, encoder_rate=1e-3, encoder_rate_end=2e-5, swap=True, encoder_penalty=5e-4, code_weight=0.1,
     ),
 }  # fmt: skip
 
@@ -336,11 +338,15 @@ class Trainer:
         x = to_float(self.images[index])
         content_code = self.lord.content_encoder(x)
         class_code = self.lord.class_encoder(self.partner(index, noise) if c.swap else x)
+        codes = c.code_weight * F.mse_loss(class_code, self.class_codes[self.person[index]].detach())
+        if c.swap:
+            codes = codes + c.encoder_penalty * content_code.square().sum(1).mean()
+            content_code = content_code + c.noise * torch.randn(content_code.shape, generator=noise, device=x.device)
+        else:
+            codes = codes + c.code_weight * F.mse_loss(content_code, self.content_codes[index].detach())
         loss = self.loss(self.lord.generator(class_code, content_code), x)
-        codes = F.mse_loss(content_code, self.content_codes[index].detach())
-        codes = codes + F.mse_loss(class_code, self.class_codes[self.person[index]].detach())
         self.adam2.zero_grad()
-        (loss + c.code_weight * codes).backward()
+        (loss + codes).backward()
         self.adam2.step()
         return loss
 

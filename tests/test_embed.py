@@ -268,6 +268,12 @@ def test_what_each_method_attacks():
             assert float(moved.max()) <= 400 / 4096 and float(moved.min()) > 0.08
 
 
+def test_the_inner_step_grows_over_the_warmup():
+    config = e.Config(attack_alpha=32.0, attack_warmup=4)
+    assert [config.alpha(step) for step in (0, 1, 3, 4, 9)] == [0.0, 8.0, 24.0, 32.0, 32.0]
+    assert e.Config(attack_alpha=32.0).alpha(0) == 32.0
+
+
 def test_transfer_takes_another_images_content():
     images, person = faces()
     asked = []

@@ -120,6 +120,27 @@ def test_the_penalty_shrinks_content_codes_and_the_noise_moves_the_output():
     assert losses[0] != losses[1]
 
 
+def test_swap_takes_the_class_from_another_image_and_keeps_the_content_noisy_and_small():
+    images, person = toy()
+    sizes = []
+    for penalty in (0.0, 0.1):
+        config = g.Config(**{**TINY, "epochs": 0, "encoder_epochs": 40, "swap": True, "encoder_penalty": penalty, "code_weight": 0.1})
+        trainer = g.Trainer(config, images, person, g.pyramid_loss)
+        for _ in range(trainer.total):
+            trainer.epoch()
+        sizes.append(float(g.encode(trainer.lord, images)[1].square().mean()))
+    assert sizes[1] < 0.5 * sizes[0]
+    index = torch.arange(len(images))
+    partners = trainer.partner(index, torch.Generator().manual_seed(0))
+    found = [[j for j in range(len(images)) if torch.equal(g.to_float(images[j : j + 1])[0], image)] for image in partners]
+    assert all(any(person[j] == person[i] for j in js) for i, js in enumerate(found)) and any(i not in js for i, js in enumerate(found))
+    losses = []
+    for noise in (0.0, 1.0):  # the same start, the same partners: only the content's noise differs
+        trainer = g.Trainer(dataclasses.replace(config, noise=noise), images, person, g.pyramid_loss)
+        losses.append(float(trainer.stage2(torch.arange(8), 0.0, torch.Generator().manual_seed(0))))
+    assert losses[0] != losses[1]
+
+
 def test_resumed_training_equals_an_unbroken_one_bit_for_bit():
     images, person = toy()
     config = g.Config(**TINY)
