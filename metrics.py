@@ -968,7 +968,7 @@ def figure_5(run: Run) -> Any:
     figure, axes = _new(1, 1, 5.2, 3.4)
     for (count, size), (steps, loss) in sorted(curves.items()):
         smooth = _smooth(loss)
-        (line,) = axes[0, 0].plot(steps, smooth, label=f"{count} steps of {size:.0f}/255")
+        (line,) = axes[0, 0].plot(steps, smooth, label=f"{count} steps of {size:g}/255")
         axes[0, 0].plot(steps, loss, color=line.get_color(), alpha=0.25, linewidth=0.8)
         axes[0, 0].plot(steps[smooth.argmin()], smooth.min(), "o", color=line.get_color())
     highest = 3 * max(loss[0] for _, loss in curves.values())

@@ -748,3 +748,33 @@ def test_presets_fit_the_config():
     assert (paper.distal_iterations, paper.distal_lr, paper.patch_train, paper.targets) == (2000, 0.01, 100, 27)
     for preset in attacks.PRESETS.values():
         replace(paper, **preset)
+
+
+def test_finished_asks_for_every_defence_and_work_follows_the_settings(tmp_path):
+    table = tmp_path / "square.csv"
+    assert not attacks.finished(table, "both")
+    table.write_text("rows\n")
+    for held, wanted, answer in [
+        ("both", "both", True),
+        ("both", "all", False),
+        ("all", "both", True),
+        ("basic,both", "both,basic", True),
+    ]:
+        (tmp_path / "square.json").write_text(json.dumps({"config": {"defences": held}}))
+        assert attacks.finished(table, wanted) is answer
+    demo = Config(**attacks.PRESETS["demo"])
+    assert attacks.work(["eyeglasses"], demo) == 20 * 2 * 12 * 80
+    assert attacks.work(["eyeglasses"], replace(demo, defences="all")) == 20 * 6 * 12 * 80
+    assert attacks.work(["square"], demo) == 20 * 2 * 12 * (80 + 25 * 2)
+    assert attacks.work([], demo) == 0 and attacks.work(attacks.ATTACKS, demo) > 0
+
+
+def test_the_last_iterate_counts_without_a_gradient(embed=lambda x: x.flatten(1)):
+    image, calls = torch.full((1, 3, 64, 64), 0.5), []
+
+    def counted(x):
+        calls.append(torch.is_grad_enabled())
+        return embed(x)
+
+    attacks.tanh_attack(counted, image, torch.zeros(3 * 64 * 64), attacks.eyeglasses_mask(), iterations=3, restarts=1)
+    assert calls == [True, True, True, False, False]  # three steps, the last iterate, the distance

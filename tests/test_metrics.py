@@ -490,3 +490,24 @@ def test_rows_of_other_people_and_the_script_alone(run, tmp_path):
     command = [sys.executable, "metrics.py", "--run", str(run), "--rows", "attacks-lfw", "--json"]
     done = subprocess.run(command, check=False, cwd=alone, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["ours"]["clean"]["n_targets"] == 2
+
+
+def test_figure_5_draws_each_step_setting_once(run):
+    log = "".join(json.dumps({"step": 50 * k, "loss": 1.0, "val_loss": 9.0 - k}) + "\n" for k in range(1, 5))
+    for name, steps, alpha in (("weak-at", 5, 32.0), ("weak-at-4", 4, 52.5), ("weak-at-10", 10, 24.0), ("weak-at-20", 20, 12.0)):
+        (run / name).mkdir(exist_ok=True)
+        (run / name / "log.jsonl").write_text(log)
+        (run / name / "result.json").write_text(json.dumps({"config": {"attack_steps": steps, "attack_alpha": alpha}}))
+    legend = metrics.figure_5(metrics.read_run(run)).axes[0].get_legend()
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == ["4 steps of 52.5/255", "5 steps of 32/255", "10 steps of 24/255", "20 steps of 12/255"]
+
+
+def test_worst_is_not_set_beside_that_of_fewer_attacks(run):
+    one = metrics.read_run(run)
+    attack = one.methods["ours"]["eyeglasses"] if "eyeglasses" in one.methods["ours"] else one.methods["ours"]["clean"]
+    more = {"clean": one.methods["ours"]["clean"], "eyeglasses": attack, "square": attack, "indirect": attack}
+    less = {name: more[name] for name in ("clean", "eyeglasses", "square")}
+    text = metrics._beyond([metrics.Run(one.folder, {"ours": more, "no-at": less})])
+    ours, without = text.splitlines()[2:]
+    assert "fewer" not in ours and without.endswith("| fewer attacks |")
