@@ -170,9 +170,20 @@ def gaussian_cutout(
     return images, boxes, erased
 
 
+def window_energy(grad: Tensor, h: int, w: int, stride: int) -> Tensor:
+    """Sum of squared gradient (B, C, H, W) over channels and h x w windows at every stride, flush edges included -> (B, P), Sec. 3.1."""
+    def windows(n: int, size: int) -> Tensor:
+        starts = torch.tensor(sorted({*range(0, n - size + 1, stride), n - size}), device=grad.device)[:, None]
+        return ((torch.arange(n, device=grad.device) >= starts) & (torch.arange(n, device=grad.device) < starts + size)).float()
+
+    H, W = grad.shape[2:]
+    return (windows(H, h) @ (grad.float().square().sum(1) @ windows(W, w).T)).flatten(1)  # no running sums: they would cancel
+
+
 try:  # the same operations, as Triton kernels on a GPU
     from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]
     from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]
+    from kernels.window_energy import window_energy  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
 
@@ -376,13 +387,6 @@ def positions(height: int, width: int, size: int, stride: int) -> Tensor:
     return torch.tensor([(r, c) for r in starts(height) for c in starts(width)])
 
 
-def window_energy(grad: Tensor, size: int, places: Tensor) -> Tensor:
-    """Sum of squared gradient (B, C, H, W) over channels and each size x size window -> (B, P), Sec. 3.1."""
-    summed = F.pad(grad.square().sum(1).cumsum(1).cumsum(2), (1, 0, 1, 0))  # (B, H + 1, W + 1)
-    r, c = places.to(grad.device).unbind(1)
-    return summed[:, r + size, c + size] - summed[:, r, c + size] - summed[:, r + size, c] + summed[:, r, c]
-
-
 def doa_boxes(
     embed: Embed, images: Tensor, anchors: Tensor, sign: Tensor, size: int, stride: int, candidates: int
 ) -> Tensor:
@@ -396,7 +400,7 @@ def doa_boxes(
     images = images.detach().requires_grad_()
     (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
     K = min(candidates, len(places))
-    best = places[window_energy(grad, size, places).topk(K, 1).indices]  # (B, K, 2)
+    best = places[window_energy(grad.contiguous(), size, size, stride).topk(K, 1).indices]  # (B, K, 2)
     boxes = torch.cat([best, torch.full_like(best, size)], 2)  # (B, K, 4)
     with torch.no_grad():
         painted = images.detach().repeat_interleave(K, 0)
