@@ -232,7 +232,7 @@ def local_features(embed: Embed, images: Tensor, pixels: Tensor, mirroring: bool
     """
     N, C, _, W = images.shape
     make = getattr(embed, "patch_local", None)
-    if make is None:
+    if make is None or not pixels.shape[1]:
         return None
     row, col = pixels // W, pixels % W  # (N, P)
     if mirroring:
