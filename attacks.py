@@ -105,9 +105,9 @@ PRESETS: dict[str, dict] = {
     # mean distance on 10 faces, 80 iterations at 0.2 falling to zero against 1000 at 0.01: +0.2 % (robust F), -2 % (untrained F)
     "demo": {
         "targets": 20, "intruders": 12, "clean_intruders": 60, "iterations": 80, "lr": 0.2, "restarts": 1,
-        "decay": True, "square_search_iterations": 6, "square_search_lr": 0.3, "patch_train": 20,
-        "patch_iterations": 100, "patch_lr": 0.2, "patterns": 200, "evasion_iterations": 80, "evasion_lr": 0.2,
-        "evasion_restarts": 1, "distal_iterations": 150, "distal_lr": 0.2, "eot_samples": 2, "eot_tests": 8,
+        "decay": True, "square_search_iterations": 3, "square_search_lr": 0.3, "patch_train": 16,
+        "patch_iterations": 60, "patch_lr": 0.2, "patterns": 100, "evasion_iterations": 80, "evasion_lr": 0.2,
+        "evasion_restarts": 1, "distal_iterations": 150, "distal_lr": 0.2, "eot_samples": 1, "eot_tests": 8,
     },
 }  # fmt: skip
 
@@ -622,6 +622,20 @@ def effort(name: str, config: Config) -> dict[str, int]:
     return {"iterations": config.iterations, "restarts": config.restarts, **search}
 
 
+def work(names: Sequence[str], config: Config) -> float:
+    """Images through the embedding, forward and backward, that these attacks take on all targets, roughly."""
+    n, each = config.intruders, config.iterations * config.restarts
+    patch = config.patch_train * config.patch_iterations
+    eot = config.eot_samples + config.eot_tests / 30
+    images = {"clean": config.clean_intruders / 3, "noise": n / 3, "eyeglasses": n * each, "eye_patch": patch,
+              "square": n * (each + len(square_positions(config.square_stride)) * config.square_search_iterations),
+              "random_eyeglasses": n * config.patterns / 3, "indirect": 2 * n * each, "distal": 4 * config.distal_iterations,
+              "evasion": n * config.evasion_iterations * config.evasion_restarts,
+              "eot_eyeglasses": eot * n * each, "eot_eye_patch": eot * patch}
+    views = sum(1 + DEFENCES[defence][0] for defence in choose("defences", config.defences, tuple(DEFENCES)))
+    return config.targets * views * sum(images[name] for name in names)
+
+
 # main
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -669,6 +683,13 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give the --run folder of a finished training") from None
+
+
+def finished(table: Path, defences: str) -> bool:
+    """Whether the rows of an attack are there, under at least these defences."""
+    known = tuple(DEFENCES)
+    held = read_json(table.with_suffix(".json")).get("config", {}).get("defences", "") if table.exists() else ""
+    return bool(held) and {*choose("defences", defences, known)} <= {*choose("defences", held, known)}
 
 
 def write(path: Path, text: str | None = None, **arrays: np.ndarray) -> None:
@@ -834,14 +855,15 @@ def attack_method(config: Config, embed: Embed, faces, targets: list[int], near:
     for name in choose("attacks", config.attacks, ATTACKS):
         table, partial = out / f"{name}.csv", out / f".{name}.partial"
         title = f"{out.parent.name} {name}"
-        old = table.with_suffix(".json") if table.exists() else partial / "config.json"
+        done = finished(table, config.defences)  # with fewer defences it is made again under all that are asked for
+        old = table.with_suffix(".json") if done else partial / "config.json"
         if config.resume and old.exists():
             before = read_json(old)["config"]
             for key, value in about["config"].items():
-                if before.get(key) != value:
+                if before.get(key) != value and not (done and key == "defences"):
                     raise UsageError(f"--resume: {old} was made with {key} {before.get(key)!r}, now {value!r}; give "
                                      "the same settings, or leave out --resume to start this attack again")
-            if table.exists():
+            if done:
                 print(f"{title}: kept, {table} is finished", flush=True)
                 continue
         elif rank == 0:

@@ -1,6 +1,7 @@
 """The embedding F: eq. (1)-(6), Sec. 2-3.1 and App. A, for our method and for every baseline.
 
     python embed.py --method ours                                     # demo: rendered faces, two CPU cores, minutes
+    python embed.py --all                                             # every method, attack, table and figure
     python embed.py --method ours --preset paper --data celeba --root CELEBA           # the paper's numbers, one GPU
     python embed.py --verify A.jpg B.jpg --run runs/synthetic-demo-0  # eq. (1) for two photographs
 
@@ -92,9 +93,11 @@ class Config:
     @property
     def name(self) -> str:
         """Folder of this method in the run."""
-        return {"doa": f"doa-{self.candidates}"}.get(self.method, self.method) + (
-            "-transfer" if self.positive == "transfer" and self.generated else ""
-        )
+        usual = PRESETS.get(self.preset, {}).get("attack_steps", Config.attack_steps)
+        suffix = f"-{self.candidates}" if self.method == "doa" else ""
+        if self.method == "weak-at" and self.attack_steps != usual:  # Fig. 5
+            suffix = f"-{self.attack_steps}"
+        return self.method + ("-transfer" if self.positive == "transfer" and self.generated else suffix)
 
     @property
     def generated(self) -> bool:
@@ -123,6 +126,12 @@ PRESETS: dict[str, dict[str, object]] = {
     ),
 }  # fmt: skip
 METHODS = ("ours", "no-at", "weak-at", "doa")
+STEP_SETTINGS = ((7, 30.0), (10, 16.0), (20, 12.0), (40, 6.0))  # App. A, Fig. 5: steps, alpha
+FULL = ("ours", "ours-transfer", "doa-10")  # ours: --all runs every attack on these, those of Tables 1, 2 and Sec. 4.3 on all
+TRAININGS = {
+    "ours": (), "ours-transfer": ("--positive=transfer",), "no-at": ("--method=no-at",), "weak-at": ("--method=weak-at",),
+    "doa-4": ("--method=doa", "--candidates=4"), "doa-10": ("--method=doa", "--candidates=10"),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ patch operations (kernels/ when there)
@@ -654,6 +663,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         else:
             parser.add_argument(flag, type=type(default), choices=choices.get(field.name))
     parser.set_defaults(**{f.name: None for f in dataclasses.fields(Config)})
+    parser.add_argument("--all", action="store_true", help="every method, attack, table and figure; the same command goes on after a stop")
     parser.add_argument("--run", type=Path, help="folder of the run (default runs/<data>-<preset>-<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted training stopped")
     parser.add_argument("--overwrite", action="store_true", help="train again over a finished or unfinished method")
@@ -692,6 +702,8 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
     if not path.exists() and (config.preset, config.data) == ("demo", "synthetic") and shipped.exists():
         shutil.copyfile(shipped, path.with_name("generator.pt.part"))
         os.replace(path.with_name("generator.pt.part"), path)
+        if (log := shipped.parents[1] / "results" / "demo" / "generator.jsonl").exists():
+            shutil.copyfile(log, run / log.name)  # what its training took
         print(f"generator: the demo's own, from data/{shipped.name}")
     if not path.exists():
         print("generator: none in this run yet, so it is trained first")
@@ -702,7 +714,10 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
         flags += [f"--preset={preset}", f"--run={run}", *(["--resume"] if (run / "generator.ckpt").exists() else [])]
         if code := generator.main(flags + ([f"--device={args.device}"] if args.device else [])):
             raise SystemExit(code)
-    lord, content = generator.load_generator(path, device)
+    try:
+        lord, content = generator.load_generator(path, device)
+    except generator.UsageError as error:
+        raise UsageError(str(error)) from None
     seen = {*content["train"]} & {faces.names[p] for p in (*split.validation, *split.target)}
     if seen:
         raise UsageError(f"{path}: was trained on {len(seen)} of the validation or target persons ({min(seen)}, ...): train one with generator.py on this split")
@@ -771,6 +786,9 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
     else:
         log.parent.mkdir(parents=True, exist_ok=True)
+        if part.exists() or (folder / "result.json").exists():  # --overwrite: what is there counts as unfinished from here on
+            progress = {"step": 0, "seconds": 0.0, "best": best, "model": embed.state_dict(), "adam": adam.state_dict()}
+            save(part, {"kind": "embedding-training", "config": settings, "people": people, **progress})
         log.write_text("")
     make = None
     if config.generated:
@@ -845,6 +863,26 @@ def verify(config: Config, args: argparse.Namespace, run: Path, device: torch.de
     print(f"distance {float(d):.3f}  threshold {delta:.3f} (5 % of genuine validation pairs refused)  {'NOT the same person' if float(d) >= delta else 'same person'}")
 
 
+def open_run(config: Config, run: Path):
+    """The faces (`data.Faces`) and their split; a new run gets its manifest."""
+    import data
+
+    options = {}
+    if config.data == "synthetic":
+        options = dict(persons=config.synthetic_persons, images_per_person=config.synthetic_images)
+    faces = data.load(config.data, config.root or None, crop=config.crop or None, **options)
+    people = run / "people.json"
+    if people.exists():
+        split = data.read_manifest(people, faces)
+    else:
+        split = data.split_persons(faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed)
+        run.mkdir(parents=True, exist_ok=True)
+        data.write_manifest(people, faces, split)
+    record = {"data": config.data, "root": str(Path(config.root).resolve()) if config.root else "", "crop": config.crop, "preset": config.preset, "seed": config.seed, "options": options}
+    write_json(run / "run.json", record)
+    return faces, split
+
+
 def main(argv: list[str] | None = None) -> int:
     import data
 
@@ -855,31 +893,23 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify:
             verify(config, args, run, device)
             return 0
-        options = {}
-        if config.data == "synthetic":
-            options = dict(persons=config.synthetic_persons, images_per_person=config.synthetic_images)
-        faces = data.load(config.data, config.root or None, crop=config.crop or None, **options)
-        people, folder = run / "people.json", run / config.name
-        if people.exists():
-            split = data.read_manifest(people, faces)
-        else:
-            split = data.split_persons(faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed)
-            run.mkdir(parents=True, exist_ok=True)
-            data.write_manifest(people, faces, split)
-        record = {"data": config.data, "root": str(Path(config.root).resolve()) if config.root else "", "crop": config.crop, "preset": config.preset, "seed": config.seed, "options": options}
-        write_json(run / "run.json", record)
-        result = folder / "result.json"
-        if result.exists() and not args.overwrite:
+        if args.all:
+            return everything(config, args, run, device)
+        faces, split = open_run(config, run)
+        folder = run / config.name
+        result, part = folder / "result.json", folder / "training.ckpt"
+        if result.exists() and not part.exists() and not args.overwrite:
             differs = differing(json.loads(result.read_text())["config"], dataclasses.asdict(config))
             if differs:
                 raise UsageError(f"{folder}: trained with other settings: {differs}; use --overwrite or another --run")
             print(f"{folder} is trained already (--overwrite trains it anew)")
         else:
-            result.unlink(missing_ok=True)
             write_json(result, train(config, run, faces, split, args, device))
-            (folder / "training.ckpt").unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         print(f"wrote {folder}/embedding.pt, log.jsonl, result.json")
         if not args.no_evaluation:
+            if not config.generated and (run / "generator.pt").exists():
+                write_figure3(config, run, faces, split, device)
             return evaluate(config, run, args)
     except (UsageError, data.DataError) as error:
         print(f"embed.py: {error}", file=sys.stderr)
@@ -898,10 +928,133 @@ def evaluate(config: Config, run: Path, args: argparse.Namespace) -> int:
     import attacks
     import metrics
 
-    preset = "demo" if config.preset == "demo" else "paper"
-    flags = ["--run", str(run), "--method", config.name, "--attacks", "clean,eyeglasses", "--preset", preset, "--seed", str(config.seed)]
-    code = attacks.main(flags + (["--resume"] if args.resume else []) + (["--device", args.device] if args.device else []))
+    code = attacks.main([*attack_flags(config, run, args), "--attacks=clean,eyeglasses", *(["--resume"] if args.resume else [])])
     return code or metrics.main(["--run", str(run)])
+
+
+def attack_flags(config: Config, run: Path, args: argparse.Namespace) -> list[str]:
+    preset = "demo" if config.preset == "demo" else "paper"
+    flags = ["--run", str(run), "--method", config.name, "--preset", preset, "--seed", str(config.seed)]
+    return flags + (["--device", args.device] if args.device else [])
+
+
+def write_figure3(config: Config, run: Path, faces, split, device: torch.device, pairs: int = 500) -> None:
+    """Fig. 3: distances from t to an image of another target person, once the real x, once u with x's identity and t's content."""
+    import generator
+
+    lord, _ = generator.load_generator(run / "generator.pt", device)
+    embed = load_embedding(run / config.name / "embedding.pt", device)
+    pick = torch.isin(faces.person, torch.tensor(split.target))
+    sampler = Sampler(faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)[1].to(device))
+    xi, _, ti = sampler.draw(pairs, 1, torch.Generator(device).manual_seed(config.seed))
+    class_codes, content_codes = generator.encode(lord, sampler.images)
+    u = generator.decode(lord, class_codes[xi], content_codes[ti[:, 0]])
+    real = features(embed, sampler.images)
+    kinds = {"real-real": real[xi], "real-generated": features(embed, (u * 255).round().to(torch.uint8))}
+    lines = [f"{kind},{d:.7g}\n" for kind, f in kinds.items() for d in squared_distance(real[ti[:, 0]], f).sqrt().tolist()]
+    path = run / config.name / "attacks" / "figure3.csv"
+    path.parent.mkdir(exist_ok=True)
+    path.with_name(path.name + ".part").write_text("kind,distance\n" + "".join(lines))
+    os.replace(path.with_name(path.name + ".part"), path)
+
+
+# ------------------------------------------------------------------------------------------------------- --all, stage by stage
+@dataclass(frozen=True)
+class Stage:
+    what: str
+    work: float  # images through F, roughly; 0: nothing left to do. Only for the time left
+    call: Callable[[], int | None]
+
+
+def training_work(config: Config) -> float:
+    """Images through F, forward and backward, that a training takes, roughly; images from G count as several."""
+    share = {"erased": config.cutout, "all": 1.0}[config.attack_share] * (config.method != "no-at")
+    search = 1 + config.candidates / 3 if config.method == "doa" else 0
+    return config.steps * config.batch * ((28 if config.generated else 8) + 2 * (share * config.attack_steps + search))
+
+
+def stages(config: Config, args: argparse.Namespace, run: Path, device: torch.device) -> list[Stage]:
+    """What Tables 1 and 2, B.2, Sec. 4.3, 4.4 and Figures 1-9 need, in order."""
+    import attacks
+    import generator
+    import metrics
+
+    common = ["--run", str(run), *(["--device", args.device] if args.device else [])]
+    for name, value in ((f.name, getattr(args, f.name)) for f in dataclasses.fields(Config)):
+        if value is not None:
+            flag, text = name.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, tuple) else value
+            common.append(f"--{flag}={text}" if not isinstance(value, bool) else f"--{flag}" if value else f"--no-{flag}")
+
+    def generator_stage() -> None:
+        faces, split = open_run(config, run)
+        lord = find_generator(config, run, faces, split, args, device)
+        if not (run / "generator.json").exists():
+            generator.evaluate(generator.Config(data=config.data, seed=config.seed), run, lord, faces, split, device)
+
+    def training(title: str, flags: tuple[str, ...]) -> Stage:
+        method, _ = parse([*common, *flags])
+        folder = run / method.name
+        done = (folder / "result.json").exists() and not (folder / "training.ckpt").exists()
+        what = f"train {method.name}, {method.steps} steps{title}"
+        return Stage(what, 0 if done else training_work(method), lambda: main([*common, *flags, "--resume", "--no-evaluation"]))
+
+    def attacking(flags: tuple[str, ...], names: list[str], defences: str) -> Stage:
+        method, _ = parse([*common, *flags])
+        told = [*attack_flags(method, run, args), "--attacks", ",".join(names), "--defences", defences, "--resume"]
+        left = [n for n in names if not attacks.finished(run / method.name / "attacks" / f"{n}.csv", defences)]
+        work = attacks.work(left, attacks.Config(**{**attacks.PRESETS[told[5]], "defences": defences}))
+        what = f"attack {method.name}: {', '.join(names)}" + (" (every defence)" if defences == "all" else "")
+        return Stage(what, work, lambda: attacks.main(told))
+
+    def figure3_stage() -> None:
+        faces, split = open_run(config, run)
+        for name in ("weak-at", "doa-4", "doa-10"):  # networks that never saw a generated image, as in the paper
+            write_figure3(parse([*common, *TRAININGS[name]])[0], run, faces, split, device)
+
+    result = [Stage("generator: make or find it; its report and quadruplets (Fig. 1, 9)", 0 if (run / "generator.json").exists() else 1, generator_stage)]
+    table_1 = ["clean", "eyeglasses", "square", "eye_patch"]
+    others = [name for name in attacks.ATTACKS if name not in (*table_1, "evasion")]
+    for name, flags in TRAININGS.items():
+        result += [training("", flags), attacking(flags, table_1, "all" if name == "ours" else "both")]
+        result.append(attacking(flags, ["evasion", *(others if name in FULL else [])], "both"))
+    share = config.attack_steps / Config.attack_steps  # the demo takes half the steps, each twice as large
+    for paper_steps, alpha in STEP_SETTINGS:
+        if (steps := max(round(paper_steps * share), 1)) != config.attack_steps:
+            flags = (*TRAININGS["weak-at"], f"--attack-steps={steps}", f"--attack-alpha={alpha * paper_steps / steps:g}")
+            result.append(training(f" with {flags[-1][15:]}/255 x {steps} (Fig. 5)", flags))
+    result.append(Stage("distances of real and generated pairs (Fig. 3)", 1, figure3_stage))
+    return [*result, Stage("tables and figures", 1, lambda: metrics.main(["--run", str(run)]))]
+
+
+def everything(config: Config, args: argparse.Namespace, run: Path, device: torch.device) -> int:
+    """Every stage after the other; what is finished is kept, what is not goes on. Returns the first exit status that is not 0."""
+    import data
+
+    for name in ("method", "positive", "candidates", "attack_steps", "attack_alpha", "overwrite", "no_evaluation"):
+        if getattr(args, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')}: --all sets this itself: leave it out (another --run starts anew)")
+    plan = stages(config, args, run, device)
+    for i, stage in enumerate(plan, 1):
+        print(f"stage {i:2} of {len(plan)}: {stage.what}" + ("" if stage.work else ", done"))
+    began, worked = time.time(), 0.0
+    for i, stage in enumerate(plan, 1):
+        elapsed, waiting = time.time() - began, sum(s.work for s in plan[i - 1 :])
+        left = f"{elapsed / worked * waiting / 60:.0f} min" if worked > 1 else "known after the first training"
+        print(f"stage {i} of {len(plan)}: {stage.what}; elapsed {elapsed / 60:.0f} min, left {left}", flush=True)
+        try:
+            code = stage.call()
+        except (UsageError, data.DataError) as error:
+            print(f"embed.py: {error}", file=sys.stderr)
+            code = 2
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except KeyboardInterrupt:
+            code = 130
+        if code:
+            print(f"embed.py: stage {i} of {len(plan)} ended with status {code}; the same command goes on there", file=sys.stderr)
+            return code
+        worked += stage.work
+    return 0
 
 
 if __name__ == "__main__":

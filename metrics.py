@@ -720,7 +720,12 @@ def _disentanglement(runs: Sequence[Run]) -> str:
 
 def _beyond(runs: Sequence[Run]) -> str:
     header = ("eyeglasses", "eot_eyeglasses", "eye_patch", "eot_eye_patch", "worst")
-    body = [[LABELS.get(m, m), *(cell(measure(runs, m, a)) for a in header)] for m in names(runs)]
+    held = {m: {a for run in runs for a in run.methods.get(m, ()) if a in WORST} for m in names(runs)}
+    body = []
+    for m, attacks in held.items():
+        row = [cell(measure(runs, m, a)) for a in header]
+        fewer = attacks != set().union(*held.values())  # the strongest of fewer attacks is not to be set beside the others
+        body.append([LABELS.get(m, m), *row[:-1], "fewer attacks" if fewer else row[-1]])
     return markdown(["", *header], body)
 
 
@@ -951,17 +956,17 @@ def figure_4(run: Run, columns: int = 8) -> Any:
 
 def figure_5(run: Run) -> Any:
     """Test loss of weak adversarial training for the step settings; a dot at the lowest, where it would stop early."""
-    curves = {m: _curve(run, m, "val_loss") for m in ("weak-at", *STEPS)}
-    curves = {m: c for m, c in curves.items() if len(c[0])}
-    if "weak-at-10" in curves:
-        curves.pop("weak-at", None)
+    curves: dict[tuple[int, float], tuple[np.ndarray, np.ndarray]] = {}
+    for method in (path.parent.name for path in sorted(run.folder.glob("weak-at*/log.jsonl"))):
+        config = _json(run.folder / method / "result.json").get("config", {})
+        count, size = STEPS.get(method, (10, 16))
+        curve = _curve(run, method, "val_loss")
+        if len(curve[0]):
+            curves[config.get("attack_steps", count), config.get("attack_alpha", size)] = curve
     if not curves:
         raise Missing(f"{run.folder}/weak-at-<7|10|20|40>/log.jsonl is missing")
     figure, axes = _new(1, 1, 5.2, 3.4)
-    for method, (steps, loss) in curves.items():
-        config = _json(run.folder / method / "result.json").get("config", {})
-        count, size = STEPS.get(method, (10, 16))
-        count, size = config.get("attack_steps", count), config.get("attack_alpha", size)
+    for (count, size), (steps, loss) in sorted(curves.items()):
         smooth = _smooth(loss)
         (line,) = axes[0, 0].plot(steps, smooth, label=f"{count} steps of {size:.0f}/255")
         axes[0, 0].plot(steps, loss, color=line.get_color(), alpha=0.25, linewidth=0.8)

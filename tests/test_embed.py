@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -393,14 +394,153 @@ def test_the_whole_chain_prints_the_table_and_json(project, monkeypatch, capsys)
 
     monkeypatch.chdir(project)
     flags = [f for f in FLAGS if f != "--no-evaluation"]
+    shutil.copytree("runs/synthetic-demo-0", "runs/chain", ignore=shutil.ignore_patterns("ours*", "no-at", "weak-at*", "doa*"))
     assert e.main([*flags, "--run", "runs/chain", "--method", "weak-at", "--attack-steps", "1"]) == 0
     out = capsys.readouterr().out
     assert "eyeglasses" in out and "clean" in out
     assert metrics.main(["--run", "runs/chain", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["weak-at"]
+    found = json.loads(capsys.readouterr().out)["weak-at-1"]
     for attack in ("clean", "eyeglasses"):
         assert 0 <= found[attack]["auroc"] <= 1 and 0 <= found[attack]["aupr"] <= 1 and found[attack]["n_targets"] == 3
         assert len(found[attack]["interval"]) == 2
+
+    # Fig. 3 against a loop
+    config = e.parse([*flags, "--method", "weak-at", "--attack-steps", "1"])[0]
+    faces, split = e.open_run(config, Path("runs/chain"))
+    embed = e.load_embedding("runs/chain/weak-at-1/embedding.pt")
+    lord, _ = g.load_generator("runs/chain/generator.pt")
+    lines = [line.split(",") for line in Path("runs/chain/weak-at-1/attacks/figure3.csv").read_text().splitlines()]
+    assert lines[0] == ["kind", "distance"] and [k for k, _ in lines[1:]] == ["real-real"] * 500 + ["real-generated"] * 500
+    images = faces.images[torch.isin(faces.person, torch.tensor(split.target))]
+    person = torch.arange(3).repeat_interleave(10)
+    x, _, t = e.Sampler(images, person).draw(500, 1, rng(config.seed))
+    assert (person[x] != person[t[:, 0]]).all()
+    images = images.float() / 255
+    for k in (0, 1, 499):
+        a, b = images[t[k]], images[x[k]][None]
+        with torch.no_grad():
+            u = lord.generator(lord.class_encoder(b), lord.content_encoder(a))
+            real, made = ((embed(a) - embed(v)).norm() for v in (b, (u * 255).round() / 255))
+        assert float(lines[1 + k][1]) == pytest.approx(float(real), rel=1e-3, abs=1e-4)
+        assert float(lines[501 + k][1]) == pytest.approx(float(made), rel=1e-2, abs=1e-3)
+    before = Path("runs/chain/weak-at-1/attacks/figure3.csv").read_bytes()
+    e.write_figure3(config, Path("runs/chain"), faces, split, torch.device("cpu"))
+    assert Path("runs/chain/weak-at-1/attacks/figure3.csv").read_bytes() == before
+
+
+def test_the_folder_of_each_method():
+    def name(*flags):
+        return e.parse(list(flags))[0].name
+
+    assert [name(*flags) for flags in e.TRAININGS.values()] == list(e.TRAININGS)
+    weak = ("--method", "weak-at")
+    assert name(*weak, "--preset", "paper") == "weak-at" and name(*weak, "--preset", "paper", "--attack-steps", "10") == "weak-at"
+    assert name(*weak, "--preset", "paper", "--attack-steps", "7") == "weak-at-7"
+    assert name(*weak, "--attack-steps", "10") == "weak-at-10" and name(*weak, "--attack-steps", "5") == "weak-at"
+    assert name("--attack-steps", "7") == "ours" and name("--method", "no-at", "--positive", "transfer") == "no-at-transfer"
+
+
+def test_an_unfinished_overwrite_keeps_the_old_result_and_is_not_taken_for_it(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    flags = [*FLAGS, "--run", "runs/over", "--method", "weak-at", "--attack-steps", "1"]
+    folder = Path("runs/over/weak-at-1")
+    assert e.main(flags) == 0
+    kept = {n: (folder / n).read_bytes() for n in ("result.json", "embedding.pt")}
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    step = e.train_step
+    monkeypatch.setattr(e, "train_step", stopped)
+    assert e.main([*flags, "--overwrite", "--margin", "5"]) == 130  # before the first checkpoint of the new training
+    monkeypatch.setattr(e, "train_step", step)
+    assert {n: (folder / n).read_bytes() for n in kept} == kept
+    capsys.readouterr()
+    assert e.main(flags) == 2 and "unfinished" in capsys.readouterr().err  # not "trained already"
+    assert e.main([*flags, "--resume"]) == 2 and "margin" in capsys.readouterr().err
+    assert e.main([*flags, "--resume", "--margin", "5"]) == 0 and not (folder / "training.ckpt").exists()
+    resumed = torch.load(folder / "embedding-last.pt", weights_only=True)["model"]
+    assert json.loads((folder / "result.json").read_text())["config"]["margin"] == 5
+    assert e.main([*flags, "--overwrite", "--margin", "5"]) == 0
+    whole = torch.load(folder / "embedding-last.pt", weights_only=True)["model"]
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+@pytest.fixture
+def small_attacks(monkeypatch):
+    import attacks
+
+    small = dict(targets=2, intruders=2, clean_intruders=4, iterations=2, square_stride=20, square_search_iterations=1, patch_train=2,
+                 patch_iterations=2, patterns=2, evasion_iterations=2, distal_iterations=2, eot_tests=1)  # fmt: skip
+    monkeypatch.setitem(attacks.PRESETS, "demo", {**attacks.PRESETS["demo"], **small})
+    return attacks
+
+
+def test_all_makes_every_row_goes_on_after_a_stop_and_repeats_nothing(project, monkeypatch, capsys, small_attacks):
+    import metrics
+
+    monkeypatch.chdir(project)
+    run = Path("runs/all")
+    # the demo's own generator, and the plain command before
+    shipped = project / "checkout" / "data"
+    shipped.mkdir(parents=True)
+    shutil.copy("runs/synthetic-demo-0/generator.pt", shipped / "generator_demo.pt")
+    monkeypatch.setattr(e, "__file__", str(shipped.parent / "embed.py"))
+    tiny = [f for f in FLAGS if f != "--no-evaluation"]
+    tiny = [*tiny[: tiny.index("--attack-steps")], "--run", str(run)]
+    assert e.main(tiny) == 0
+    first = (run / "ours" / "embedding.pt").read_bytes()
+
+    real, seen = small_attacks.attack_target, []
+
+    def stopping(config, name, *rest, **keywords):
+        seen.append(name)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(config, name, *rest, **keywords)
+
+    monkeypatch.setattr(small_attacks, "attack_target", stopping)
+    capsys.readouterr()
+    assert e.main([*tiny, "--all"]) == 130
+    told = capsys.readouterr()
+    assert "the same command goes on" in told.err and "stage  2 of 24: train ours, 6 steps, done" in told.out
+    assert seen == ["clean", "clean", "eyeglasses", "eyeglasses"]  # again, now under every defence
+    seen[:] = [""] * 10
+    assert e.main([*tiny, "--all"]) == 0
+    told = capsys.readouterr().out
+    assert seen.count("clean") == 5 * 2 and seen.count("eyeglasses") == 5 * 2 + 1  # ours: one target of eyeglasses was left
+    assert "stage 24 of 24: tables and figures; elapsed" in told and "left" in told and "not made" not in told
+    assert (run / "ours" / "embedding.pt").read_bytes() == first
+    names = {p.parent.name for p in run.glob("*/embedding.pt")}
+    assert names == {*e.TRAININGS, "weak-at-4", "weak-at-10", "weak-at-20"}
+    settings = {n: json.loads((run / n / "result.json").read_text())["config"] for n in names}
+    assert {(c["attack_steps"], c["attack_alpha"]) for n, c in settings.items() if "weak" in n} == {(5, 32), (4, 52.5), (10, 24), (20, 12)}
+    held = metrics.read_run(run).methods
+    assert set(held) == set(e.TRAININGS)
+    for method, found in held.items():
+        many = set(small_attacks.ATTACKS) if method in e.FULL else {"clean", "eyeglasses", "square", "eye_patch", "evasion"}
+        assert set(found) == many, method
+        defences = {(r.mirroring, r.selection) for r in found["square"].rows}
+        assert len(defences) == (4 if method == "ours" else 1)
+    table = (run / "tables.md").read_text()
+    assert "not run" not in table.split("## Table 1")[1].split("## Beyond")[0].replace("generator", "")
+    assert all((run / "figures" / f"figure{n}.png").exists() for n in range(1, 10))
+    seen.clear()
+    assert e.main([*tiny, "--all"]) == 0 and seen == []  # nothing is done twice
+    assert "stage 23 of 24" in capsys.readouterr().out
+
+
+def test_all_ends_with_the_status_of_a_failing_stage(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    flags = [f for f in FLAGS if f != "--no-evaluation"]
+    flags = [*flags[: flags.index("--attack-steps")], "--run", "runs/fails", "--all"]
+    for more in (["--method", "doa"], ["--attack-steps", "7"], ["--overwrite"]):
+        assert e.main([*flags, *more]) == 2 and more[0] in capsys.readouterr().err
+    Path("runs/fails").mkdir()
+    Path("runs/fails/generator.pt").write_bytes(b"no checkpoint")
+    assert e.main(flags) == 2
+    err = capsys.readouterr().err
+    assert "generator.pt" in err and "stage 1 of 24" in err and "same command" in err and not Path("runs/fails/ours").exists()
 
 
 def test_verify_answers_eq1(project, monkeypatch, capsys):
@@ -415,11 +555,12 @@ def test_verify_answers_eq1(project, monkeypatch, capsys):
     for i in (0, 1):
         Image.fromarray(found.images[i].permute(1, 2, 0).numpy()).save(f"{i}.png")
     capsys.readouterr()
+    run += ["--attack-steps", "2"]
     assert e.main(["--verify", "0.png", "0.png", *run]) == 0
     assert "same person" in capsys.readouterr().out
     assert e.main(["--verify", "0.png", "1.png", *run]) == 0
     out = capsys.readouterr().out.split()
-    embed = e.load_embedding("runs/verify/weak-at/embedding.pt")
+    embed = e.load_embedding("runs/verify/weak-at-2/embedding.pt")
     a, b = (found.images[i : i + 1].float() / 255 for i in (0, 1))
     d = torch.stack([e.squared_distance(embed(v), embed(a)) for v in (b, b.flip(3))]).mean().sqrt()
     assert float(out[1]) == pytest.approx(float(d), abs=1e-3)
