@@ -487,7 +487,9 @@ def test_all_makes_every_row_goes_on_after_a_stop_and_repeats_nothing(project, m
     shutil.copy("runs/synthetic-demo-0/generator.pt", shipped / "generator_demo.pt")
     monkeypatch.setattr(e, "__file__", str(shipped.parent / "embed.py"))
     tiny = [f for f in FLAGS if f != "--no-evaluation"]
-    tiny = [*tiny[: tiny.index("--attack-steps")], "--run", str(run)]
+    tiny = [*tiny[: tiny.index("--steps")], "--steps", "2", "--validate-every", "1", "--run", str(run)]
+    report = metrics.main
+    monkeypatch.setattr(metrics, "main", lambda flags: 0)
     assert e.main(tiny) == 0
     first = (run / "ours" / "embedding.pt").read_bytes()
 
@@ -503,9 +505,10 @@ def test_all_makes_every_row_goes_on_after_a_stop_and_repeats_nothing(project, m
     capsys.readouterr()
     assert e.main([*tiny, "--all"]) == 130
     told = capsys.readouterr()
-    assert "the same command goes on" in told.err and "stage  2 of 24: train ours, 6 steps, done" in told.out
+    assert "the same command goes on" in told.err and "stage  2 of 24: train ours, 2 steps, done" in told.out
     assert seen == ["clean", "clean", "eyeglasses", "eyeglasses"]  # again, now under every defence
     seen[:] = [""] * 10
+    monkeypatch.setattr(metrics, "main", report)
     assert e.main([*tiny, "--all"]) == 0
     told = capsys.readouterr().out
     assert seen.count("clean") == 5 * 2 and seen.count("eyeglasses") == 5 * 2 + 1  # ours: one target of eyeglasses was left
@@ -526,6 +529,7 @@ def test_all_makes_every_row_goes_on_after_a_stop_and_repeats_nothing(project, m
     assert "not run" not in table.split("## Table 1")[1].split("## Beyond")[0].replace("generator", "")
     assert all((run / "figures" / f"figure{n}.png").exists() for n in range(1, 10))
     seen.clear()
+    monkeypatch.setattr(metrics, "main", lambda flags: 0)
     assert e.main([*tiny, "--all"]) == 0 and seen == []  # nothing is done twice
     assert "stage 23 of 24" in capsys.readouterr().out
 
