@@ -93,6 +93,7 @@ class Config:
     eot_rotation: float = 5.0  # ours: degrees
     eot_brightness: float = 0.1  # ours: 1 +- this
     chunk: int = 0  # ours: images in one forward pass; 0: 128 on a CPU, 2048 on a GPU
+    local: bool = True  # ours: recompute only what the patch changes (exact); --no-local runs whole images
     device: str = "auto"  # ours
     figures: bool = True  # ours: keep example images in <attack>.npz
     resume: bool = False  # ours: keep what an interrupted run of the same config finished
@@ -177,7 +178,11 @@ def squared_distance(embed: Embed, images: Tensor, anchor: Tensor, mirroring: bo
     views = images if transforms is None else transform(images, transforms)  # (S * N, C, H, W)
     if mirroring:
         views = torch.cat([views, views.flip(-1)])  # (2 * S * N, C, H, W)
-    features = embed(views)
+    return mean_squared(embed(views), anchor, N)
+
+
+def mean_squared(features: Tensor, anchor: Tensor, N: int) -> Tensor:
+    """features (V * N, D) of V views of N images, anchor (N, D) or (D,) -> (N,)."""
     # Eq. (7)
     return (features.view(-1, N, features.shape[-1]) - anchor).square().sum(-1).mean(0)
 
@@ -218,10 +223,37 @@ def mask_pixels(mask: Tensor, rows: int) -> Tensor:
     return mask.flatten(1).nonzero()[:, 1].view(len(mask), -1)
 
 
+def local_features(embed: Embed, images: Tensor, pixels: Tensor, mirroring: bool) -> Embed | None:
+    """Patch-local recomputation: values (N, C, P) -> the features (N or 2 * N, D) of `images` (N, C, H, W) with these
+    pixels (N, P) replaced, then of their mirrors. None if the model has no `patch_local`, or they lie too far apart.
+
+    embed.patch_local(images, boxes (B, 4) = (top, left, height, width)) gives a callable on the pixels inside its own
+    `boxes`, of one size, which cover the given ones, with `layers`, how many run on a window alone: `embed.PatchLocal`.
+    """
+    N, C, _, W = images.shape
+    make = getattr(embed, "patch_local", None)
+    if make is None or not pixels.shape[1]:
+        return None
+    row, col = pixels // W, pixels % W  # (N, P)
+    if mirroring:
+        images, row = torch.cat([images, images.flip(-1)]), torch.cat([row, row])
+        col = torch.cat([col, W - 1 - col])
+    top, left = row.amin(1), col.amin(1)
+    local = make(images, torch.stack([top, left, row.amax(1) - top + 1, col.amax(1) - left + 1], 1))
+    if not local.layers:
+        return None
+    (top, left), (h, w) = local.boxes[:, :2].T, local.boxes[0, 2:].tolist()
+    inside = (torch.arange(h * w, device=images.device) // w + top[:, None]) * W
+    inside = inside + torch.arange(h * w, device=images.device) % w + left[:, None]  # (V * N, h * w)
+    crop = images.flatten(2).gather(2, inside[:, None].expand(-1, C, -1)).view(-1, C, h, w)
+    index = (row - top[:, None]) * w + col - left[:, None]  # (V * N, P)
+    return lambda values: local(paste(crop, values.repeat(len(crop) // N, 1, 1), index))
+
+
 # The optimisation, App. C
 def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base: Tensor, start: Tensor, *, sign: int,
               mirroring: bool, iterations: int, lr: float, decay: bool, transforms: Tensor | None,
-              validation: Tensor | None) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
+              validation: Tensor | None, local: bool) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
     """Adam on delta, the best iterate of each row kept.
 
     parts: (images (n, C, H, W), anchor (n, D), pixels (n, P)); one part with a delta for each image, or several parts
@@ -229,6 +261,8 @@ def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base
     Returns the best base + delta, its loss (N,), the loss (N,) of the iterate after an eighth, a quarter, half and all
     of the iterations, and counts (3,) of zero, non-finite and all gradients.
     """
+    near = [local_features(embed, images, pixels, mirroring) if local and transforms is None else None
+            for images, _, pixels in parts]
     total = sum(len(images) for images, _, _ in parts)
     shared, every = len(start) < total, 1 if transforms is None else 10
     marks = {iterations, *(n - n % every for n in (iterations // 8, iterations // 4, iterations // 2))}
@@ -238,13 +272,16 @@ def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base
 
     def objective(moves: Tensor | None, grad: Tensor | None = None) -> Tensor:
         losses = []
-        for images, anchor, pixels in parts:
+        for (images, anchor, pixels), nearby in zip(parts, near):
             with torch.set_grad_enabled(grad is not None):
                 leaf = delta.detach().requires_grad_(grad is not None)
                 # App. C
-                patch = (torch.tanh(base + leaf) + 1) / 2
-                patched = paste(images, patch.expand(len(images), -1, -1), pixels)
-                loss = sign * squared_distance(embed, patched, anchor, mirroring, moves)
+                patch = ((torch.tanh(base + leaf) + 1) / 2).expand(len(images), -1, -1)
+                if nearby is None:
+                    loss = squared_distance(embed, paste(images, patch, pixels), anchor, mirroring, moves)
+                else:
+                    loss = mean_squared(nearby(patch), anchor, len(images))
+                loss = sign * loss
             if grad is not None:
                 grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
             losses.append(loss.detach())
@@ -284,7 +321,7 @@ def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, d
                 mirroring: bool = True, iterations: int = 1000, lr: float = 0.01, restarts: int = 5,
                 decay: bool = False, chunk: int = 256, start: Tensor | None = None,
                 generator: torch.Generator | Sequence[torch.Generator] | None = None,
-                transforms: Tensor | None = None, validation: Tensor | None = None) -> Attacked:
+                transforms: Tensor | None = None, validation: Tensor | None = None, local: bool = True) -> Attacked:
     """Attack each image by itself inside its mask, eq. (7) in the form of App. C.
 
     images (B, C, H, W) in [0, 1]; anchor (B, D) or (D,) features; mask (H, W) or (B, H, W) bool.
@@ -293,6 +330,7 @@ def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, d
     chunk: images in one forward pass, mirrors included; it changes speed and memory, not the draws.
     transforms (iterations, S, 5), validation (S, 5): with these the loss is the mean over the S transforms of an
     iteration, and the best iterate is chosen every tenth iteration under `validation`.
+    local: recompute only what the pixels change, where the model can (`local_features`); this changes rounding alone.
     extra: loss (R, B), the signed squared distance of each restart; by_iterations, by_restarts {n: distance (B,)}.
     """
     sign, B, C = _sign(direction), *images.shape[:2]
@@ -307,7 +345,8 @@ def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, d
     rows = max(1, chunk // ((1 + mirroring) * (1 if transforms is None else transforms.shape[1])))
     with frozen(embed):
         runs = [_optimise(embed, [(images[i], anchor[i], pixels[i])], base[i], part, sign=sign, mirroring=mirroring,
-                          iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation)
+                          iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation,
+                          local=local)
                 for i, part in zip((torch.arange(R * B, device=images.device) % B).split(rows), start.split(rows))]
     best, loss = (torch.cat([run[k] for run in runs]).unflatten(0, (R, B)) for k in (0, 1))
     winner, each = loss.argmin(0), torch.arange(B, device=images.device)
@@ -339,8 +378,8 @@ def distances(embed: Embed, images: Tensor, anchor: Tensor, mirroring: bool = Tr
 # Square with a search for its place, Sec. 3, App. C
 def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Sequence[tuple[int, int]], *,
                     size: int = 10, direction: str = "impersonate", mirroring: bool = True, iterations: int = 20,
-                    lr: float = 0.1, chunk: int = 256, generator: torch.Generator | None = None
-                    ) -> tuple[Tensor, Attacked]:
+                    lr: float = 0.1, chunk: int = 256, generator: torch.Generator | None = None,
+                    local: bool = True) -> tuple[Tensor, Attacked]:
     """Short attack at each position. Returns distances (B, K), and the summed counters with no images."""
     B, C, H, W = images.shape
     K = len(positions)
@@ -352,7 +391,7 @@ def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Seq
     for x, a, s in zip(images.split(group), anchor.expand(B, -1).split(group), start.split(group)):
         result = tanh_attack(embed, x.repeat_interleave(K, 0), a.repeat_interleave(K, 0), masks.repeat(len(x), 1, 1),
                              direction=direction, mirroring=mirroring, iterations=iterations, lr=lr, chunk=chunk,
-                             start=s.reshape(1, -1, *s.shape[2:]))
+                             local=local, start=s.reshape(1, -1, *s.shape[2:]))
         found.append(result.distance.view(-1, K))
         _count(total, result)
     return torch.cat(found), total
@@ -361,7 +400,7 @@ def location_search(embed: Embed, images: Tensor, anchor: Tensor, positions: Seq
 def square_attack(embed: Embed, images: Tensor, anchor: Tensor, *, stride: int = 5, size: int = 10,
                   positions: Sequence[tuple[int, int]] | None = None, search_iterations: int = 20,
                   search_lr: float = 0.1, direction: str = "impersonate", mirroring: bool = True, chunk: int = 256,
-                  generator: torch.Generator | None = None, **settings) -> Attacked:
+                  generator: torch.Generator | None = None, local: bool = True, **settings) -> Attacked:
     """`location_search`, then `tanh_attack` from a new start at the best place of each image; extra: row, col (B,)."""
     sign = _sign(direction)
     positions = positions or square_positions(stride)
@@ -369,11 +408,11 @@ def square_attack(embed: Embed, images: Tensor, anchor: Tensor, *, stride: int =
     H, W = images.shape[2:]
     found, searched = location_search(embed, images, anchor, positions, size=size, direction=direction,
                                       mirroring=mirroring, iterations=search_iterations, lr=search_lr, chunk=chunk,
-                                      generator=generator)
+                                      generator=generator, local=local)
     places = [positions[best] for best in (sign * found).argmin(1).tolist()]
     masks = torch.stack([square_mask(row, column, size, H, W) for row, column in places])
     result = tanh_attack(embed, images, anchor, masks, direction=direction, mirroring=mirroring, chunk=chunk,
-                         generator=generator, **settings)
+                         generator=generator, local=local, **settings)
     _count(result, searched)
     result.extra |= {"row": torch.tensor([p[0] for p in places]), "col": torch.tensor([p[1] for p in places])}
     return result
@@ -389,11 +428,11 @@ def _count(total: Attacked, part: Attacked) -> None:
 def universal_patch(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, direction: str = "impersonate",
                     mirroring: bool = True, iterations: int = 5000, lr: float = 0.005, decay: bool = False,
                     chunk: int = 256, generator: torch.Generator | None = None, transforms: Tensor | None = None,
-                    validation: Tensor | None = None) -> tuple[Tensor, Attacked]:
+                    validation: Tensor | None = None, local: bool = True) -> tuple[Tensor, Attacked]:
     """One pattern that replaces the masked pixels of every image, for the lowest mean squared distance to the anchor.
 
-    images (B, C, H, W): the training intruders, which alone decide the best iterate; mask (H, W); transforms and
-    validation as in `tanh_attack`. Returns the pattern (C, P) in [0, 1] and the patched training images.
+    images (B, C, H, W): the training intruders, which alone decide the best iterate; mask (H, W); transforms,
+    validation and local as in `tanh_attack`. Returns the pattern (C, P) in [0, 1] and the patched training images.
     """
     B, C = images.shape[:2]
     pixels = mask_pixels(mask.to(images.device), B)
@@ -404,7 +443,7 @@ def universal_patch(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, 
     with frozen(embed):
         best, _, curve, counts = _optimise(
             embed, parts, torch.zeros_like(start), start, sign=_sign(direction), mirroring=mirroring,
-            iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation)
+            iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation, local=local)
     pattern = ((torch.tanh(best) + 1) / 2)[0]  # (C, P)
     patched = apply_pattern(images, pattern, mask)
     return pattern, Attacked(patched, distances(embed, patched, anchor, mirroring, validation, chunk), *counts.tolist(),
@@ -519,7 +558,7 @@ def run_attack(name: str, config: Config, embed: Embed, images: Tensor, anchor: 
     mask = eye_patch_mask() if name.endswith("eye_patch") else eyeglasses_mask()
     chunk, whole = config.chunk or 256, torch.ones_like(mask)
     common = {"mirroring": mirroring, "chunk": chunk}
-    steps = {"iterations": config.iterations, "lr": config.lr, "decay": config.decay, **common}
+    steps = {"iterations": config.iterations, "lr": config.lr, "decay": config.decay, "local": config.local, **common}
     tests = None
     if name.endswith("eye_patch"):
         steps |= {"iterations": config.patch_iterations, "lr": config.patch_lr}
@@ -879,7 +918,7 @@ def attack_run(config: Config) -> None:
         near, far = list(split.target), list(split.validation)
     drawn = sorted(near, key=lambda p: stable_generator(config.seed, faces.names[p]).initial_seed())
     targets = sorted(drawn[:config.targets])
-    skip = {"run", "method", "attacks", "chunk", "device", "figures", "resume"}
+    skip = {"run", "method", "attacks", "chunk", "local", "device", "figures", "resume"}
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in skip}
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     for method in methods:

@@ -184,9 +184,20 @@ def gaussian_cutout(
     return images, boxes, erased
 
 
+def window_energy(grad: Tensor, h: int, w: int, stride: int) -> Tensor:
+    """Sum of squared gradient (B, C, H, W) over channels and h x w windows at every stride, flush edges included -> (B, P), Sec. 3.1."""
+    def windows(n: int, size: int) -> Tensor:
+        starts = torch.tensor(sorted({*range(0, n - size + 1, stride), n - size}), device=grad.device)[:, None]
+        return ((torch.arange(n, device=grad.device) >= starts) & (torch.arange(n, device=grad.device) < starts + size)).float()
+
+    H, W = grad.shape[2:]
+    return (windows(H, h) @ (grad.float().square().sum(1) @ windows(W, w).T)).flatten(1)  # no running sums: they would cancel
+
+
 try:  # the same operations, as Triton kernels on a GPU
     from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]
     from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]
+    from kernels.window_energy import window_energy  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
 
@@ -233,13 +244,111 @@ class Embedding(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = (images - 0.5) * 4 if self.standardise else images
-        x = self.trunk(x.contiguous(memory_format=torch.channels_last)).flatten(1)  # (B, 2048 * width)
+        return self.head(self.trunk(self.standardised(images)))
+
+    def standardised(self, images: Tensor) -> Tensor:
+        return ((images - 0.5) * 4 if self.standardise else images).contiguous(memory_format=torch.channels_last)
+
+    def head(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)  # (B, 2048 * width)
         return F.linear(x, F.normalize(self.weight, dim=1), self.bias)
 
     def load_vgg(self, state: dict[str, Tensor]) -> None:
         """Start the trunk from a torchvision VGG16 state dict. Raises KeyError or RuntimeError if it does not fit."""
         self.trunk.load_state_dict({k[len("features.") :]: v for k, v in state.items() if k.startswith("features.")})
+
+    def patch_local(self, images: Tensor, boxes: Tensor) -> PatchLocal:
+        """`PatchLocal` of images with boxes (B, 4) of any places and sizes: its own `boxes` cover them and are what it takes."""
+        return PatchLocal(self, images, align(boxes, *images.shape[2:]))
+
+
+def align(boxes: Tensor, height: int, width: int, grid: int = 4) -> Tensor:
+    """Boxes (B, 4) of one size and of like places modulo `grid` that cover the given ones; those that are alike stay as they are."""
+    covers = boxes.clone()
+    for k, n in enumerate((height, width)):
+        start, size = boxes[:, k], boxes[:, k + 2]
+        if bool((size != size[0]).any()) or bool(((start - start[0]) % grid).any()):
+            low = start // grid * grid
+            size = (-((-start - size) // grid) * grid - low).amax().clamp(max=n)
+            covers[:, k], covers[:, k + 2] = torch.minimum(low, n - size), size
+    return covers
+
+
+class PatchLocal:
+    """F of `images` with other pixels inside one box each: (B or 1, 3, h, w) -> (B, dim), exact, for as long as the weights stay.
+
+    A change inside a box changes only a window of each map: one pixel more on all sides after a 3x3 convolution, half of it after a
+    max-pool. Convolutions are linear, so that of the changed map is that of the map with a hole in the window's place, computed
+    once, plus that of the window alone. The window may reach over the edge: there the hole's map is -inf, zero after the ReLU.
+    After `layers` convolutions (with their ReLU) and pools the window is pasted into the map of `images`, and the rest runs in full.
+
+    boxes (B, 4) = (top, left, height, width) of one size, whose places are alike modulo 2 to the power of the pools among `layers`.
+    layers: by default as long as the places allow and a window is at most 0.8 of its map. Raises ValueError for other boxes.
+    """
+
+    def __init__(self, embed: Embedding, images: Tensor, boxes: Tensor, layers: int | None = None) -> None:
+        self.embed, self.boxes, self.layers = embed, boxes, 0
+        self.units = [m for m in embed.trunk if not isinstance(m, nn.ReLU)]
+        self.local: list[tuple[nn.Module, Tensor | None, tuple[int, int], tuple[slice, slice]]] = []
+        corners, (h, w) = boxes[:, :2], boxes[0, 2:].tolist()
+        if bool((boxes[:, 2:] != boxes[:1, 2:]).any()):
+            raise ValueError("boxes must be of one size")
+        with torch.no_grad():
+            x = embed.standardised(images)
+            for unit, following in zip(self.units, [*self.units[1:], None]):
+                if self.layers == layers:
+                    break
+                if isinstance(unit, nn.MaxPool2d):
+                    corners, h, w, x = corners // 2, h // 2, w // 2, unit(x)
+                    self.local.append((unit, None, (0, 0), (slice(None), slice(None))))
+                    self.layers += 1
+                    continue
+                grown, padding, crop = [], [], []
+                for start, size in zip(corners[0].tolist(), (h, w)):  # rows, then columns
+                    low, high = start - 1, start + size + 1
+                    if isinstance(following, nn.MaxPool2d):
+                        low, high = low // 2 * 2, -(-high // 2) * 2
+                    p = max(start - low, high - start - size) + 1
+                    grown.append((start - low, high - low))  # where the hole begins in the new window, and the window's size
+                    padding.append(p)
+                    crop.append(slice(p - 1 - (start - low), p - 1 - (start - low) + high - low))
+                ((up, height), (back, width)), (H, W) = grown, x.shape[2:]
+                if layers is None and height * width > 0.8 * H * W:
+                    break
+                outer = corners - torch.tensor([up, back], device=corners.device)
+                if isinstance(following, nn.MaxPool2d) and bool((outer % 2).any()):
+                    if layers is None:
+                        break
+                    raise ValueError(f"boxes must be alike modulo {2 * images.shape[2] // H}")
+                hole = self.rows(outer - 1, height + 2, width + 2, H, W)
+                slab = F.pad(x.permute(0, 2, 3, 1).flatten(0, 2), (0, 0, 0, 1))[hole].view(len(x), height + 2, width + 2, -1)
+                slab[:, up + 1 : up + 1 + h, back + 1 : back + 1 + w] = 0
+                kept = F.conv2d(slab.permute(0, 3, 1, 2), unit.weight, unit.bias)
+                outside = self.rows(outer, height, width, H, W) == len(x) * H * W
+                kept.masked_fill_(outside.view(-1, 1, height, width), -math.inf)
+                self.local.append((unit, kept, (padding[0], padding[1]), (crop[0], crop[1])))
+                corners, h, w, x = outer, height, width, unit(x).relu_()
+                self.layers += 1
+            self.shape, self.at = x.shape, self.rows(corners, h, w, *x.shape[2:])
+            self.map = F.pad(x.permute(0, 2, 3, 1).flatten(0, 2), (0, 0, 0, 1))  # (B H W + 1, C)
+
+    def rows(self, corners: Tensor, h: int, w: int, H: int, W: int) -> Tensor:
+        """Where the pixels of h x w windows lie among (B, H, W), flat (B h w,); B H W for those outside the image."""
+        B, device = len(corners), corners.device
+        row, col = (corners[:, :1] + torch.arange(h, device=device))[:, :, None], (corners[:, 1:] + torch.arange(w, device=device))[:, None]
+        flat = (torch.arange(B, device=device)[:, None, None] * H + row) * W + col  # (B, h, w)
+        return flat.where((row >= 0) & (row < H) & (col >= 0) & (col < W), B * H * W).flatten()
+
+    def __call__(self, patch: Tensor) -> Tensor:
+        x = self.embed.standardised(patch)
+        for unit, kept, padding, (rows, cols) in self.local:
+            x = unit(x) if kept is None else (F.conv2d(x, unit.weight, None, 1, padding)[:, :, rows, cols] + kept).relu_()
+        B, C, H, W = self.shape
+        window = x.permute(0, 2, 3, 1).expand(B, -1, -1, -1).reshape(-1, C).to(self.map.dtype)
+        x = self.map.index_copy(0, self.at, window)[:-1].view(B, H, W, C).permute(0, 3, 1, 2)
+        for unit in self.units[self.layers :]:
+            x = unit(x) if isinstance(unit, nn.MaxPool2d) else unit(x).relu_()
+        return self.embed.head(x)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -292,13 +401,6 @@ def positions(height: int, width: int, size: int, stride: int) -> Tensor:
     return torch.tensor([(r, c) for r in starts(height) for c in starts(width)])
 
 
-def window_energy(grad: Tensor, size: int, places: Tensor) -> Tensor:
-    """Sum of squared gradient (B, C, H, W) over channels and each size x size window -> (B, P), Sec. 3.1."""
-    summed = F.pad(grad.square().sum(1).cumsum(1).cumsum(2), (1, 0, 1, 0))  # (B, H + 1, W + 1)
-    r, c = places.to(grad.device).unbind(1)
-    return summed[:, r + size, c + size] - summed[:, r, c + size] - summed[:, r + size, c] + summed[:, r, c]
-
-
 def doa_boxes(
     embed: Embed, images: Tensor, anchors: Tensor, sign: Tensor, size: int, stride: int, candidates: int
 ) -> Tensor:
@@ -312,7 +414,7 @@ def doa_boxes(
     images = images.detach().requires_grad_()
     (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
     K = min(candidates, len(places))
-    best = places[window_energy(grad, size, places).topk(K, 1).indices]  # (B, K, 2)
+    best = places[window_energy(grad.contiguous(), size, size, stride).topk(K, 1).indices]  # (B, K, 2)
     boxes = torch.cat([best, torch.full_like(best, size)], 2)  # (B, K, 4)
     with torch.no_grad():
         painted = images.detach().repeat_interleave(K, 0)

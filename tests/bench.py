@@ -1,5 +1,8 @@
-"""Times every op of kernels/: python -m tests.bench [--ops adain ...] [--rounds 7] [--batch 128] [--out results/bench.csv]
+"""Times every op of kernels/ and the loops around the model: python -m tests.bench [--ops adain ...] [--rounds 7] [--batch 128] [--out results/bench.csv]
 
+The loops (on a CPU; F at a quarter of VGG16's channels): `pgd`, ten masked sign steps, against loops that do what ART's and torchattacks'
+PGD do, and against these themselves when installed (requirements-bench.txt); `step`, a whole training step of "ours", against the same
+with a plain inner attack and with that of the released code; `patch_local`, patch-local recomputation against the full pass.
 On a GPU: the kernel against its PyTorch reference and torch.compile of it, with GB/s beside the copy bandwidth measured in the same run.
 On a CPU, where an op is its reference: against what a user would write instead; with one thread (the default) in CPU time, to which other
 load on the machine does not add. One process, variants interleaved, median of the rounds
@@ -8,6 +11,7 @@ whose output differs from the others' is not timed, and the exit status is 1. Ro
 """
 
 import argparse
+import copy
 import csv
 import datetime
 import importlib.util
@@ -25,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import embed as embedding
+import generator as lord
 from kernels.adain import adain, adain_ref
 from kernels.augment import augment, augment_ref, draw_moves
 from kernels.gaussian_cutout import draw_boxes, gaussian_cutout, gaussian_cutout_ref
@@ -198,6 +204,187 @@ def cpu_cases(B: int) -> Iterator[Case]:
             "eager": lambda x=x, s=scale, o=offset: both_ways(adain_plain, x, s, o),
         }, 1e-2)  # fmt: skip
     yield from update_cases(images, grad, {"op": attack_update, "full-size autograd and Adam": None})
+    yield from patch_local_cases(max(B // 4, 1))
+    yield from pgd_cases(max(B // 4, 1))
+    yield from step_cases(max(B // 4, 2))
+
+
+# --------------------------------------------------------------------------------------------------------------------- the loops
+class Plain(torch.nn.Module):
+    """The same F as a user would write it: weights with gradients, memory contiguous as PyTorch makes it."""
+
+    def __init__(self, embed: embedding.Embedding) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(embed).to(memory_format=torch.contiguous_format)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner.head(self.inner.trunk((images - 0.5) * 4))
+
+
+def art_pgd(model: torch.nn.Module, loss: Callable, images: Tensor, masks: Tensor, steps: int, alpha: float) -> Tensor:
+    """ProjectedGradientDescent(mask=) of ART 1.20: NumPy on the host, loss.backward() with weight gradients, whole images projected."""
+    start, mask = images.numpy(), masks.numpy().astype(np.float32)
+    x = start.copy()
+    for _ in range(steps):
+        leaf = torch.from_numpy(x).requires_grad_()
+        model.zero_grad()
+        loss(model(leaf)).backward()
+        perturbation = np.sign(leaf.grad.numpy()) * mask
+        x = np.clip(x + alpha * perturbation, 0, 1).astype(np.float32)
+        x = start + np.clip(x - start, -1, 1)
+    return torch.from_numpy(x)
+
+
+def torchattacks_pgd(model: torch.nn.Module, loss: Callable, images: Tensor, masks: Tensor, steps: int, alpha: float) -> Tensor:
+    """PGD of torchattacks 3.5, with the mask that it does not have."""
+    x = images.clone().detach()
+    for _ in range(steps):
+        x.requires_grad = True
+        (grad,) = torch.autograd.grad(loss(model(x)), x)
+        x = x.detach() + alpha * grad.sign() * masks
+        x = torch.clamp(images + torch.clamp(x - images, -1, 1), 0, 1).detach()
+    return x
+
+
+def installed_art(plain: Plain, anchors: Tensor, images: Tensor, masks: Tensor, steps: int, alpha: float) -> Callable | None:
+    if not importlib.util.find_spec("art"):
+        return None
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum()
+
+    classifier = PyTorchClassifier(plain, loss, images.shape[1:], anchors.shape[1], clip_values=(0, 1), device_type="cpu")
+    classifier.reduce_labels = lambda y: y  # features stand where ART expects labels
+    classifier._reduce_labels = False
+    attack = ProjectedGradientDescent(classifier, eps=1.0, eps_step=alpha, max_iter=steps, batch_size=len(images), verbose=False)
+    return lambda: torch.from_numpy(attack.generate(images.numpy(), y=anchors.numpy(), mask=masks.numpy().astype(np.float32)))
+
+
+def installed_torchattacks(plain: Plain, anchors: Tensor, images: Tensor, steps: int, alpha: float) -> Callable | None:
+    """Without a mask, which it does not have: its images may be anything, so it is timed beside, not compared."""
+    if not importlib.util.find_spec("torchattacks"):
+        return None
+    import torchattacks
+
+    attack = torchattacks.PGD(plain, eps=1.0, alpha=alpha, steps=steps, random_start=False)
+    return lambda: attack(images, torch.arange(len(images)) % anchors.shape[1])
+
+
+def pgd_cases(B: int) -> Iterator[Case]:
+    torch.manual_seed(0)
+    embed = embedding.Embedding(0.25, standardise=True)
+    plain, steps, alpha = Plain(embed), 10, 16 / 255
+    images, other = torch.rand(2, B, 3, 64, 64)
+    with torch.no_grad():
+        anchors = embed(other)
+    for size in (10, 20):
+        boxes = torch.tensor([[20, 24, size, size]]).repeat(B, 1)
+        masks, sign = box_mask(boxes, 64, 64), torch.ones(B)
+
+        def loss(features: Tensor) -> Tensor:
+            return (features - anchors).square().sum()
+
+        def reached(images: Tensor) -> Tensor:
+            """What is compared: the distances, since a sign of a gradient near zero may fall either way."""
+            with torch.no_grad():
+                return (embed(images) - anchors).square().sum(1).sqrt()
+
+        runs = {
+            "op": lambda boxes=boxes, sign=sign: embedding.inner_attack(embed, images, anchors, sign, boxes, steps, alpha),
+            "loop as in ART": lambda masks=masks: art_pgd(plain, loss, images, masks, steps, alpha),
+            "loop as in torchattacks": lambda masks=masks: torchattacks_pgd(plain, loss, images, masks, steps, alpha),
+            "ART": installed_art(plain, anchors, images, masks, steps, alpha),
+        }
+        variants = {k: lambda f=f: reached(f()) for k, f in runs.items() if f}
+        yield Case("pgd", f"B={B}, {size}x{size}, {steps} steps", 0, variants, 0.02)
+    if whole := installed_torchattacks(plain, anchors, images, steps, alpha):
+        boxes = torch.tensor([[0, 0, 64, 64]]).repeat(B, 1)
+        ours = lambda: embedding.inner_attack(embed, images, anchors, sign, boxes, steps, alpha)
+        inside = lambda x: x.shape == images.shape and bool((x >= 0).all() and (x <= 1).all())
+        yield Case("pgd", f"B={B}, whole images, {steps} steps", 0, {"op": ours, "torchattacks, its own loss": whole}, check=inside)
+
+
+def patch_local_cases(B: int) -> Iterator[Case]:
+    torch.manual_seed(0)
+    embed = embedding.Embedding(0.25, standardise=True).requires_grad_(False)
+    images, other = torch.rand(2, B, 3, 64, 64)
+    with torch.no_grad():
+        anchors = embed(other)
+    for size in (10, 20):
+        boxes, top, left = torch.tensor([[20, 24, size, size]]).repeat(B, 1), 20, 24
+        inside = (..., slice(top, top + size), slice(left, left + size))
+        local, patch = embedding.PatchLocal(embed, images, boxes), images[inside].contiguous()
+
+        def near(local=local, patch=patch) -> tuple[Tensor, Tensor]:
+            leaf = patch.clone().requires_grad_()
+            distance = (local(leaf) - anchors).square().sum(1)
+            (grad,) = torch.autograd.grad(distance.sum(), leaf)
+            return distance.detach(), grad / grad.abs().max()
+
+        def full(inside=inside) -> tuple[Tensor, Tensor]:
+            leaf = images.clone().requires_grad_()
+            distance = (embed(leaf) - anchors).square().sum(1)
+            (grad,) = torch.autograd.grad(distance.sum(), leaf)
+            return distance.detach(), grad[inside] / grad[inside].abs().max()
+
+        def all_of_it(local=None, boxes=boxes, near=near, patch=patch) -> tuple[Tensor, Tensor]:
+            local = embedding.PatchLocal(embed, images, boxes)
+            return [near(local, patch) for _ in range(10)][-1]
+
+        name = f"B={B}, {size}x{size}, {local.layers} of 18 layers"
+        yield Case("patch_local", f"{name}, one step", 0, {"op": near, "full pass": full}, 1e-4)
+        ten = {"op": all_of_it, "full pass": lambda full=full: [full() for _ in range(10)][-1]}
+        yield Case("patch_local", f"{name}, 10 steps and cache", 0, ten, 1e-4)
+
+
+def plain_step(config: embedding.Config, model: Plain, adam: torch.optim.Optimizer, sampler, make, rng, cached: bool) -> Tensor:
+    """A step of "ours" whose inner attack has weight gradients, NumPy on the host, and x and t one after the other; not `cached`:
+    the anchors run again in every step, as in the released code."""
+    batch = embedding.make_batch(config, model, sampler, make, rng)
+    found = []
+    for side, anchor, sign in (("x", "y", 1.0), ("t", "u", -1.0)):
+        erased = batch[side + "_boxes"][:, 2] > 0
+        mask = box_mask(batch[side + "_boxes"][erased], 64, 64).numpy()
+        x, constants, features = batch[side][erased].numpy(), batch[anchor][erased], batch["anchor_" + side][erased]
+        for _ in range(config.attack_steps):
+            leaf = torch.from_numpy(x).requires_grad_()
+            model.zero_grad()
+            (model(leaf) - (features if cached else model(constants))).square().sum().backward()
+            x = np.where(mask, np.clip(x + sign * config.attack_alpha / 255 * np.sign(leaf.grad.numpy()), 0, 1), x).astype(np.float32)
+        found.append(batch[side].index_put((erased,), torch.from_numpy(x)))
+    fx, fy, ft, fu = (model(v.contiguous()) for v in (found[0], batch["y"], found[1], batch["u"]))
+    loss = embedding.two_pair_loss(fx, fy, ft, fu, config.margin, config.hinge)
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+    return torch.stack([loss.detach(), *((a - b).detach().square().sum(1).sqrt().mean() for a, b in ((fx, fy), (ft, fu)))])
+
+
+def step_cases(B: int) -> Iterator[Case]:
+    """Rate 0, the same random numbers: every run repeats the first."""
+    config = embedding.Config(width=0.25, batch=B, standardise=True, hinge="distance")
+    torch.manual_seed(0)
+    embed = embedding.Embedding(0.25, config.dim, True)
+    plain, other = Plain(embed), Plain(embed)
+    images, person = torch.randint(0, 256, (8 * 8, 3, 64, 64), dtype=torch.uint8), torch.arange(8).repeat_interleave(8)
+    sampler = embedding.Sampler(images, person)
+    generator = lord.Lord(lord.Config(**{**lord.PRESETS["demo"], "preset": "demo"})).eval().requires_grad_(False)
+    make, rng = embedding.maker(config, generator, images, person), torch.Generator()
+
+    adam = torch.optim.Adam(embed.parameters(), lr=0.0)
+
+    def ours() -> Tensor:
+        found = embedding.train_step(config, embed, adam, sampler, make, rng.manual_seed(1))
+        return torch.tensor([found[k] for k in ("loss", "d_positive", "d_negative")])
+
+    def theirs(model: Plain, cached: bool) -> Callable:
+        adam = torch.optim.Adam(model.parameters(), lr=0.0)
+        return lambda: plain_step(config, model, adam, sampler, make, rng.manual_seed(1), cached)
+
+    variants = {"op": ours, "anchors cached": theirs(plain, True), "as in the released code": theirs(other, False)}
+    yield Case("step", f"ours, B={B} quadruplets, {config.attack_steps} inner steps", 0, variants, 0.02)
 
 
 def update_cases(images: Tensor, grad: Tensor, updates: dict) -> Iterator[Case]:

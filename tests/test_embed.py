@@ -95,10 +95,11 @@ def test_script_forms_are_the_kernels_references():
 
     from kernels import gaussian_cutout as cutout
     from kernels import masked_step as step
+    from kernels import window_energy as energy
 
     source = Path(e.__file__).read_text()
     tree = ast.parse(source)
-    names = ("box_mask", "masked_step", "draw_boxes", "gaussian_cutout")
+    names = ("box_mask", "masked_step", "draw_boxes", "gaussian_cutout", "window_energy")
     kept = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names]
     space = {"torch": torch, "Tensor": torch.Tensor}
     exec(compile(ast.Module([ast.parse("from __future__ import annotations").body[0], *kept], []), "embed.py", "exec"), space)  # noqa: S102
@@ -115,6 +116,9 @@ def test_script_forms_are_the_kernels_references():
     grad, alpha = torch.randn_like(images), torch.randn(40)
     grad[:, :, ::2] = 0
     three = [f(images, grad, alpha, boxes) for f in (space["masked_step"], step.masked_step_ref, step.masked_step)]
+    assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2])
+    whole = torch.randint(-9, 9, (4, 3, 17, 23)).float()  # sums without rounding
+    three = [f(whole, 5, 8, 3) for f in (space["window_energy"], energy.window_energy_ref, energy.window_energy)]
     assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2])
 
 
@@ -176,10 +180,11 @@ def test_positions_are_the_enumerated_list(size, stride):
 
 
 def test_window_energy_is_the_brute_force_sum():
-    grad = torch.randn(3, 3, 64, 64, dtype=torch.double, generator=rng())
+    grad = torch.randn(3, 3, 64, 64, generator=rng())
+    grad[1] *= 1e3 * (torch.arange(64) < 8)  # large beside small: running sums would lose the small ones
     places = e.positions(64, 64, 20, 5)
-    wanted = torch.stack([(grad[:, :, r : r + 20, c : c + 20] ** 2).sum((1, 2, 3)) for r, c in places.tolist()], 1)
-    torch.testing.assert_close(e.window_energy(grad, 20, places), wanted)
+    wanted = torch.stack([(grad.double()[:, :, r : r + 20, c : c + 20] ** 2).sum((1, 2, 3)) for r, c in places.tolist()], 1)
+    torch.testing.assert_close(e.window_energy(grad, 20, 20, 5).double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_doa_paints_positives_away_and_negatives_towards_the_anchor():
@@ -201,7 +206,7 @@ def test_doa_paints_positives_away_and_negatives_towards_the_anchor():
     few = e.doa_boxes(embed, images, anchors, sign, 20, 5, 1)  # one candidate: the window of the largest gradient
     x = images.clone().requires_grad_()
     (grad,) = torch.autograd.grad(e.squared_distance(embed(x), anchors).sum(), x)
-    assert few[:, :2].tolist() == places[e.window_energy(grad, 20, places).argmax(1)].tolist()
+    assert few[:, :2].tolist() == places[e.window_energy(grad, 20, 20, 5).argmax(1)].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------ sampling and mining
