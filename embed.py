@@ -700,8 +700,7 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
     path = run / "generator.pt"
     shipped = Path(__file__).resolve().parent / "data" / "generator_demo.pt"
     if not path.exists() and (config.preset, config.data) == ("demo", "synthetic") and shipped.exists():
-        shutil.copyfile(shipped, path.with_name("generator.pt.part"))
-        os.replace(path.with_name("generator.pt.part"), path)
+        copy(shipped, path)
         if (log := shipped.parents[1] / "results" / "demo" / "generator.jsonl").exists():
             shutil.copyfile(log, run / log.name)  # what its training took
         print(f"generator: the demo's own, from data/{shipped.name}")
@@ -834,17 +833,33 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         if collapsed(line, config):
             print(f"WARNING: mean negative distance {line['d_negative']:.3g}: the embedding has collapsed to a constant (try --hinge distance, a lower --rate)")
     checkpoint("last")
-    shutil.copyfile(folder / f"embedding-{config.selected}.pt", folder / "embedding.pt.part")
-    os.replace(folder / "embedding.pt.part", folder / "embedding.pt")
+    copy(folder / f"embedding-{config.selected}.pt", folder / "embedding.pt")
     embed = load_embedding(folder / "embedding.pt", device)
     delta = genuine_threshold(embed, held.images, held.person)
     return {"config": settings, "people": people, "threshold": delta, "seconds": seconds, "seconds_per_step": seconds / config.steps, "selected": config.selected, **versions(device)}
 
 
-def write_json(path: Path, content: dict) -> None:
+def write(path: Path, text: str) -> None:
+    """Written beside, then renamed."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+def copy(source: Path, path: Path) -> None:
+    """Copied beside, then renamed."""
+    beside = path.with_name(path.name + ".part")
+    shutil.copyfile(source, beside)
+    os.replace(beside, path)
+
+
+def trained(folder: Path) -> bool:
+    """Whether the training of a method has ended: with a result, and no checkpoint of an unfinished one."""
+    return (folder / "result.json").exists() and not (folder / "training.ckpt").exists()
 
 
 def verify(config: Config, args: argparse.Namespace, run: Path, device: torch.device) -> None:
@@ -897,15 +912,15 @@ def main(argv: list[str] | None = None) -> int:
             return everything(config, args, run, device)
         faces, split = open_run(config, run)
         folder = run / config.name
-        result, part = folder / "result.json", folder / "training.ckpt"
-        if result.exists() and not part.exists() and not args.overwrite:
+        result = folder / "result.json"
+        if trained(folder) and not args.overwrite:
             differs = differing(json.loads(result.read_text())["config"], dataclasses.asdict(config))
             if differs:
                 raise UsageError(f"{folder}: trained with other settings: {differs}; use --overwrite or another --run")
             print(f"{folder} is trained already (--overwrite trains it anew)")
         else:
             write_json(result, train(config, run, faces, split, args, device))
-            part.unlink(missing_ok=True)
+            (folder / "training.ckpt").unlink(missing_ok=True)
         print(f"wrote {folder}/embedding.pt, log.jsonl, result.json")
         if not args.no_evaluation:
             if not config.generated and (run / "generator.pt").exists():
@@ -932,9 +947,12 @@ def evaluate(config: Config, run: Path, args: argparse.Namespace) -> int:
     return code or metrics.main(["--run", str(run)])
 
 
+def attack_preset(config: Config) -> str:
+    return "demo" if config.preset == "demo" else "paper"
+
+
 def attack_flags(config: Config, run: Path, args: argparse.Namespace) -> list[str]:
-    preset = "demo" if config.preset == "demo" else "paper"
-    flags = ["--run", str(run), "--method", config.name, "--preset", preset, "--seed", str(config.seed)]
+    flags = ["--run", str(run), "--method", config.name, "--preset", attack_preset(config), "--seed", str(config.seed)]
     return flags + (["--device", args.device] if args.device else [])
 
 
@@ -954,8 +972,7 @@ def write_figure3(config: Config, run: Path, faces, split, device: torch.device,
     lines = [f"{kind},{d:.7g}\n" for kind, f in kinds.items() for d in squared_distance(real[ti[:, 0]], f).sqrt().tolist()]
     path = run / config.name / "attacks" / "figure3.csv"
     path.parent.mkdir(exist_ok=True)
-    path.with_name(path.name + ".part").write_text("kind,distance\n" + "".join(lines))
-    os.replace(path.with_name(path.name + ".part"), path)
+    write(path, "kind,distance\n" + "".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------------- --all, stage by stage
@@ -993,16 +1010,14 @@ def stages(config: Config, args: argparse.Namespace, run: Path, device: torch.de
 
     def training(title: str, flags: tuple[str, ...]) -> Stage:
         method, _ = parse([*common, *flags])
-        folder = run / method.name
-        done = (folder / "result.json").exists() and not (folder / "training.ckpt").exists()
         what = f"train {method.name}, {method.steps} steps{title}"
-        return Stage(what, 0 if done else training_work(method), lambda: main([*common, *flags, "--resume", "--no-evaluation"]))
+        return Stage(what, 0 if trained(run / method.name) else training_work(method), lambda: main([*common, *flags, "--resume", "--no-evaluation"]))
 
     def attacking(flags: tuple[str, ...], names: list[str], defences: str) -> Stage:
         method, _ = parse([*common, *flags])
         told = [*attack_flags(method, run, args), "--attacks", ",".join(names), "--defences", defences, "--resume"]
         left = [n for n in names if not attacks.finished(run / method.name / "attacks" / f"{n}.csv", defences)]
-        work = attacks.work(left, attacks.Config(**{**attacks.PRESETS[told[5]], "defences": defences}))
+        work = attacks.work(left, attacks.Config(**{**attacks.PRESETS[attack_preset(method)], "defences": defences}))
         what = f"attack {method.name}: {', '.join(names)}" + (" (every defence)" if defences == "all" else "")
         return Stage(what, work, lambda: attacks.main(told))
 
