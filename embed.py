@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -45,6 +46,7 @@ class Config:
     preset: str = "paper"  # demo | paper | released
     method: str = "ours"  # ours | no-at | weak-at | doa
     positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); ours: transfer, y = G(E_cl(x), E_co(x')) with another x'
+    truth: bool = False  # ours: rendered faces only: y and u by the renderer from the true factors, what a perfect G would make
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
     crop: str = ""  # lfw | centre | celeba; empty: by image size
@@ -97,7 +99,9 @@ class Config:
         suffix = f"-{self.candidates}" if self.method == "doa" else ""
         if self.method == "weak-at" and self.attack_steps != usual:  # Fig. 5
             suffix = f"-{self.attack_steps}"
-        return self.method + ("-transfer" if self.positive == "transfer" and self.generated else suffix)
+        if self.generated:
+            suffix = ("-transfer" if self.positive == "transfer" else "") + ("-truth" if self.truth else "")
+        return self.method + suffix
 
     @property
     def generated(self) -> bool:
@@ -664,6 +668,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
             parser.add_argument(flag, type=type(default), choices=choices.get(field.name))
     parser.set_defaults(**{f.name: None for f in dataclasses.fields(Config)})
     parser.add_argument("--all", action="store_true", help="every method, attack, table and figure; the same command goes on after a stop")
+    parser.add_argument("--jobs", type=int, default=0, help="with --all: methods at a time (default: one a core up to 4, on a GPU 1)")
     parser.add_argument("--run", type=Path, help="folder of the run (default runs/<data>-<preset>-<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted training stopped")
     parser.add_argument("--overwrite", action="store_true", help="train again over a finished or unfinished method")
@@ -741,6 +746,16 @@ def maker(config: Config, lord, images: Tensor, person: Tensor) -> Make:
     return lambda identity, _, pixels: lord.generator(class_codes[first[person[identity]]], lord.content_encoder(pixels))
 
 
+def true_maker(faces, pick: Tensor, device: torch.device) -> Make:
+    """y and u rendered from the true factors of the picked images (N,) bool: the ceiling of what a better generator can bring."""
+    from data import synthetic
+
+    if faces.identity is None:
+        raise UsageError(f"--truth: {faces.data} has no true factors: use --data synthetic, or leave it out")
+    factors, content = faces.identity[faces.person[pick]].to(device), faces.content[pick].to(device)
+    return lambda i, k, _: synthetic.render(factors[i], content[k]).float() / 255
+
+
 def train(config: Config, run: Path, faces, split, args: argparse.Namespace, device: torch.device) -> dict[str, object]:
     """Train F by `config.method`, with log, validation, progress and checkpoints; returns the record for result.json."""
     folder = run / config.name
@@ -790,7 +805,9 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
             save(part, {"kind": "embedding-training", "config": settings, "people": people, **progress})
         log.write_text("")
     make = None
-    if config.generated:
+    if config.truth and config.generated:
+        make = true_maker(faces, torch.isin(faces.person, persons), device)
+    elif config.generated:
         make = maker(config, find_generator(config, run, faces, split, args, device), training.images, training.person)
     print(f"{config.name}: {len(training.images)} images of {len(persons)} persons, {config.steps} steps of {config.batch} on {device}")
 
@@ -981,6 +998,8 @@ class Stage:
     what: str
     work: float  # images through F, roughly; 0: nothing left to do. Only for the time left
     call: Callable[[], int | None]
+    chain: str = ""  # stages of one chain follow each other, chains run side by side; empty: alone
+    command: tuple[str, ...] = ()  # what `call` does, as a script and its flags
 
 
 def training_work(config: Config) -> float:
@@ -1010,8 +1029,9 @@ def stages(config: Config, args: argparse.Namespace, run: Path, device: torch.de
 
     def training(title: str, flags: tuple[str, ...]) -> Stage:
         method, _ = parse([*common, *flags])
-        what = f"train {method.name}, {method.steps} steps{title}"
-        return Stage(what, 0 if trained(run / method.name) else training_work(method), lambda: main([*common, *flags, "--resume", "--no-evaluation"]))
+        what, told = f"train {method.name}, {method.steps} steps{title}", [*common, *flags, "--resume", "--no-evaluation"]
+        work = 0 if trained(run / method.name) else training_work(method)
+        return Stage(what, work, lambda: main(told), method.name, ("embed.py", *told))
 
     def attacking(flags: tuple[str, ...], names: list[str], defences: str) -> Stage:
         method, _ = parse([*common, *flags])
@@ -1019,7 +1039,7 @@ def stages(config: Config, args: argparse.Namespace, run: Path, device: torch.de
         left = [n for n in names if not attacks.finished(run / method.name / "attacks" / f"{n}.csv", defences)]
         work = attacks.work(left, attacks.Config(**{**attacks.PRESETS[attack_preset(method)], "defences": defences}))
         what = f"attack {method.name}: {', '.join(names)}" + (" (every defence)" if defences == "all" else "")
-        return Stage(what, work, lambda: attacks.main(told))
+        return Stage(what, work, lambda: attacks.main(told), method.name, ("attacks.py", *told))
 
     def figure3_stage() -> None:
         faces, split = open_run(config, run)
@@ -1042,34 +1062,92 @@ def stages(config: Config, args: argparse.Namespace, run: Path, device: torch.de
 
 
 def everything(config: Config, args: argparse.Namespace, run: Path, device: torch.device) -> int:
-    """Every stage after the other; what is finished is kept, what is not goes on. Returns the first exit status that is not 0."""
-    import data
-
+    """Every stage; what is finished is kept, what is not goes on. Returns the first exit status that is not 0."""
     for name in ("method", "positive", "candidates", "attack_steps", "attack_alpha", "overwrite", "no_evaluation"):
         if getattr(args, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')}: --all sets this itself: leave it out (another --run starts anew)")
     plan = stages(config, args, run, device)
     for i, stage in enumerate(plan, 1):
         print(f"stage {i:2} of {len(plan)}: {stage.what}" + ("" if stage.work else ", done"))
-    began, worked = time.time(), 0.0
-    for i, stage in enumerate(plan, 1):
-        elapsed, waiting = time.time() - began, sum(s.work for s in plan[i - 1 :])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = args.jobs or (min(cores, 4) if device.type == "cpu" else 1)
+    return run_stages(plan, jobs, run / "logs", max(cores // jobs, 1))
+
+
+def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
+    """The stages in order, or up to `jobs` chains side by side, each stage then a process of its own that writes to `logs`.
+
+    Two processes of one thread each get through a third more than one of two threads (results/bench.csv).
+    Returns the first exit status that is not 0; 130 after Ctrl-C.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    began, worked, failed = time.time(), 0.0, 0
+
+    def one(stage: Stage, beside: bool) -> None:
+        nonlocal worked, failed
+        if failed:
+            return
+        number, elapsed, waiting = plan.index(stage) + 1, time.time() - began, sum(s.work for s in plan) - worked
         left = f"{elapsed / worked * waiting / 60:.0f} min" if worked > 1 else "known after the first training"
-        print(f"stage {i} of {len(plan)}: {stage.what}; elapsed {elapsed / 60:.0f} min, left {left}", flush=True)
-        try:
-            code = stage.call()
-        except (UsageError, data.DataError) as error:
-            print(f"embed.py: {error}", file=sys.stderr)
-            code = 2
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except KeyboardInterrupt:
-            code = 130
+        print(f"stage {number} of {len(plan)}: {stage.what}; elapsed {elapsed / 60:.0f} min, left {left}", flush=True)
+        if beside:
+            code = in_a_process(stage, logs / f"{number}.log", threads)
+        else:
+            code = in_this_process(stage)
         if code:
-            print(f"embed.py: stage {i} of {len(plan)} ended with status {code}; the same command goes on there", file=sys.stderr)
-            return code
-        worked += stage.work
-    return 0
+            failed = failed or code
+            print(f"embed.py: stage {number} of {len(plan)} ended with status {code}; the same command goes on there", file=sys.stderr)
+        else:
+            worked += stage.work
+
+    for beside, group in itertools.groupby(plan, lambda stage: bool(stage.chain) and jobs > 1):
+        if not beside:
+            for stage in group:
+                one(stage, False)
+            continue
+        chains: dict[str, list[Stage]] = {}
+        for stage in group:
+            chains.setdefault(stage.chain, []).append(stage)
+        logs.mkdir(parents=True, exist_ok=True)
+        print(f"{jobs} methods at a time; what they print goes to {logs}", flush=True)
+        with ThreadPoolExecutor(jobs) as pool:
+            running = [pool.submit(lambda chain: [one(stage, True) for stage in chain], chain) for chain in chains.values()]
+            try:
+                for chain in running:
+                    chain.result()
+            except KeyboardInterrupt:  # the processes got it too
+                failed = 130
+    return failed
+
+
+def in_this_process(stage: Stage) -> int:
+    import data
+
+    try:
+        return stage.call() or 0
+    except (UsageError, data.DataError) as error:
+        print(f"embed.py: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return 130
+
+
+def in_a_process(stage: Stage, log: Path, threads: int) -> int:
+    """The stage's command; should it fail, its last line is shown."""
+    import subprocess
+
+    script, *flags = stage.command
+    with open(log, "a") as out:
+        code = subprocess.call(
+            [sys.executable, str(Path(__file__).resolve().parent / script), *flags],
+            stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+    if code:
+        print("".join(log.read_text().splitlines(True)[-1:]), end="", file=sys.stderr)
+    return 128 - code if code < 0 else code
 
 
 if __name__ == "__main__":

@@ -428,6 +428,25 @@ def test_the_whole_chain_prints_the_table_and_json(project, monkeypatch, capsys)
     assert Path("runs/chain/weak-at-1/attacks/figure3.csv").read_bytes() == before
 
 
+def test_truth_renders_y_and_u_from_the_factors(project, monkeypatch, capsys):
+    from data import synthetic
+
+    monkeypatch.chdir(project)
+    config, _ = e.parse([*FLAGS, "--truth"])
+    faces, split = e.open_run(config, Path("runs/truth"))
+    pick = torch.isin(faces.person, torch.tensor(split.train))
+    images, person = faces.images[pick], faces.person[pick]
+    make = e.true_maker(faces, pick, torch.device("cpu"))
+    i, k = torch.tensor([0, 13]), torch.tensor([25, 4])
+    assert torch.equal(make(i, i, images), images[i].float() / 255)  # y is x itself
+    want = synthetic.render(faces.identity[person[i]], faces.content[pick][k]).float() / 255
+    assert torch.equal(make(i, k, images), want) and not torch.equal(want, images[k].float() / 255)
+    assert e.main([*FLAGS, "--truth", "--run", "runs/truth"]) == 0
+    assert Path("runs/truth/ours-truth/embedding.pt").exists() and not Path("runs/truth/generator.pt").exists()
+    with pytest.raises(e.UsageError, match="--truth"):
+        e.true_maker(dataclasses.replace(faces, identity=None), pick, torch.device("cpu"))
+
+
 def test_the_folder_of_each_method():
     def name(*flags):
         return e.parse(list(flags))[0].name
@@ -437,6 +456,7 @@ def test_the_folder_of_each_method():
     assert name(*weak, "--preset", "paper") == "weak-at" and name(*weak, "--preset", "paper", "--attack-steps", "10") == "weak-at"
     assert name(*weak, "--preset", "paper", "--attack-steps", "7") == "weak-at-7"
     assert name(*weak, "--attack-steps", "10") == "weak-at-10" and name(*weak, "--attack-steps", "5") == "weak-at"
+    assert name("--truth") == "ours-truth" and name("--truth", "--positive", "transfer") == "ours-transfer-truth"
     assert name("--attack-steps", "7") == "ours" and name("--method", "no-at", "--positive", "transfer") == "no-at-transfer"
 
 
@@ -503,13 +523,13 @@ def test_all_makes_every_row_goes_on_after_a_stop_and_repeats_nothing(project, m
 
     monkeypatch.setattr(small_attacks, "attack_target", stopping)
     capsys.readouterr()
-    assert e.main([*tiny, "--all"]) == 130
+    assert e.main([*tiny, "--all", "--jobs", "1"]) == 130
     told = capsys.readouterr()
     assert "the same command goes on" in told.err and "stage  2 of 24: train ours, 2 steps, done" in told.out
     assert seen == ["clean", "clean", "eyeglasses", "eyeglasses"]  # again, now under every defence
     seen[:] = [""] * 10
     monkeypatch.setattr(metrics, "main", report)
-    assert e.main([*tiny, "--all"]) == 0
+    assert e.main([*tiny, "--all", "--jobs", "1"]) == 0
     told = capsys.readouterr().out
     assert seen.count("clean") == 5 * 2 and seen.count("eyeglasses") == 5 * 2 + 1  # ours: one target of eyeglasses was left
     assert "stage 24 of 24: tables and figures; elapsed" in told and "left" in told and "not made" not in told
@@ -530,14 +550,14 @@ def test_all_makes_every_row_goes_on_after_a_stop_and_repeats_nothing(project, m
     assert all((run / "figures" / f"figure{n}.png").exists() for n in range(1, 10))
     seen.clear()
     monkeypatch.setattr(metrics, "main", lambda flags: 0)
-    assert e.main([*tiny, "--all"]) == 0 and seen == []  # nothing is done twice
+    assert e.main([*tiny, "--all", "--jobs", "1"]) == 0 and seen == []  # nothing is done twice
     assert "stage 23 of 24" in capsys.readouterr().out
 
 
 def test_all_ends_with_the_status_of_a_failing_stage(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     flags = [f for f in FLAGS if f != "--no-evaluation"]
-    flags = [*flags[: flags.index("--attack-steps")], "--run", "runs/fails", "--all"]
+    flags = [*flags[: flags.index("--attack-steps")], "--run", "runs/fails", "--all", "--jobs", "2"]
     for more in (["--method", "doa"], ["--attack-steps", "7"], ["--overwrite"]):
         assert e.main([*flags, *more]) == 2 and more[0] in capsys.readouterr().err
     Path("runs/fails").mkdir()
@@ -545,6 +565,47 @@ def test_all_ends_with_the_status_of_a_failing_stage(project, monkeypatch, capsy
     assert e.main(flags) == 2
     err = capsys.readouterr().err
     assert "generator.pt" in err and "stage 1 of 24" in err and "same command" in err and not Path("runs/fails/ours").exists()
+
+
+def test_stages_side_by_side(tmp_path, monkeypatch, capfd):
+    """Chains keep their order, no more than `jobs` run at a time, stages without a chain wait for all, a failure stops what is left."""
+    (tmp_path / "script.py").write_text(
+        "import sys, time, pathlib, os\n"
+        "name, seconds, code = sys.argv[1:]\n"
+        "log = open('events.txt', 'a')\n"
+        "print('begin', name, os.environ['OMP_NUM_THREADS'], file=log, flush=True)\n"
+        "time.sleep(float(seconds))\n"
+        "print('end', name, file=log, flush=True)\n"
+        "print('last line of', name)\n"
+        "sys.exit(int(code))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(e, "__file__", str(tmp_path / "embed.py"))
+
+    def alone(name):
+        return e.Stage(name, 1, lambda: print(f"alone {name}", file=open("events.txt", "a")), "")
+
+    def stage(name, seconds=0.3, code=0):
+        return e.Stage(name, 5, lambda: 1, name[0], ("script.py", name, str(seconds), str(code)))
+
+    plan = [alone("first"), stage("a1"), stage("a2"), stage("b1", 1.0), stage("c1"), alone("last")]
+    assert e.run_stages(plan, 2, tmp_path / "logs", 3) == 0
+    events = [line.split() for line in Path("events.txt").read_text().splitlines()]
+    order = [" ".join(w[:2]) for w in events]
+    assert order[0] == "alone first" and order[-1] == "alone last" and all(w[2] == "3" for w in events if w[0] == "begin")
+    assert order.index("end a1") < order.index("begin a2") < order.index("end a2") < order.index("begin c1")
+    assert order.index("begin b1") < order.index("end a1")
+    open_now = most = 0
+    for word in order:
+        open_now += {"begin": 1, "end": -1}.get(word.split()[0], 0)
+        most = max(most, open_now)
+    assert most == 2 and (tmp_path / "logs" / "2.log").read_text() == "last line of a1\n"
+
+    Path("events.txt").unlink()
+    assert e.run_stages([stage("a1", 0, 2), stage("a2"), stage("b1", 1.0), alone("last")], 2, tmp_path / "logs", 1) == 2
+    assert "a2" not in Path("events.txt").read_text() and "alone" not in Path("events.txt").read_text()
+    err = capfd.readouterr().err
+    assert "last line of a1" in err and "stage 1 of 4 ended with status 2; the same command goes on there" in err
 
 
 def test_verify_answers_eq1(project, monkeypatch, capsys):
