@@ -126,7 +126,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "released": dict(amsgrad=True, fill="uniform", generate_from="erased"),
     "demo": dict(
         data="synthetic", train_persons=0, validation_persons=40, target_persons=30, persons=0, width=0.125,
-        standardise=True, batch=32, steps=300, rate_end=1e-4, attack_steps=5, attack_alpha=32.0, attack_warmup=150,
+        standardise=True, batch=32, steps=300, rate=2e-3, rate_end=1e-4, attack_steps=5, attack_alpha=32.0, attack_warmup=150,
     ),
 }  # fmt: skip
 METHODS = ("ours", "no-at", "weak-at", "doa")
