@@ -417,9 +417,9 @@ def doa_boxes(
     best = places[window_energy(grad.contiguous(), size, size, stride).topk(K, 1).indices]  # (B, K, 2)
     boxes = torch.cat([best, torch.full_like(best, size)], 2)  # (B, K, 4)
     with torch.no_grad():
-        painted = images.detach().repeat_interleave(K, 0)
-        painted = torch.where(box_mask(boxes.view(-1, 4), H, W), painted.new_tensor(0.5), painted)  # (B K, C, H, W)
-        d = squared_distance(embed(painted), anchors.repeat_interleave(K, 0)).view(B, K)
+        # one candidate of each image at a time: nothing is K times as large as the batch
+        painted = (torch.where(box_mask(each, H, W), images.new_tensor(0.5), images) for each in boxes.unbind(1))
+        d = torch.stack([squared_distance(embed(each), anchors) for each in painted], 1)  # (B, K)
     winner = (d * sign[:, None]).argmax(1)
     return boxes[torch.arange(B, device=images.device), winner]
 
