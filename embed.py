@@ -421,9 +421,9 @@ def doa_boxes(
     best = places[window_energy(grad.contiguous(), size, size, stride).topk(K, 1).indices]  # (B, K, 2)
     boxes = torch.cat([best, torch.full_like(best, size)], 2)  # (B, K, 4)
     with torch.no_grad():
-        painted = images.detach().repeat_interleave(K, 0)
-        painted = torch.where(box_mask(boxes.view(-1, 4), H, W), painted.new_tensor(0.5), painted)  # (B K, C, H, W)
-        d = squared_distance(embed(painted), anchors.repeat_interleave(K, 0)).view(B, K)
+        # one candidate of each image at a time: nothing is K times as large as the batch
+        painted = (torch.where(box_mask(each, H, W), images.new_tensor(0.5), images) for each in boxes.unbind(1))
+        d = torch.stack([squared_distance(embed(each), anchors) for each in painted], 1)  # (B, K)
     winner = (d * sign[:, None]).argmax(1)
     return boxes[torch.arange(B, device=images.device), winner]
 
@@ -673,6 +673,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted training stopped")
     parser.add_argument("--overwrite", action="store_true", help="train again over a finished or unfinished method")
     parser.add_argument("--no-evaluation", action="store_true", help="train only")
+    parser.add_argument("--profile", action="store_true", help="train nothing: print where the time of a training step goes")
     parser.add_argument("--verify", nargs=2, metavar=("A", "B"), help="are these two photographs of one person? (eq. 1)")
     parser.add_argument("--device", default="", help="cpu, cuda, ... (default: a GPU if there is one)")
     args = parser.parse_args(argv)
@@ -856,6 +857,68 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     return {"config": settings, "people": people, "threshold": delta, "seconds": seconds, "seconds_per_step": seconds / config.steps, "selected": config.selected, **versions(device)}
 
 
+def profile(config: Config, run: Path, faces, split, args: argparse.Namespace, device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """Seconds of a training step and of its parts (medians), its FLOPs and the FLOP/s of a matrix product, on 50 train persons; prints them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Count(TorchDispatchMode):  # FlopCounterMode hooks modules, which torch.autograd.grad refuses
+        flops = 0
+
+        def __torch_dispatch__(self, function, types, inputs=(), named=None):
+            result = function(*inputs, **(named or {}))
+            if count := flop_registry.get(function._overloadpacket):
+                self.flops += count(*inputs, **(named or {}), out_val=result)
+            return result
+
+    pick = torch.isin(faces.person, torch.tensor(split.train[: min(config.persons or 50, 50)]))
+    sampler = Sampler(faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)[1].to(device))
+    make = maker(config, find_generator(config, run, faces, split, args, device), sampler.images, sampler.person) if config.generated else None
+    torch.manual_seed(config.seed)
+    embed = Embedding(config.width, config.dim, config.standardise).to(device)
+    adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
+    rng = torch.Generator(device).manual_seed(config.seed)
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=config.autocast)
+    a = torch.randn(2, *[8192 if device.type == "cuda" else 1024] * 2, device=device)
+    spent: dict[str, list[float]] = {}
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def timed(name: str, call: Callable, *inputs):
+        began = now()
+        result = call(*inputs)
+        spent[name][-1] += now() - began
+        return result
+
+    for n in range(repeats + 1):
+        if n <= 1:  # the first one warms up
+            spent = {name: [] for name in ("step", "batch", "generator", "mining", "inner attack", "product")}
+        for times in spent.values():
+            times.append(0.0)
+        with cast:
+            timed("product", torch.mm, *a)
+            mine, generate = (lambda *v: timed("mining", embed, *v)), (lambda *v: timed("generator", make, *v)) if make else None
+            batch = timed("batch", make_batch, config, mine, sampler, generate, rng)
+            timed("inner attack", attack_batch, config, embed, batch, rng)
+        timed("step", train_step, config, embed, adam, sampler, make, rng)
+    with Count() as counter:
+        train_step(config, embed, adam, sampler, make, rng.manual_seed(config.seed))
+    m = {name: sorted(times)[len(times) // 2] for name, times in spent.items()}
+    found = {"data": m["batch"] - m["generator"] - m["mining"], **{k: m[k] for k in ("generator", "mining", "inner attack")}}
+    found["update"] = m["step"] - m["batch"] - m["inner attack"]
+    for name, seconds in (*found.items(), ("step", m["step"])):
+        print(f"{name:14}{seconds * 1e3:10.2f} ms{seconds / m['step'] * 100:7.1f} %")
+    flops, rate = counter.flops, 2 * len(a[0]) ** 3 / m["product"]
+    print(
+        f"{flops / 1e9:.1f} GFLOP a step of {config.batch}, {flops / m['step'] / 1e9:.0f} GFLOP/s, {flops / m['step'] / rate:.0%} of the {rate / 1e9:.0f} of a "
+        f"{len(a[0])} x {len(a[0])} product here ({'bfloat16' if config.autocast else 'float32'}, {versions(device)['device']}); medians of {repeats}"
+    )
+    return {**found, "step": m["step"], "flops": flops, "rate": rate}
+
+
 def write(path: Path, text: str) -> None:
     """Written beside, then renamed."""
     beside = path.with_name(path.name + ".part")
@@ -928,6 +991,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.all:
             return everything(config, args, run, device)
         faces, split = open_run(config, run)
+        if args.profile:
+            profile(config, run, faces, split, args, device)
+            return 0
         folder = run / config.name
         result = folder / "result.json"
         if trained(folder) and not args.overwrite:

@@ -98,12 +98,20 @@ def adain_ref(x: Tensor, scale: Tensor, offset: Tensor, eps: float = 1e-5) -> Te
     return (x - mean) * torch.rsqrt(var + eps) * scale[:, :, None, None] + offset[:, :, None, None]
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance (biased) and mean over H and W of x (B, C, H, W), each (B, C)."""
+    if x.is_cuda:
+        return torch.var_mean(x, (2, 3), correction=0)
+    mean = x.mean((2, 3))
+    return (x - mean[:, :, None, None]).square_().mean((2, 3)), mean  # a fifth of var_mean's time in channels_last
+
+
 class AdaIN(torch.autograd.Function):
     """`adain_ref` with its gradient in closed form: both ways one affine map a channel, a third of autograd's passes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, offset: Tensor, eps: float = 1e-5) -> Tensor:
-        var, mean = torch.var_mean(x, (2, 3), correction=0)  # (B, C)
+        var, mean = moments(x)
         rstd = torch.rsqrt(var + eps)
         ctx.save_for_backward(x, scale, mean, rstd)
         a = scale * rstd
@@ -126,10 +134,9 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Repeated pixels let the taps that meet them be added beforehand: a 4x4 transposed convolution of stride 2 (ours, exact).
     """
-    O, C, _, _ = weight.shape
-    taps = weight.flip(2, 3).transpose(0, 1).reshape(C * O, 1, 3, 3)
-    taps = F.conv_transpose2d(taps, taps.new_ones(1, 1, 2, 2)).view(C, O, 4, 4)
-    return F.conv_transpose2d(x, taps, bias, stride=2, padding=1)
+    taps = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))  # (C, O, 5, 5)
+    taps = taps[..., 1:] + taps[..., :-1]
+    return F.conv_transpose2d(x, taps[..., 1:, :] + taps[..., :-1, :], bias, stride=2, padding=1)
 
 
 class Generator(nn.Module):
@@ -150,13 +157,13 @@ class Generator(nn.Module):
     def forward(self, class_code: Tensor, content_code: Tensor) -> Tensor:
         x = content_code
         for layer in self.dense:
-            x = F.leaky_relu(layer(x), 0.2)
+            x = F.leaky_relu(layer(x), 0.2, inplace=True)
         x = x.view(-1, self.start, 4, 4).contiguous(memory_format=torch.channels_last)
         for conv, modulation in zip(self.blocks, self.modulation):
-            x = F.leaky_relu(upsample_conv(x, conv.weight, conv.bias), 0.2)
+            x = F.leaky_relu(upsample_conv(x, conv.weight, conv.bias), 0.2, inplace=True)
             scale, offset = modulation(class_code).chunk(2, 1)
             x = AdaIN.apply(x, 1 + scale, offset)
-        return torch.sigmoid(self.conv7(F.leaky_relu(self.conv5(x), 0.2)))
+        return torch.sigmoid(self.conv7(F.leaky_relu(self.conv5(x), 0.2, inplace=True)))
 
 
 class Encoder(nn.Module):

@@ -71,21 +71,21 @@ def draw_boxes(
     does; that favours small rectangles. generator lives on `device`; nothing waits for the GPU.
     """
     u = torch.rand(6, B, candidates, generator=generator, device=device)
-    share = area[0] + (area[1] - area[0]) * u[0]
-    ratio = aspect[0] + (aspect[1] - aspect[0]) * u[1]
-    h = (share * ratio * (H * W)).sqrt().round().clamp(min=1)  # (B, K)
-    w = (share / ratio * (H * W)).sqrt().round().clamp(min=1)
-    top, left = (u[2] * H).floor(), (u[3] * W).floor()
-    fits = (top + h <= H) & (left + w <= W) if joint else (h <= H) & (w <= W)
-    fits[:, -1] = True
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)  # the first maximum
-    h, w, top, left = (v.gather(1, first)[:, 0] for v in (h, w, top, left))
-    h, w = h.clamp(max=H), w.clamp(max=W)
+    every = not joint and area[1] * aspect[1] * W <= H and area[1] * H <= aspect[0] * W  # every size fits: the first is taken
+    share, ratio = (v[:, 0] for v in u[:2]) if every else u[:2]  # (B,) or (B, K)
+    share, ratio = area[0] + (area[1] - area[0]) * share, aspect[0] + (aspect[1] - aspect[0]) * ratio
+    h, w = (torch.stack((share * ratio, share / ratio)) * (H * W)).sqrt_().round_().clamp_(min=1)
+    if not every:
+        top, left = (u[2] * H).floor(), (u[3] * W).floor()
+        fits = (top + h <= H) & (left + w <= W) if joint else (h <= H) & (w <= W)
+        fits[:, -1] = True
+        first = fits.to(torch.uint8).argmax(1, keepdim=True)  # the first maximum
+        h, w, top, left = (v.gather(1, first)[:, 0] for v in (h, w, top, left))
+        h, w = h.clamp(max=H), w.clamp(max=W)
     if joint:
         top, left = torch.minimum(top, H - h), torch.minimum(left, W - w)
-    else:
-        top, left = (u[4, :, 0] * (H - h + 1)).floor(), (u[4, :, -1] * (W - w + 1)).floor()
-        top, left = torch.minimum(top, H - h), torch.minimum(left, W - w)  # u * n may round up to n
+    else:  # u is at most 1 - 2^-24, so that u * n never rounds up to n
+        top, left = (u[4, :, 0] * (H + 1 - h)).floor_(), (u[4, :, -1] * (W + 1 - w)).floor_()
     boxes = torch.stack((top, left, h, w), 1).long()
     return boxes * (u[5, :, :1] < p)
 
@@ -129,7 +129,7 @@ def gaussian_cutout_ref(
             source[start : start + n].reshape(C, h, w) if noise is None else source[b, :, rows, cols]
         )
         start += n
-    return out, boxes, (boxes[:, 2] * boxes[:, 3]) > 0
+    return out, boxes, boxes[:, 2:].all(1)
 
 
 @torch.no_grad()

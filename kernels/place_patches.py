@@ -135,13 +135,16 @@ def place_patches_ref(
     out = torch.empty(B * P, C, H, W, dtype=images.dtype, device=device, memory_format=layout).unflatten(0, (B, P))
     out.copy_(images[:, None].expand(B, P, C, H, W))
     if not isinstance(patches, Tensor) or not (patches.requires_grad and torch.is_grad_enabled()):
+        target, source = out, patches
+        if out.dtype == torch.float32 and not out.is_cuda:  # the same memory; its slices cost a fraction of torch's
+            target, source = out.numpy(), patches.detach().float().numpy() if isinstance(patches, Tensor) else patches
         for b, places in enumerate(positions.tolist() if positions.dim() == 3 else [positions.tolist()]):
             some = slice(b, b + 1) if positions.dim() == 3 else slice(None)
             for p, (top, left) in enumerate(places):
-                each = patches
+                each = source
                 if isinstance(patches, Tensor):
-                    each = patches[some if len(patches) > 1 else slice(None), p if patches.shape[1] > 1 else 0]
-                out[some, p, :, top : top + h, left : left + w] = each
+                    each = source[some if len(source) > 1 else slice(None), p if source.shape[1] > 1 else 0]
+                target[some, p, :, top : top + h, left : left + w] = each
         return out
     top, left = positions.expand(B, P, 2)[..., None, None].unbind(2)  # (B, P, 1, 1)
     rows = (top + torch.arange(h, device=device)[:, None])[:, :, None]  # (B, P, 1, h, 1)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,6 +339,27 @@ def test_collapse_and_non_finite_values_are_noticed():
     with pytest.raises(FloatingPointError, match="images"):
         e.train_step(dataclasses.replace(config, method="weak-at"), f, adam, e.Sampler(images, person), None, rng())
     assert torch.equal(f.weight, before)
+
+
+@pytest.mark.parametrize("method", ["ours", "weak-at"])
+def test_profile_adds_up_and_counts_every_product(method, monkeypatch, capsys):
+    config = e.Config(**{**TINY, "method": method})
+    images, person = faces()
+    monkeypatch.setattr(e, "find_generator", lambda *_: None)
+    monkeypatch.setattr(e, "maker", lambda *_: lambda identity, content, pixels: images[identity].float() / 255)
+    faces_, split = SimpleNamespace(images=images, person=person), SimpleNamespace(train=list(range(5)))
+    found = e.profile(config, Path(), faces_, split, None, torch.device("cpu"), 1)
+    step, flops, rate = (found.pop(k) for k in ("step", "flops", "rate"))
+    assert list(found) == ["data", "generator", "mining", "inner attack", "update"] and found["data"] > 0 and rate > 1e8
+    assert sum(found.values()) == pytest.approx(step) and min(found["mining"], found["inner attack"]) > 0
+    assert (found["generator"] > 0) == (method == "ours")
+    out = capsys.readouterr().out.splitlines()
+    assert [line[:12].strip() for line in out[:6]] == [*found, "step"] and f"{flops / step / rate:.0%} of the" in out[6]
+    if method == "weak-at":  # passes of F: one to mine y, one x, two t; two each attacked image and step; three in the update
+        sides = [64, 64, 32, 32, 16, 16, 16, 8, 8, 8, 4, 4, 4]
+        convs = [m for m in e.Embedding(config.width, config.dim).trunk if isinstance(m, torch.nn.Conv2d)]
+        each = [2 * 9 * m.in_channels * m.out_channels * n * n for m, n in zip(convs, sides)] + [2 * 4 * convs[-1].out_channels * config.dim]
+        assert flops == config.batch * (sum(each) * (4 + 2 * 2 * config.attack_steps + 3 * 3) - 3 * each[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- the command

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What a machine with a GPU is for, in order: tests, bench, where a full-width step's time goes, every method, attack and figure.
+#     OUT=folder tests/gpu_session.sh [embed.py's flags for the last part, default --preset demo]
+# Each part stops at LIMIT seconds (default 540) in all and leaves its mark in $OUT when it has ended well: call again until it says done.
+# $OUT keeps the logs, bench.csv and run/ (resumable). Flags such as: --preset paper --data celeba --root CELEBA
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:?set OUT to the folder for the results}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1
+[ $# -gt 0 ] || set -- --preset demo
+python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 2
+
+part() { # name, command: once; again only if it did not end well
+  local name=$1 left=$((${LIMIT:-540} - SECONDS)) code
+  shift
+  [ ! -e "$out/$name.done" ] || return 0
+  [ "$left" -gt 5 ] || { echo "$name: next call"; exit 75; }
+  echo "+ $*" | tee -a "$out/$name.log"
+  timeout --signal INT --kill-after 20 "$left" "$@" 2>&1 | tee -a "$out/$name.log"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) touch "$out/$name.done" ;;
+    124 | 130 | 137) echo "$name: stopped at the limit: call again"; exit 75 ;;
+    *) echo "$name: status $code"; failed=1 ;;
+  esac
+}
+
+failed=0
+for file in tests/test_*.py; do part "$(basename "$file" .py)" python3 -m pytest -q "$file"; done
+part bench python3 -m tests.bench --out "$out/bench.csv"
+for method in ours doa; do # F at full width, 128 quadruplets, 10 inner steps; the demo's G
+  part "profile-$method" python3 embed.py --profile --method "$method" --width 1 --batch 128 --attack-steps 10 --autocast --run "$out/profile"
+done
+part all python3 embed.py --all "$@" --run "$out/run"
+[ "$failed" -eq 0 ] && echo done
+exit "$failed"
