@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # What a machine with a GPU is for, in order: tests, bench, where a full-width step's time goes, every method, attack and figure.
 #     OUT=folder tests/gpu_session.sh [embed.py's flags for the last part, default --preset demo]
-# Each part stops at LIMIT seconds (default 540) in all and leaves its mark in $OUT when it has ended well: call again until it says done.
-# $OUT keeps the logs, bench.csv and run/ (resumable). Flags such as: --preset paper --data celeba --root CELEBA
+# A call stops at LIMIT seconds (default 540); a part that has ended well leaves its mark in runs/gpu: call again until it says done.
+# runs/gpu keeps logs, bench.csv and run/ (resumable); at the end of each call all but the checkpoints goes to $OUT/gpu.tgz.
+# Flags such as: --preset paper --data celeba --root CELEBA
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:?set OUT to the folder for the results}
-mkdir -p "$out"
+: "${OUT:?set OUT to the folder for the results}"
+out=runs/gpu
+mkdir -p "$out" "$OUT"
+trap 'tar -C "$out" --exclude="*.ckpt" --exclude="*.pt" -czf "$OUT/gpu.tgz" .' EXIT
 export PYTHONUNBUFFERED=1
 [ $# -gt 0 ] || set -- --preset demo
 python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 2
