@@ -14,7 +14,7 @@ LABELS |= {"doa-4": "DOA, C = 4", "doa-10": "DOA, C = 10"}
 
 def table() -> str:
     """Means over the runs under results/demo as a Markdown table."""
-    runs = sorted(p for p in (ROOT / "results/demo").iterdir() if p.is_dir())
+    runs = sorted((ROOT / "results/demo").glob("seed-*"))
     found = metrics.summary([metrics.read_run(run) for run in runs])
     lines = ["| method | attack | AU-ROC | 95 % interval | AU-PR | over seeds | seeds | targets / genuine / intruders |"]
     lines.append("|---|---|---|---|---|---|---|---|")
