@@ -205,7 +205,9 @@ def rank_0_first() -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """An error's one line, not one of every process."""
+    """An error's one line, not one of every process, nor any more from torchrun's SIGTERM, which follows."""
+    if processes()[1] > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not int(os.environ.get("LOCAL_RANK", "0")):
         print(line, file=sys.stderr)
 

@@ -162,7 +162,9 @@ def rank_0_first() -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-    """An error's one line, not one of every process."""
+    """An error's one line, not one of every process, nor any more from torchrun's SIGTERM, which follows."""
+    if processes()[1] > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not int(os.environ.get("LOCAL_RANK", "0")):
         print(line, file=sys.stderr)
 
@@ -386,9 +388,8 @@ class Trainer:
         for i, index in enumerate(batches(count, self.config.batch, seed, self.images.device)):
             losses.append(stage(index, (step + i / per_epoch) / total, noise).detach())
             tick()
-        value = torch.stack(losses).mean()
-        all_reduce_mean([value])
-        value = float(value)
+        all_reduce_mean([mean := torch.stack(losses).mean()])
+        value = float(mean)
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} in epoch {self.done + 1}")
         self.done += 1
