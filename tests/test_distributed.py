@@ -18,7 +18,7 @@ import generator as g
 
 ROOT = Path(__file__).resolve().parents[1]
 FACES = "--synthetic-persons 9 --synthetic-images 10 --validation-persons 2 --target-persons 3".split()
-TRAIN = [*FACES, *"--width 0.03125 --dim 16 --batch 6 --steps 20 --validate-every 1 --attack-steps 2 --attack-warmup 0".split()]
+TRAIN = [*FACES, *"--width 0.03125 --dim 16 --batch 6 --steps 20 --validate-every 1 --attack-steps 2 --attack-warmup 0 --rate 1e-4".split()]
 LORD = [
     *FACES, *"--class-dim 8 --content-dim 8 --hidden 16,16 --channels 8,8,8,8 --out-channels 4 --encoder-channels 4,4,8,8,8".split(),
     *"--encoder-hidden 16 --batch 8 --epochs 4 --encoder-epochs 4".split(),
