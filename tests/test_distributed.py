@@ -38,7 +38,7 @@ assert codes == {codes}, codes
 
 
 def torchrun(*command: object, **options) -> subprocess.Popen:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *map(str, command)]
     return subprocess.Popen(start, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, text=True, **options)
 
 
