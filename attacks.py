@@ -23,11 +23,13 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -723,9 +725,21 @@ def progress(items: list, title: str, rank: int) -> Iterator:
 def barrier(world: int) -> None:
     """Wait for the other processes that torchrun started; each attacks its share of the targets."""
     if world > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()
+        try:
+            if not torch.distributed.is_initialized():
+                signal.signal(signal.SIGTERM, lambda *_: ended("SIGTERM"))
+                torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # targets may take hours
+            torch.distributed.barrier()
+        except RuntimeError as error:
+            ended(error)
+
+
+def ended(why: object) -> None:
+    """One line and the end, whatever this process was doing."""
+    line = "process {} of {} stops, as another one or torchrun has ended ({}); the same command with --resume goes on\n"
+    numbers = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    os.write(2, f"{Path(sys.argv[0]).name}: {line}".format(*numbers, " ".join(str(why).split())[:120]).encode())
+    os._exit(1)
 
 
 def versions() -> dict[str, str]:
@@ -865,7 +879,8 @@ def attack_method(config: Config, embed: Embed, faces, targets: list[int], near:
                     raise UsageError(f"--resume: {old} was made with {key} {before.get(key)!r}, now {value!r}; give "
                                      "the same settings, or leave out --resume to start this attack again")
             if done:
-                print(f"{title}: kept, {table} is finished", flush=True)
+                if rank == 0:
+                    print(f"{title}: kept, {table} is finished", flush=True)
                 continue
         elif rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -898,6 +913,8 @@ def attack_run(config: Config) -> None:
     run, trained = Path(config.run), read_json(Path(config.run) / "run.json")
     methods = choose("method", config.method, sorted(path.parent.name for path in run.glob("*/embedding.pt")))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if device.startswith("cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     config = dataclasses.replace(config, device=device, chunk=config.chunk or (2048 if device != "cpu" else 128))
     folder, root = "attacks", config.root or None
     if config.data:
@@ -943,11 +960,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         attack_run(parse(argv))
     except (UsageError, DataError) as error:
-        print(f"attacks.py: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"attacks.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("attacks.py: stopped; the same command with --resume goes on after the last finished target",
-              file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("attacks.py: stopped; the same command with --resume goes on after the last finished target",
+                  file=sys.stderr)
         return 130
     return 0
 

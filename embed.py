@@ -22,10 +22,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -136,6 +139,81 @@ TRAININGS = {
     "ours": (), "ours-transfer": ("--positive=transfer",), "no-at": ("--method=no-at",), "weak-at": ("--method=weak-at",),
     "doa-4": ("--method=doa", "--candidates=4"), "doa-10": ("--method=doa", "--candidates=10"),
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------ several devices: torchrun starts one process for each
+def processes() -> tuple[int, int]:
+    """Rank of this process and how many there are; 0 and 1 without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own(whole: Tensor) -> Tensor:
+    """This process's rows of the whole batch."""
+    rank, world = processes()
+    return whole.chunk(world)[rank]
+
+
+def ended(why: object) -> None:
+    """One line and the end, whatever this process was doing."""
+    line = "process {} of {} stops, as another one or torchrun has ended ({}); the same command with --resume goes on\n"
+    os.write(2, f"{Path(sys.argv[0]).name}: {line}".format(*processes(), " ".join(str(why).split())[:120]).encode())
+    os._exit(1)
+
+
+def meet(collective: Callable | None = None, *args: object) -> None:
+    """A collective of all processes, by default a barrier; nothing without torchrun."""
+    if processes()[1] > 1:
+        try:
+            (collective or torch.distributed.barrier)(*args)
+        except RuntimeError as error:
+            ended(error)
+
+
+def all_reduce_mean(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its mean over the processes, all in one message."""
+    if (world := processes()[1]) > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        meet(torch.distributed.all_reduce, flat)
+        for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+def join(name: str) -> torch.device:
+    """The device asked for, else a GPU if there is one; under torchrun this process's own, once it is one of the group."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rank, world = processes()
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"torchrun: this machine has {torch.cuda.device_count()} GPUs: start no more processes on it")
+        torch.cuda.set_device(device)
+    if world > 1 and not torch.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, lambda *_: ended("SIGTERM"))
+        if rank:  # rank 0 writes and prints
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    return device
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others, which find what it wrote, or fail as it did."""
+    rank = processes()[0]
+    if rank:
+        meet()
+    try:
+        yield
+    finally:
+        if not rank:
+            meet()
+
+
+def tell(line: str) -> None:
+    """An error's one line, not one of every process, nor any more from torchrun's SIGTERM, which follows."""
+    if processes()[1] > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not int(os.environ.get("LOCAL_RANK", "0")):
+        print(line, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------ patch operations (kernels/ when there)
@@ -475,7 +553,10 @@ Make = Callable[[Tensor, Tensor, Tensor], Tensor]  # (identity of image indices,
 
 
 def make_batch(config: Config, embed: Embed, sampler: Sampler, make: Make | None, rng: torch.Generator) -> dict[str, Tensor]:
-    """x, y, t, u after augmentation and mining, before any attack (App. A): images (B, 3, H, W), rectangles of x and t (B, 4)."""
+    """x, y, t, u after augmentation and mining, before any attack (App. A): images (B, 3, H, W), rectangles of x and t (B, 4).
+
+    Under torchrun the random numbers are those of the whole batch, the rows this process's own.
+    """
     B, n, size = config.batch, config.mine, sampler.images.shape[-1]
     xi, other, ti = sampler.draw(B, n, rng, pairs=not config.generated)
     index = torch.cat([xi, ti.flatten()])  # x, then the candidates of each x
@@ -483,10 +564,11 @@ def make_batch(config: Config, embed: Embed, sampler: Sampler, make: Make | None
     p = config.cutout if config.attack_share == "erased" or config.method == "no-at" else 0.0
     boxes = draw_boxes(len(index), size, size, p, config.cutout_area, config.cutout_aspect, rng, real.device)
     real, boxes, _ = gaussian_cutout(real, fill=config.fill, generator=rng, boxes=boxes)
-    x, t, t_boxes = real[:B], real[B:].view(B, n, *real.shape[1:]), boxes[B:].view(B, n, 4)
+    x, t, x_boxes, t_boxes = map(own, (real[:B], real[B:].view(B, n, *real.shape[1:]), boxes[:B], boxes[B:].view(B, n, 4)))
+    y = own(augment(sampler.images[other], config.shift, rng)) if make is None else None
+    xi, other, ti, B, real_t = own(xi), own(other), own(ti), len(x), t.flatten(0, 1)
     with torch.no_grad():
         if make is None:
-            y = augment(sampler.images[other], config.shift, rng)
             fy, u = embed(y), y  # eq. (6): u = y
             fu = fy.repeat_interleave(n, 0)
             reference = embed(x).repeat_interleave(n, 0)
@@ -494,14 +576,14 @@ def make_batch(config: Config, embed: Embed, sampler: Sampler, make: Make | None
             yi = other if config.positive == "transfer" else xi
             content = sampler.images[yi].float() / 255 if config.positive == "transfer" else x
             y = make(xi, yi, content)
-            u = make(xi.repeat_interleave(n), ti.flatten(), real[B:])  # (B n, 3, H, W)
+            u = make(xi.repeat_interleave(n), ti.flatten(), real_t)  # (B n, 3, H, W)
             fy, fu = embed(y), embed(u)
             reference = fu
         # App. A: of n_m candidates the negative pair of the lowest feature distance, for the baselines against x
-        fc = embed(real[B:])
+        fc = embed(real_t)
         pick = squared_distance(fc, reference).view(B, n).argmin(1)
         rows = torch.arange(B, device=pick.device)
-        batch = {"x": x, "y": y, "t": t[rows, pick], "x_boxes": boxes[:B], "t_boxes": t_boxes[rows, pick], "index": index}
+        batch = {"x": x, "y": y, "t": t[rows, pick], "x_boxes": x_boxes, "t_boxes": t_boxes[rows, pick], "index": index}
         batch["anchor_t"] = fu.view(B, n, -1)[rows, pick]  # what t is attacked towards, already known
         batch["anchor_x"] = fy
         batch["u"] = y if make is None else u.view(B, n, *u.shape[1:])[rows, pick]
@@ -512,7 +594,7 @@ def attack_batch(config: Config, embed: Embed, batch: dict[str, Tensor], rng: to
     """x and t of the batch after the inner attack of the method (Sec. 2.3, 3.1, App. A)."""
     if config.method == "no-at":
         return batch["x"], batch["t"]
-    B, size = len(batch["x"]), batch["x"].shape[-1]
+    B, size, world = len(batch["x"]), batch["x"].shape[-1], processes()[1]
     images = torch.cat([batch["x"], batch["t"]])
     anchors = torch.cat([batch["anchor_x"], batch["anchor_t"]])
     sign = torch.ones(2 * B, device=images.device)
@@ -521,10 +603,13 @@ def attack_batch(config: Config, embed: Embed, batch: dict[str, Tensor], rng: to
     if config.attack_share == "all":
         if config.method == "doa":
             boxes = doa_boxes(embed, images, anchors, sign, config.doa_size, config.doa_stride, config.candidates)
+            boxes = torch.cat([boxes[:B]] * world + [boxes[B:]] * world)
         else:
             area = config.weak_area if config.method == "weak-at" else config.cutout_area
-            boxes = draw_boxes(2 * B, size, size, 1.0, area, config.cutout_aspect, rng, images.device)
-        images, boxes, _ = gaussian_cutout(images, fill=config.fill, generator=rng, boxes=boxes)
+            boxes = draw_boxes(2 * B * world, size, size, 1.0, area, config.cutout_aspect, rng, images.device)
+        whole = torch.cat([batch["x"]] * world + [batch["t"]] * world)  # for the noise of the whole batch; only own rows are kept
+        whole, boxes, _ = gaussian_cutout(whole, fill=config.fill, generator=rng, boxes=boxes)
+        images, boxes = (torch.cat([*map(own, both.chunk(2))]) for both in (whole, boxes))
     chosen = (boxes[:, 2] > 0).nonzero()[:, 0]  # only what is erased is attacked
     if len(chosen):
         found = inner_attack(
@@ -551,9 +636,10 @@ def train_step(
     loss = two_pair_loss(fx, fy, ft, fu, config.margin, config.hinge)
     adam.zero_grad()
     loss.backward()
+    values = torch.stack([loss.detach(), squared_distance(fx, fy).detach().sqrt().mean(), squared_distance(ft, fu).detach().sqrt().mean()])
+    all_reduce_mean([values, *(p.grad for p in embed.parameters())])
     norm = nn.utils.clip_grad_norm_(embed.parameters(), math.inf)
-    values = torch.stack([loss.detach(), squared_distance(fx, fy).detach().sqrt().mean(), squared_distance(ft, fu).detach().sqrt().mean(), norm])
-    loss_value, d_positive, d_negative, norm_value = values.tolist()  # the one transfer to the host
+    loss_value, d_positive, d_negative, norm_value = torch.cat([values, norm[None]]).tolist()  # the one transfer to the host
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         raise FloatingPointError(f"loss {loss_value}, gradient norm {norm_value}; images {batch['index'].tolist()[:8]}...")
     adam.step()
@@ -696,6 +782,7 @@ def versions(device: torch.device) -> dict[str, str]:
     here = Path(__file__).resolve().parent
     git = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} x{torch.get_num_threads()}"
+    name += f", {processes()[1]} processes" * (processes()[1] > 1)
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip() or "unknown"}
 
 
@@ -705,11 +792,12 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
 
     path = run / "generator.pt"
     shipped = Path(__file__).resolve().parent / "data" / "generator_demo.pt"
-    if not path.exists() and (config.preset, config.data) == ("demo", "synthetic") and shipped.exists():
+    if processes()[0] == 0 and not path.exists() and (config.preset, config.data) == ("demo", "synthetic") and shipped.exists():
         copy(shipped, path)
         if (log := shipped.parents[1] / "results" / "demo" / "generator.jsonl").exists():
             shutil.copyfile(log, run / log.name)  # what its training took
         print(f"generator: the demo's own, from data/{shipped.name}")
+    meet()
     if not path.exists():
         print("generator: none in this run yet, so it is trained first")
         names = ("data", "root", "crop", "seed", "split_seed", "train_persons", "validation_persons", "target_persons")
@@ -760,7 +848,7 @@ def true_maker(faces, pick: Tensor, device: torch.device) -> Make:
 def train(config: Config, run: Path, faces, split, args: argparse.Namespace, device: torch.device) -> dict[str, object]:
     """Train F by `config.method`, with log, validation, progress and checkpoints; returns the record for result.json."""
     folder = run / config.name
-    part, log = folder / "training.ckpt", folder / "log.jsonl"
+    part, log, rank = folder / "training.ckpt", folder / "log.jsonl", processes()[0]
     settings, people = dataclasses.asdict(config), json.loads((run / "people.json").read_text())["sha256"]
     persons = torch.tensor(split.train[: config.persons or None])
     if config.persons > len(split.train):
@@ -785,7 +873,9 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
     rng = torch.Generator(device)
     step, seconds, best = 0, 0.0, {"best-loss": math.inf, "best-auroc": -math.inf}
-    if args.resume and part.exists():
+    unfinished = part.exists()
+    meet()  # every process has looked before rank 0 writes
+    if args.resume and unfinished:
         state = read(part, "embedding-training")
         if differs := differing(state["config"], settings):
             raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
@@ -794,12 +884,13 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         embed.load_state_dict(state["model"])
         adam.load_state_dict(state["adam"])
         step, seconds, best = state["step"], state["seconds"], state["best"]
-        lines = log.read_text().splitlines() if log.exists() else []
-        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        if rank == 0:
+            lines = log.read_text().splitlines() if log.exists() else []
+            log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
         print(f"resumed at step {step}")
-    elif part.exists() and not args.overwrite:
+    elif unfinished and not args.overwrite:
         raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
-    else:
+    elif rank == 0:
         log.parent.mkdir(parents=True, exist_ok=True)
         if part.exists() or (folder / "result.json").exists():  # --overwrite: what is there counts as unfinished from here on
             progress = {"step": 0, "seconds": 0.0, "best": best, "model": embed.state_dict(), "adam": adam.state_dict()}
@@ -826,7 +917,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         except FloatingPointError as error:
             raise FloatingPointError(f"step {step + 1}: {error}; last good checkpoint: {part if part.exists() else 'none yet'}") from None
         step += 1
-        if step % config.validate_every and step != config.steps:
+        if rank or (step % config.validate_every and step != config.steps):
             continue
         line: dict[str, float] = {"step": step, **{k: sum(s[k] for s in sums) / len(sums) for k in sums[0]}}
         sums = []
@@ -850,6 +941,9 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         )  # fmt: skip
         if collapsed(line, config):
             print(f"WARNING: mean negative distance {line['d_negative']:.3g}: the embedding has collapsed to a constant (try --hinge distance, a lower --rate)")
+    meet()
+    if rank:
+        return {}
     checkpoint("last")
     copy(folder / f"embedding-{config.selected}.pt", folder / "embedding.pt")
     embed = load_embedding(folder / "embedding.pt", device)
@@ -974,7 +1068,8 @@ def open_run(config: Config, run: Path):
         run.mkdir(parents=True, exist_ok=True)
         data.write_manifest(people, faces, split)
     record = {"data": config.data, "root": str(Path(config.root).resolve()) if config.root else "", "crop": config.crop, "preset": config.preset, "seed": config.seed, "options": options}
-    write_json(run / "run.json", record)
+    if processes()[0] == 0:
+        write_json(run / "run.json", record)
     return faces, split
 
 
@@ -983,14 +1078,19 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config, args = parse(argv)
-        run = args.run or config.run
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        run, (rank, world) = args.run or config.run, processes()
+        if config.batch % world:
+            raise UsageError(f"--batch {config.batch}: must divide by torchrun's {world} processes: give a multiple of {world}")
+        if args.all and world > 1:
+            raise UsageError("--all: not under torchrun: leave out torchrun, or give it one --method after another")
+        device = join(args.device)
         if args.verify:
             verify(config, args, run, device)
             return 0
         if args.all:
             return everything(config, args, run, device)
-        faces, split = open_run(config, run)
+        with rank_0_first():
+            faces, split = open_run(config, run)
         if args.profile:
             profile(config, run, faces, split, args, device)
             return 0
@@ -1002,21 +1102,24 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError(f"{folder}: trained with other settings: {differs}; use --overwrite or another --run")
             print(f"{folder} is trained already (--overwrite trains it anew)")
         else:
-            write_json(result, train(config, run, faces, split, args, device))
-            (folder / "training.ckpt").unlink(missing_ok=True)
+            record = train(config, run, faces, split, args, device)
+            if rank == 0:
+                write_json(result, record)
+                (folder / "training.ckpt").unlink(missing_ok=True)
+        meet()
         print(f"wrote {folder}/embedding.pt, log.jsonl, result.json")
         if not args.no_evaluation:
-            if not config.generated and (run / "generator.pt").exists():
+            if rank == 0 and not config.generated and (run / "generator.pt").exists():
                 write_figure3(config, run, faces, split, device)
             return evaluate(config, run, args)
     except (UsageError, data.DataError) as error:
-        print(f"embed.py: {error}", file=sys.stderr)
+        tell(f"embed.py: {error}")
         return 2
     except FloatingPointError as error:
-        print(f"embed.py: {error}", file=sys.stderr)
+        tell(f"embed.py: {error}")
         return 1
     except KeyboardInterrupt:
-        print("\nembed.py: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        tell("\nembed.py: interrupted; the same command with --resume goes on from the last checkpoint")
         return 130
     return 0
 
@@ -1027,7 +1130,7 @@ def evaluate(config: Config, run: Path, args: argparse.Namespace) -> int:
     import metrics
 
     code = attacks.main([*attack_flags(config, run, args), "--attacks=clean,eyeglasses", *(["--resume"] if args.resume else [])])
-    return code or metrics.main(["--run", str(run)])
+    return code or (metrics.main(["--run", str(run)]) if processes()[0] == 0 else 0)
 
 
 def attack_preset(config: Config) -> str:

@@ -19,10 +19,13 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -89,6 +92,81 @@ PRESETS: dict[str, dict[str, object]] = {
         epochs=60, encoder_epochs=20, encoder_rate=1e-3, encoder_rate_end=2e-5, swap=True, encoder_penalty=5e-4, code_weight=0.1,
     ),
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------ several devices: torchrun starts one process for each
+def processes() -> tuple[int, int]:
+    """Rank of this process and how many there are; 0 and 1 without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own(whole: Tensor) -> Tensor:
+    """This process's rows of the whole batch."""
+    rank, world = processes()
+    return whole.chunk(world)[rank]
+
+
+def ended(why: object) -> None:
+    """One line and the end, whatever this process was doing."""
+    line = "process {} of {} stops, as another one or torchrun has ended ({}); the same command with --resume goes on\n"
+    os.write(2, f"{Path(sys.argv[0]).name}: {line}".format(*processes(), " ".join(str(why).split())[:120]).encode())
+    os._exit(1)
+
+
+def meet(collective: Callable | None = None, *args: object) -> None:
+    """A collective of all processes, by default a barrier; nothing without torchrun."""
+    if processes()[1] > 1:
+        try:
+            (collective or torch.distributed.barrier)(*args)
+        except RuntimeError as error:
+            ended(error)
+
+
+def all_reduce_mean(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its mean over the processes, all in one message."""
+    if (world := processes()[1]) > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        meet(torch.distributed.all_reduce, flat)
+        for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+def join(name: str) -> torch.device:
+    """The device asked for, else a GPU if there is one; under torchrun this process's own, once it is one of the group."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rank, world = processes()
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"torchrun: this machine has {torch.cuda.device_count()} GPUs: start no more processes on it")
+        torch.cuda.set_device(device)
+    if world > 1 and not torch.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, lambda *_: ended("SIGTERM"))
+        if rank:  # rank 0 writes and prints
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    return device
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others, which find what it wrote, or fail as it did."""
+    rank = processes()[0]
+    if rank:
+        meet()
+    try:
+        yield
+    finally:
+        if not rank:
+            meet()
+
+
+def tell(line: str) -> None:
+    """An error's one line, not one of every process, nor any more from torchrun's SIGTERM, which follows."""
+    if processes()[1] > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not int(os.environ.get("LOCAL_RANK", "0")):
+        print(line, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------- networks (Sec. 2, App. A)
@@ -317,7 +395,8 @@ class Trainer:
         for i, index in enumerate(batches(count, self.config.batch, seed, self.images.device)):
             losses.append(stage(index, (step + i / per_epoch) / total, noise).detach())
             tick()
-        value = float(torch.stack(losses).mean())
+        all_reduce_mean([mean := torch.stack(losses).mean()])
+        value = float(mean)
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} in epoch {self.done + 1}")
         self.done += 1
@@ -328,12 +407,16 @@ class Trainer:
         c = self.config
         rate = cosine(c.rate, c.rate_end, progress)
         self.adam1.param_groups[0]["lr"], self.adam1.param_groups[1]["lr"] = rate, rate * c.code_rate
-        content = self.content_codes[index]  # (B, content_dim)
-        sigma = torch.randn(content.shape, generator=noise, device=content.device)
-        made = self.lord.generator(self.class_codes[self.person[index]], content + c.noise * sigma)
-        loss = self.loss(made, to_float(self.images[index]))
+        person, mine = self.person[index], own(index)
+        content = self.content_codes[mine]  # (B, content_dim)
+        sigma = own(torch.randn(len(index), c.content_dim, generator=noise, device=content.device))
+        made = self.lord.generator(self.class_codes[own(person)], content + c.noise * sigma)
+        loss = self.loss(made, to_float(self.images[mine]))
         self.adam1.zero_grad()
         (loss + c.content_penalty * content.square().sum(1).mean()).backward()
+        codes = [self.class_codes.grad[person], self.content_codes.grad[index]]  # of the batch's rows, no others have any
+        all_reduce_mean([*codes, *(p.grad for p in self.lord.generator.parameters())])
+        self.class_codes.grad[person], self.content_codes.grad[index] = codes
         self.adam1.step()
         return loss
 
@@ -342,18 +425,20 @@ class Trainer:
         c = self.config
         for group in self.adam2.param_groups:
             group["lr"] = cosine(c.encoder_rate, c.encoder_rate_end, progress)
-        x = to_float(self.images[index])
+        mine = own(index)
+        x = to_float(self.images[mine])
         content_code = self.lord.content_encoder(x)
-        class_code = self.lord.class_encoder(self.partner(index, noise) if c.swap else x)
-        codes = c.code_weight * F.mse_loss(class_code, self.class_codes[self.person[index]].detach())
+        class_code = self.lord.class_encoder(own(self.partner(index, noise)) if c.swap else x)
+        codes = c.code_weight * F.mse_loss(class_code, self.class_codes[self.person[mine]].detach())
         if c.swap:
             codes = codes + c.encoder_penalty * content_code.square().sum(1).mean()
-            content_code = content_code + c.noise * torch.randn(content_code.shape, generator=noise, device=x.device)
+            content_code = content_code + c.noise * own(torch.randn(len(index), c.content_dim, generator=noise, device=x.device))
         else:
-            codes = codes + c.code_weight * F.mse_loss(content_code, self.content_codes[index].detach())
+            codes = codes + c.code_weight * F.mse_loss(content_code, self.content_codes[mine].detach())
         loss = self.loss(self.lord.generator(class_code, content_code), x)
         self.adam2.zero_grad()
         (loss + codes).backward()
+        all_reduce_mean([p.grad for p in self.lord.parameters()])
         self.adam2.step()
         return loss
 
@@ -567,6 +652,9 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
     """Both stages, with log, progress and a checkpoint after every epoch."""
     pick = torch.isin(faces.person, torch.tensor(split.train))
     images, (_, person) = faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)
+    world, batch = processes()[1], min(config.batch, len(images))
+    if batch % world:
+        raise UsageError(f"--batch {batch}: must divide by torchrun's {world} processes: give a multiple of {world}")
     loss = VggLoss(vgg_state(config.vgg_weights)).to(device) if config.loss == "vgg" else pyramid_loss
     trainer = Trainer(config, images, person.to(device), loss)
     part, log = run / "generator.ckpt", run / "generator.jsonl"
@@ -580,7 +668,7 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
         trainer.load(state)
     elif part.exists() and not args.overwrite:
         raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
-    else:
+    elif processes()[0] == 0:
         log.unlink(missing_ok=True)
     held = torch.isin(faces.person, torch.tensor(split.validation))
     held_images = faces.images[held][:: max(int(held.sum()) // 256, 1)].to(device)
@@ -588,6 +676,8 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
     print(f"generator: {len(images)} images of {len(split.train)} persons, {trainer.total} epochs of {steps} steps on {device}")
     while trainer.done < trainer.total:
         line = trainer.epoch()
+        if processes()[0]:
+            continue
         if line["stage"] == 2:
             class_code, content_code = encode(trainer.lord, held_images)
             line["psnr_unseen"] = psnr(decode(trainer.lord, class_code, content_code), to_float(held_images))
@@ -600,6 +690,9 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
             f"epoch {trainer.done}/{trainer.total}  stage {line['stage']}  loss {line['loss']:.4f}{unseen}"
             f"  {line['seconds']:.0f} s  left {left / 60:.0f} min", flush=True,
         )  # fmt: skip
+    meet()
+    if processes()[0]:
+        return trainer.lord
     train_names = [faces.names[p] for p in split.train]
     save(run / "generator.pt", {"kind": "generator", **settings, "train": train_names, "lord": trainer.lord.state_dict()})
     part.unlink()
@@ -611,21 +704,22 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config, args = parse(argv)
-        run = args.run or config.run
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        run, rank = args.run or config.run, processes()[0]
+        device = join(args.device)
         options = {}
         if config.data == "synthetic":
             options = dict(persons=config.synthetic_persons, images_per_person=config.synthetic_images)
-        faces = data.load(config.data, config.root or None, crop=config.crop or None, **options)
-        people, finished = run / "people.json", run / "generator.pt"
-        if people.exists() and not args.overwrite:
-            split = data.read_manifest(people, faces)
-        else:
-            split = data.split_persons(
-                faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed
-            )
-            run.mkdir(parents=True, exist_ok=True)
-            data.write_manifest(people, faces, split)
+        with rank_0_first():
+            faces = data.load(config.data, config.root or None, crop=config.crop or None, **options)
+            people, finished = run / "people.json", run / "generator.pt"
+            if people.exists() and not (args.overwrite and rank == 0):
+                split = data.read_manifest(people, faces)
+            else:
+                split = data.split_persons(
+                    faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed
+                )
+                run.mkdir(parents=True, exist_ok=True)
+                data.write_manifest(people, faces, split)
         if finished.exists() and not args.overwrite:
             lord, content = load_generator(finished, device)
             if differs := differing(content["config"], dataclasses.asdict(config)):
@@ -633,6 +727,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{finished} is there already: only its report is made again (--overwrite trains it anew)")
         else:
             lord = train(config, run, args, faces, split, device).eval().requires_grad_(False)
+        meet()
+        if rank:
+            return 0
         if args.export:
             content = read(finished, "generator")
             save(args.export, {**content, "lord": {k: v.half() for k, v in content["lord"].items()}})
@@ -641,13 +738,13 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result, indent=1))
         print(f"wrote {run}/generator.pt, generator.jsonl, generator.json, quadruplets.png, quadruplets.npz")
     except (UsageError, data.DataError) as error:
-        print(f"generator.py: {error}", file=sys.stderr)
+        tell(f"generator.py: {error}")
         return 2
     except FloatingPointError as error:
-        print(f"generator.py: {error}: stopped; the last good checkpoint is {run / 'generator.ckpt'}", file=sys.stderr)
+        tell(f"generator.py: {error}: stopped; the last good checkpoint is {run / 'generator.ckpt'}")
         return 1
     except KeyboardInterrupt:
-        print("\ngenerator.py: interrupted; the same command with --resume goes on after the last whole epoch", file=sys.stderr)
+        tell("\ngenerator.py: interrupted; the same command with --resume goes on after the last whole epoch")
         return 130
     return 0
 
