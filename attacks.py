@@ -647,8 +647,8 @@ def parse(argv: Sequence[str] | None) -> Config:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
     parser = Parser(prog="attacks.py", description="Attack a trained embedding (Sec. 3, 4, App. B.2, C).")
     for field in dataclasses.fields(Config):
-        how = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {
-            "type": {"int": int, "float": float, "str": str}[field.type], "metavar": field.type}
+        how: dict = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {
+            "type": {"int": int, "float": float, "str": str}[str(field.type)], "metavar": field.type}
         demo = PRESETS["demo"].get(field.name, field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"paper: {field.default!r}; demo: {demo!r}", **how)
@@ -773,7 +773,7 @@ def attack_target(config: Config, name: str, embed: Embed, faces, person: int, n
                          "add persons, or lower --intruders")
     own = (faces.person == person).nonzero().flatten().tolist()
     features = extract(embed, load(own), config.chunk)
-    part = {"rows": [], "zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0,
+    part: dict = {"rows": [], "zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0,
             "by_iterations": {}, "by_restarts": {}}
     for defence in choose("defences", config.defences, tuple(DEFENCES)):
         mirroring, selection = DEFENCES[defence]
@@ -800,6 +800,7 @@ def attack_target(config: Config, name: str, embed: Embed, faces, person: int, n
             part["reproducible"] = torch.equal(first.images, second.images)
         if name == "distal":
             candidates, images = [-1], result.images
+        assert result.mask is not None
         outside = (result.images - images).abs() * ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
         part["outside_mask_max"] = max(part["outside_mask_max"], float(outside.max()) if name != "clean" else 0.0)
         for key in ("zero_gradients", "nonfinite", "gradients"):
@@ -894,8 +895,8 @@ def attack_method(config: Config, embed: Embed, faces, targets: list[int], near:
         if rank == 0:
             parts = [read_json(partial / f"{person}.json") for person in targets]
             files = [partial / f"{person}.npz" for person in targets]
-            images = [dict(np.load(file)) for file in files if file.exists()]
-            line = merge(name, config, [faces.names[p] for p in targets], parts, images, table, about)
+            shown = [dict(np.load(file)) for file in files if file.exists()]
+            line = merge(name, config, [faces.names[p] for p in targets], parts, shown, table, about)
             print(out.parent.name, line, flush=True)
             (partial / "config.json").unlink()  # from here on the table counts
             shutil.rmtree(partial)

@@ -732,7 +732,7 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
         print(f"generator: the demo's own, from data/{shipped.name}")
     if not path.exists():
         print("generator: none in this run yet, so it is trained first")
-        names = ("data", "root", "crop", "seed", "split_seed", "train_persons", "validation_persons", "target_persons")
+        names: tuple[str, ...] = ("data", "root", "crop", "seed", "split_seed", "train_persons", "validation_persons", "target_persons")
         names += ("synthetic_persons", "synthetic_images")
         flags = [f"--{n.replace('_', '-')}={getattr(config, n)}" for n in names]
         preset = config.preset if config.preset in generator.PRESETS else "paper"
@@ -789,8 +789,8 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         try:
             embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
         except Exception as error:  # noqa: BLE001 as above
-            line = " ".join(str(error).split())[:120]
-            raise UsageError(f"--weights {config.weights}: not a VGG16 of this width ({line}): name a torchvision VGG16, --width 1") from None
+            told = " ".join(str(error).split())[:120]
+            raise UsageError(f"--weights {config.weights}: not a VGG16 of this width ({told}): name a torchvision VGG16, --width 1") from None
     embed = embed.to(device)
     adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
     rng = torch.Generator(device)

@@ -177,9 +177,10 @@ def main() -> int:
                 argv = flags(script, args.kills)
                 what = "weights and log" if script in LOGS else "rows"
                 os.chdir(Path(folder, "undisturbed"))
+                others = {*RUN.rglob("*.*")}
                 first, each = undisturbed(script, argv)
                 wanted = result(script)
-                largest = max(path.stat().st_size for path in RUN.rglob("*.*") if "cache" not in path.parts)
+                largest = max(path.stat().st_size for path in {*RUN.rglob("*.*")} - others)
                 os.chdir(Path(folder, "killed"))
                 for _ in range(args.kills):
                     kill(script, argv, rng, first, each)
