@@ -649,8 +649,8 @@ def parse(argv: Sequence[str] | None) -> Config:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
     parser = Parser(prog="attacks.py", description="Attack a trained embedding (Sec. 3, 4, App. B.2, C).")
     for field in dataclasses.fields(Config):
-        how = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {
-            "type": {"int": int, "float": float, "str": str}[field.type], "metavar": field.type}
+        how: dict = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {
+            "type": {"int": int, "float": float, "str": str}[str(field.type)], "metavar": field.type}
         demo = PRESETS["demo"].get(field.name, field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"paper: {field.default!r}; demo: {demo!r}", **how)
@@ -696,14 +696,20 @@ def finished(table: Path, defences: str) -> bool:
 
 
 def write(path: Path, text: str | None = None, **arrays: np.ndarray) -> None:
-    """Text, or arrays as .npz, written beside and moved into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as file:
-        if text is None:
-            np.savez_compressed(file, **arrays)
-        else:
-            file.write(text.encode())
-    os.replace(beside, path)
+    """Text, or arrays as .npz, written beside, synced and moved into place."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with open(beside, "wb") as file:
+            if text is None:
+                np.savez_compressed(file, **arrays)
+            else:
+                file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); free some space, then --resume") from None
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -781,7 +787,7 @@ def attack_target(config: Config, name: str, embed: Embed, faces, person: int, n
                          "add persons, or lower --intruders")
     own = (faces.person == person).nonzero().flatten().tolist()
     features = extract(embed, load(own), config.chunk)
-    part = {"rows": [], "zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0,
+    part: dict = {"rows": [], "zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0,
             "by_iterations": {}, "by_restarts": {}}
     for defence in choose("defences", config.defences, tuple(DEFENCES)):
         mirroring, selection = DEFENCES[defence]
@@ -808,6 +814,7 @@ def attack_target(config: Config, name: str, embed: Embed, faces, person: int, n
             part["reproducible"] = torch.equal(first.images, second.images)
         if name == "distal":
             candidates, images = [-1], result.images
+        assert result.mask is not None
         outside = (result.images - images).abs() * ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
         part["outside_mask_max"] = max(part["outside_mask_max"], float(outside.max()) if name != "clean" else 0.0)
         for key in ("zero_gradients", "nonfinite", "gradients"):
@@ -870,16 +877,20 @@ def attack_method(config: Config, embed: Embed, faces, targets: list[int], near:
     for name in choose("attacks", config.attacks, ATTACKS):
         table, partial = out / f"{name}.csv", out / f".{name}.partial"
         title = f"{out.parent.name} {name}"
-        done = finished(table, config.defences)  # with fewer defences it is made again under all that are asked for
-        old = table.with_suffix(".json") if done else partial / "config.json"
-        if config.resume and old.exists():
+        old = partial / "config.json"
+        begun = old.exists() and read_json(old)["config"].get("defences") == config.defences
+        done = not begun and finished(table, config.defences)  # under fewer it is made again
+        old = table.with_suffix(".json") if done else old
+        if config.resume and (begun or done):
             before = read_json(old)["config"]
             for key, value in about["config"].items():
-                if before.get(key) != value and not (done and key == "defences"):
+                if before.get(key, value) != value and not (done and key == "defences"):
                     raise UsageError(f"--resume: {old} was made with {key} {before.get(key)!r}, now {value!r}; give "
                                      "the same settings, or leave out --resume to start this attack again")
             if done:
                 if rank == 0:
+                    if not (partial / "config.json").exists():
+                        shutil.rmtree(partial, ignore_errors=True)  # killed while it was removed
                     print(f"{title}: kept, {table} is finished", flush=True)
                 continue
         elif rank == 0:
@@ -899,9 +910,10 @@ def attack_method(config: Config, embed: Embed, faces, targets: list[int], near:
         if rank == 0:
             parts = [read_json(partial / f"{person}.json") for person in targets]
             files = [partial / f"{person}.npz" for person in targets]
-            images = [dict(np.load(file)) for file in files if file.exists()]
-            line = merge(name, config, [faces.names[p] for p in targets], parts, images, table, about)
+            shown = [dict(np.load(file)) for file in files if file.exists()]
+            line = merge(name, config, [faces.names[p] for p in targets], parts, shown, table, about)
             print(out.parent.name, line, flush=True)
+            (partial / "config.json").unlink()  # from here on the table counts
             shutil.rmtree(partial)
 
 
@@ -937,6 +949,7 @@ def attack_run(config: Config) -> None:
     targets = sorted(drawn[:config.targets])
     skip = {"run", "method", "attacks", "chunk", "local", "device", "figures", "resume"}
     used = {k: v for k, v in dataclasses.asdict(config).items() if k not in skip}
+    used["people"] = hashlib.sha256(json.dumps([faces.names, faces.files, targets]).encode()).hexdigest()[:16]
     name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     for method in methods:
         file = run / method / "embedding.pt"
@@ -962,6 +975,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, DataError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"attacks.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        told = f"{error.filename or 'output'}: {error.strerror}; mend that, then --resume goes on"
+        print(f"attacks.py: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":

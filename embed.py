@@ -16,12 +16,12 @@ t's. Images are float NCHW in [0, 1], 64 x 64; distances are Euclidean, in the u
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -688,19 +689,32 @@ def collapsed(line: dict[str, float], config: Config) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
-def save(path: Path, content: dict[str, object]) -> None:
-    """torch.save beside `path`, synced, then renamed: a crash leaves the old file or the new one, never half of one."""
+def replace(path: Path, fill: Callable[[BinaryIO], object], keep: bool = False) -> None:
+    """fill(file) beside `path`, synced, then renamed: a crash leaves the old file or the new one, never half of one.
+
+    keep: the old file stays as <name>.old, where the disk knows hard links.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    beside, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
     try:
         with open(beside, "wb") as f:
-            torch.save(content, f)
+            fill(f)
             f.flush()
             os.fsync(f.fileno())
+        if keep and path.exists():
+            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.link(path, old)
         os.replace(beside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         beside.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written ({error.strerror}): free some space or choose another --run") from None
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise UsageError(f"{path}: cannot be written ({reason}): free some space or choose another --run") from None
+
+
+def save(path: Path, content: dict[str, object], keep: bool = False) -> None:
+    replace(path, lambda f: torch.save(content, f), keep)
 
 
 def read(path: Path, kind: str) -> dict:
@@ -715,6 +729,18 @@ def read(path: Path, kind: str) -> dict:
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UsageError(f"{path}: not a checkpoint of kind {kind!r}: name the right file")
     return content
+
+
+def read_newest(path: Path, kind: str) -> dict:
+    """`read`; a damaged file is named, and the one before it taken in its place if it was kept."""
+    try:
+        return read(path, kind)
+    except UsageError as error:
+        old = path.with_name(path.name + ".old")
+        if not old.exists():
+            raise
+        print(f"WARNING: {error}; going on from the one before, {old}", file=sys.stderr)
+        return read(old, kind)
 
 
 def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embedding:
@@ -793,14 +819,14 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
     path = run / "generator.pt"
     shipped = Path(__file__).resolve().parent / "data" / "generator_demo.pt"
     if processes()[0] == 0 and not path.exists() and (config.preset, config.data) == ("demo", "synthetic") and shipped.exists():
-        copy(shipped, path)
         if (log := shipped.parents[1] / "results" / "demo" / "generator.jsonl").exists():
-            shutil.copyfile(log, run / log.name)  # what its training took
+            copy(log, run / log.name)  # what its training took
+        copy(shipped, path)
         print(f"generator: the demo's own, from data/{shipped.name}")
     meet()
     if not path.exists():
         print("generator: none in this run yet, so it is trained first")
-        names = ("data", "root", "crop", "seed", "split_seed", "train_persons", "validation_persons", "target_persons")
+        names: tuple[str, ...] = ("data", "root", "crop", "seed", "split_seed", "train_persons", "validation_persons", "target_persons")
         names += ("synthetic_persons", "synthetic_images")
         flags = [f"--{n.replace('_', '-')}={getattr(config, n)}" for n in names]
         preset = config.preset if config.preset in generator.PRESETS else "paper"
@@ -867,8 +893,8 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         try:
             embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
         except Exception as error:  # noqa: BLE001 as above
-            line = " ".join(str(error).split())[:120]
-            raise UsageError(f"--weights {config.weights}: not a VGG16 of this width ({line}): name a torchvision VGG16, --width 1") from None
+            told = " ".join(str(error).split())[:120]
+            raise UsageError(f"--weights {config.weights}: not a VGG16 of this width ({told}): name a torchvision VGG16, --width 1") from None
     embed = embed.to(device)
     adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
     rng = torch.Generator(device)
@@ -876,7 +902,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     unfinished = part.exists()
     meet()  # every process has looked before rank 0 writes
     if args.resume and unfinished:
-        state = read(part, "embedding-training")
+        state = read_newest(part, "embedding-training")
         if differs := differing(state["config"], settings):
             raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
         if state["people"] != people:
@@ -886,7 +912,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         step, seconds, best = state["step"], state["seconds"], state["best"]
         if rank == 0:
             lines = log.read_text().splitlines() if log.exists() else []
-            log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            write(log, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))  # whole lines
         print(f"resumed at step {step}")
     elif unfinished and not args.overwrite:
         raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
@@ -931,9 +957,9 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
             best["best-auroc"] = line["val_auroc"]
             checkpoint("best-auroc")
         state = {"kind": "embedding-training", "config": settings, "people": people, "step": step, "seconds": seconds, "best": best}
-        save(part, {**state, "model": embed.state_dict(), "adam": adam.state_dict()})
-        with open(log, "a") as f:
+        with open(log, "a") as f:  # before the checkpoint: a resumed training drops the lines beyond it
             f.write(json.dumps(line) + "\n")
+        save(part, {**state, "model": embed.state_dict(), "adam": adam.state_dict()}, keep=True)
         left = (time.time() - started) / (step - begun) * (config.steps - step)
         print(
             f"step {step}/{config.steps}  loss {line['loss']:.2f}  d+ {line['d_positive']:.2f}  d- {line['d_negative']:.2f}  "
@@ -1014,10 +1040,7 @@ def profile(config: Config, run: Path, faces, split, args: argparse.Namespace, d
 
 
 def write(path: Path, text: str) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    os.replace(beside, path)
+    replace(path, lambda f: f.write(text.encode()))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1025,10 +1048,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def copy(source: Path, path: Path) -> None:
-    """Copied beside, then renamed."""
-    beside = path.with_name(path.name + ".part")
-    shutil.copyfile(source, beside)
-    os.replace(beside, path)
+    replace(path, lambda f: f.write(source.read_bytes()))
 
 
 def trained(folder: Path) -> bool:
@@ -1105,7 +1125,8 @@ def main(argv: list[str] | None = None) -> int:
             record = train(config, run, faces, split, args, device)
             if rank == 0:
                 write_json(result, record)
-                (folder / "training.ckpt").unlink(missing_ok=True)
+                for kept in ("training.ckpt.old", "training.ckpt"):
+                    (folder / kept).unlink(missing_ok=True)
         meet()
         print(f"wrote {folder}/embedding.pt, log.jsonl, result.json")
         if not args.no_evaluation:
@@ -1114,6 +1135,9 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate(config, run, args)
     except (UsageError, data.DataError) as error:
         tell(f"embed.py: {error}")
+        return 2
+    except OSError as error:
+        print(f"embed.py: {error.filename or run}: {error.strerror}: mend that, then the same command with --resume goes on", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         tell(f"embed.py: {error}")

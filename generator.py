@@ -15,6 +15,7 @@ trains the encoders to reproduce those codes from the image. Images are float NC
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -383,24 +385,30 @@ class Trainer:
         return self.config.epochs + self.config.encoder_epochs
 
     def epoch(self, tick: Callable[[], object] = lambda: None) -> dict[str, float]:
-        """One epoch; `tick` is called after each batch. Raises FloatingPointError if the loss is not finite."""
+        """One epoch; `tick` is called after each batch. Raises FloatingPointError at a loss or gradient that is not finite."""
         first = self.done < self.config.epochs
-        stage = self.stage1 if first else self.stage2
+        stage, adam = (self.stage1, self.adam1) if first else (self.stage2, self.adam2)
         step, total = (self.done, self.config.epochs) if first else (self.done - self.config.epochs, self.config.encoder_epochs)
         started, seed = time.time(), self.config.seed * 100003 + self.done
         noise = torch.Generator(self.images.device).manual_seed(seed)
         count = len(self.images)
         per_epoch = max(count // self.config.batch, 1)
-        losses = []
-        for i, index in enumerate(batches(count, self.config.batch, seed, self.images.device)):
-            losses.append(stage(index, (step + i / per_epoch) / total, noise).detach())
+        values, order = [], list(batches(count, self.config.batch, seed, self.images.device))
+        for i, index in enumerate(order):
+            loss = stage(index, (step + i / per_epoch) / total, noise).detach()
+            norm = nn.utils.get_total_norm([p.grad for g in adam.param_groups for p in g["params"] if p.grad is not None])
+            values.append(torch.stack([loss, norm]))
             tick()
-        all_reduce_mean([mean := torch.stack(losses).mean()])
-        value = float(mean)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} in epoch {self.done + 1}")
+        table = torch.stack(values)  # (steps, 2)
+        all_reduce_mean([table])
+        table = table.cpu()  # the one transfer to the host
+        for i in (~table.isfinite()).any(1).nonzero()[:1, 0].tolist():
+            loss_value, norm_value = table[i].tolist()
+            raise FloatingPointError(
+                f"epoch {self.done + 1}, step {i + 1}: loss {loss_value}, gradient norm {norm_value}; images {order[i].tolist()[:8]}..."
+            )
         self.done += 1
-        return {"epoch": self.done, "stage": 1 if first else 2, "loss": value, "seconds": time.time() - started}
+        return {"epoch": self.done, "stage": 1 if first else 2, "loss": float(table[:, 0].mean()), "seconds": time.time() - started}
 
     def stage1(self, index: Tensor, progress: float, noise: torch.Generator) -> Tensor:
         """Latent optimisation: reconstruction from a noisy content code and the person's class code, plus the penalty."""
@@ -550,19 +558,32 @@ def sheet(rows: Tensor, columns: int, scale: int = 2) -> object:
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
-def save(path: Path, content: dict[str, object]) -> None:
-    """torch.save beside `path`, synced, then renamed: a crash leaves the old file or the new one, never half of one."""
+def replace(path: Path, fill: Callable[[BinaryIO], object], keep: bool = False) -> None:
+    """fill(file) beside `path`, synced, then renamed: a crash leaves the old file or the new one, never half of one.
+
+    keep: the old file stays as <name>.old, where the disk knows hard links.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    beside, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
     try:
         with open(beside, "wb") as f:
-            torch.save(content, f)
+            fill(f)
             f.flush()
             os.fsync(f.fileno())
+        if keep and path.exists():
+            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                os.link(path, old)
         os.replace(beside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         beside.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written ({error.strerror}): free some space or choose another --run") from None
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise UsageError(f"{path}: cannot be written ({reason}): free some space or choose another --run") from None
+
+
+def save(path: Path, content: dict[str, object], keep: bool = False) -> None:
+    replace(path, lambda f: torch.save(content, f), keep)
 
 
 def read(path: Path, kind: str) -> dict:
@@ -577,6 +598,18 @@ def read(path: Path, kind: str) -> dict:
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UsageError(f"{path}: not a checkpoint of kind {kind!r}: name the right file")
     return content
+
+
+def read_newest(path: Path, kind: str) -> dict:
+    """`read`; a damaged file is named, and the one before it taken in its place if it was kept."""
+    try:
+        return read(path, kind)
+    except UsageError as error:
+        old = path.with_name(path.name + ".old")
+        if not old.exists():
+            raise
+        print(f"WARNING: {error}; going on from the one before, {old}", file=sys.stderr)
+        return read(old, kind)
 
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tuple[Lord, dict]:
@@ -660,12 +693,15 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
     part, log = run / "generator.ckpt", run / "generator.jsonl"
     settings = {"config": dataclasses.asdict(config), "people": json.loads((run / "people.json").read_text())["sha256"]}
     if args.resume and part.exists():
-        state = read(part, "generator-training")
+        state = read_newest(part, "generator-training")
         if differs := differing(state["config"], settings["config"]):
             raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
         if state["people"] != settings["people"]:
             raise UsageError(f"--resume: {part} was trained on other persons than {run / 'people.json'} names; use --overwrite")
         trainer.load(state)
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["epoch"] <= trainer.done]  # whole lines
+        replace(log, lambda f: f.write("".join(kept).encode()))
     elif part.exists() and not args.overwrite:
         raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
     elif processes()[0] == 0:
@@ -681,9 +717,9 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
         if line["stage"] == 2:
             class_code, content_code = encode(trainer.lord, held_images)
             line["psnr_unseen"] = psnr(decode(trainer.lord, class_code, content_code), to_float(held_images))
-        save(part, {"kind": "generator-training", **settings, **trainer.state()})
-        with open(log, "a") as f:
+        with open(log, "a") as f:  # before the checkpoint: a resumed training drops the lines beyond it
             f.write(json.dumps(line) + "\n")
+        save(part, {"kind": "generator-training", **settings, **trainer.state()}, keep=True)
         left = (time.time() - started) / (trainer.done - begun) * (trainer.total - trainer.done)
         unseen = f"  unseen persons {line['psnr_unseen']:.2f} dB" if "psnr_unseen" in line else ""
         print(
@@ -695,7 +731,8 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
         return trainer.lord
     train_names = [faces.names[p] for p in split.train]
     save(run / "generator.pt", {"kind": "generator", **settings, "train": train_names, "lord": trainer.lord.state_dict()})
-    part.unlink()
+    for kept in (part.with_name(part.name + ".old"), part):
+        kept.unlink(missing_ok=True)
     return trainer.lord
 
 
@@ -720,7 +757,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 run.mkdir(parents=True, exist_ok=True)
                 data.write_manifest(people, faces, split)
-        if finished.exists() and not args.overwrite:
+        if finished.exists() and not args.overwrite and not (run / "generator.ckpt").exists():
             lord, content = load_generator(finished, device)
             if differs := differing(content["config"], dataclasses.asdict(config)):
                 raise UsageError(f"{finished}: trained with other settings: {differs}; use --overwrite or another --run")
@@ -740,8 +777,12 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, data.DataError) as error:
         tell(f"generator.py: {error}")
         return 2
+    except OSError as error:
+        print(f"generator.py: {error.filename or run}: {error.strerror}: mend that, then the same command with --resume goes on", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
-        tell(f"generator.py: {error}: stopped; the last good checkpoint is {run / 'generator.ckpt'}")
+        part = run / "generator.ckpt"
+        tell(f"generator.py: {error}; last good checkpoint: {part if part.exists() else 'none yet'}")
         return 1
     except KeyboardInterrupt:
         tell("\ngenerator.py: interrupted; the same command with --resume goes on after the last whole epoch")
@@ -772,9 +813,9 @@ def evaluate(config: Config, run: Path, lord: Lord, faces, split, device: torch.
     with torch.no_grad():
         y, u = quadruplets(lord, a, b)
     rows = torch.stack([a, y, b, u], 1).cpu()  # (24, 4, 3, 64, 64)
-    sheet(rows, 6).save(run / "quadruplets.png")
-    np.savez_compressed(run / "quadruplets.npz", quadruplets=(rows * 255).round().to(torch.uint8).numpy())
-    (run / "generator.json").write_text(json.dumps(result, indent=1) + "\n")
+    replace(run / "quadruplets.png", lambda f: sheet(rows, 6).save(f, "PNG"))
+    replace(run / "quadruplets.npz", lambda f: np.savez_compressed(f, quadruplets=(rows * 255).round().to(torch.uint8).numpy()))
+    replace(run / "generator.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
     return result
 
 

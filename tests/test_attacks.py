@@ -680,6 +680,29 @@ def test_resume_keeps_finished_targets_and_refuses_other_settings(trained, monke
     assert in_process(trained, monkeypatch, *flags) == 0 and rows(trained, "eyeglasses") == resumed
 
 
+def test_resume_refuses_other_photographs_and_clears_what_a_kill_left(trained, monkeypatch, capsys):
+    real, done = attacks.attack_target, []
+
+    def stopping(*args, **keywords):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(args[4])
+        return real(*args, **keywords)
+
+    flags, partial = ("--attacks", "noise", "--intruders", "2"), trained / "ours/attacks/.noise.partial"
+    monkeypatch.setattr(attacks, "attack_target", stopping)
+    assert in_process(trained, monkeypatch, *flags) == 130 and partial.exists()
+    photograph = Path(json.loads((trained / "run.json").read_text())["root"], "p0/0.png")
+    photograph.rename(photograph.with_name("9.png"))
+    capsys.readouterr()
+    assert in_process(trained, monkeypatch, *flags, "--resume") == 2 and "people" in capsys.readouterr().err
+    photograph.with_name("9.png").rename(photograph)
+    monkeypatch.setattr(attacks, "attack_target", real)
+    assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and not partial.exists()
+    partial.mkdir()  # killed while it was removed
+    assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and not partial.exists()
+
+
 def test_other_people_are_judged(trained, monkeypatch, capsys):
     others = trained.parent / "others"
     if not others.exists():

@@ -469,6 +469,17 @@ def test_full_disk_leaves_no_half_cache(folder, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "cache").iterdir()) == [] and "No space left" in capsys.readouterr().err
 
 
+def test_what_a_killed_writer_left_is_removed_after_a_minute(folder, tmp_path):
+    data.load("folder", folder, cache=tmp_path / "cache")
+    (store,) = (tmp_path / "cache").iterdir()
+    old, new = (store.with_name(f"{store.name}.{name}.tmp") for name in ("0123abcd", "4567cdef"))
+    for left in (old, new):
+        left.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    data.load("folder", folder, cache=tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [store.name, new.name]  # new: perhaps someone writes it
+
+
 def test_concurrent_loads(folder, tmp_path):
     code = f"import data; print(len(data.load('folder', {str(folder)!r}, cache={str(tmp_path / 'cache')!r})))"
     runs = [

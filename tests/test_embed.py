@@ -715,3 +715,78 @@ def test_a_full_disk_during_a_save_leaves_the_last_good_file(tmp_path, monkeypat
     with pytest.raises(e.UsageError, match="No space left"):
         e.save(path, {"kind": "embedding", "value": 2})
     assert e.read(path, "embedding")["value"] == 1 and [p.name for p in tmp_path.iterdir()] == ["kept.pt"]
+
+
+def test_a_disk_that_is_really_full_is_one_line(tmp_path):
+    import resource
+
+    path, limits = tmp_path / "kept.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    e.save(path, {"kind": "embedding", "value": torch.zeros(1)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for put in (lambda: e.save(path, {"kind": "embedding", "value": torch.rand(100_000)}), lambda: e.write(path, "x" * 30_000)):
+            with pytest.raises(e.UsageError, match="kept.pt: cannot be written .File too large") as error:
+                put()
+            assert "\n" not in str(error.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert e.read(path, "embedding")["value"] == 0 and [p.name for p in tmp_path.iterdir()] == ["kept.pt"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_other_persons_are_refused(project, monkeypatch, capsys):
+    import data
+
+    monkeypatch.chdir(project)
+    flags = [*FLAGS, "--run", "runs/damaged", "--method", "weak-at", "--attack-steps", "1"]
+    folder, step, calls = Path("runs/damaged/weak-at-1"), e.train_step, []
+    models = []
+    for _ in range(2):  # the same command twice
+        assert e.main([*flags, "--overwrite"]) == 0
+        models.append(torch.load(folder / "embedding.pt", weights_only=True)["model"])
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(e, "train_step", interrupted)
+    assert e.main([*flags, "--overwrite"]) == 130
+    monkeypatch.setattr(e, "train_step", step)
+    part = folder / "training.ckpt"
+    part.write_bytes(part.read_bytes()[:1000])
+    people = Path("runs/damaged/people.json").read_bytes()
+    config = e.parse(flags)[0]
+    faces, _ = e.open_run(config, Path("runs/damaged"))
+    data.write_manifest("runs/damaged/people.json", faces, data.split_persons(faces, None, 3, 3, seed=1))
+    capsys.readouterr()
+    assert e.main([*flags, "--resume"]) == 2 and "other persons" in capsys.readouterr().err
+    Path("runs/damaged/people.json").write_bytes(people)
+    assert e.main([*flags, "--resume"]) == 0
+    told = capsys.readouterr()
+    assert "resumed at step 2" in told.out and "training.ckpt: not a readable checkpoint" in told.err and "training.ckpt.old" in told.err
+    models.append(torch.load(folder / "embedding.pt", weights_only=True)["model"])
+    assert all(torch.equal(models[0][k], other[k]) for other in models[1:] for k in models[0])
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
+    assert not list(folder.glob("training*"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_names_itself_the_images_and_the_checkpoint(project, monkeypatch, capsys, what):
+    monkeypatch.chdir(project)
+    real, calls = e.two_pair_loss, []
+
+    def broken(fx, *args):
+        loss = real(fx, *args)
+        if not loss.requires_grad:  # validation
+            return loss
+        calls.append(1)
+        if len(calls) < 4:
+            return loss
+        return loss * math.nan if what == "loss" else loss + (fx * 0).abs().sqrt().sum()  # finite, but not its gradient
+
+    monkeypatch.setattr(e, "two_pair_loss", broken)
+    assert e.main([*FLAGS, "--run", f"runs/{what}", "--method", "weak-at", "--attack-steps", "1"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "step 4: loss" in told and "images [" in told and f"runs/{what}/weak-at-1/training.ckpt" in told
+    assert e.read(Path(f"runs/{what}/weak-at-1/training.ckpt"), "embedding-training")["step"] == 2

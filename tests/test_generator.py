@@ -159,11 +159,56 @@ def test_resumed_training_equals_an_unbroken_one_bit_for_bit():
             assert torch.equal(one, other)
 
 
-def test_non_finite_loss_stops():
-    images, person = toy()
-    trainer = g.Trainer(g.Config(**TINY), images, person, lambda a, b: (a - b).mean() * float("nan"))
-    with pytest.raises(FloatingPointError, match="epoch 1"):
-        trainer.epoch()
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_names_itself_the_images_and_the_checkpoint(tmp_path, monkeypatch, capsys, what):
+    monkeypatch.chdir(tmp_path)
+    real, calls = g.pyramid_loss, []
+
+    def broken(made, images):
+        calls.append(1)
+        loss = real(made, images)
+        if len(calls) != 7:  # the second of five steps, in the second epoch
+            return loss
+        return loss * float("nan") if what == "loss" else loss + (made * 0).abs().sqrt().sum()  # finite, but not its gradient
+
+    monkeypatch.setattr(g, "pyramid_loss", broken)
+    assert g.main(FLAGS) == 1
+    (told,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "epoch 2, step 2: loss" in told and "images [" in told and "runs/synthetic-demo-0/generator.ckpt" in told
+    assert g.read(Path("runs/synthetic-demo-0/generator.ckpt"), "generator-training")["done"] == 1
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_other_persons_are_refused(tmp_path, monkeypatch, capsys):
+    import data
+
+    monkeypatch.chdir(tmp_path)
+    run, epoch, weights = Path("runs/synthetic-demo-0"), g.Trainer.epoch, []
+    for _ in range(2):  # the same command twice
+        assert g.main([*FLAGS, "--overwrite"]) == 0
+        weights.append(torch.load(run / "generator.pt", weights_only=True)["lord"])
+
+    def interrupted(self, *args):
+        if self.done == 3:
+            raise KeyboardInterrupt
+        return epoch(self, *args)
+
+    monkeypatch.setattr(g.Trainer, "epoch", interrupted)
+    assert g.main([*FLAGS, "--overwrite"]) == 130
+    monkeypatch.setattr(g.Trainer, "epoch", epoch)
+    part, people = run / "generator.ckpt", (run / "people.json").read_bytes()
+    part.write_bytes(part.read_bytes()[:1000])
+    faces = data.load("synthetic", persons=14, images_per_person=10)
+    data.write_manifest(run / "people.json", faces, data.split_persons(faces, None, 3, 3, seed=1))
+    capsys.readouterr()
+    assert g.main([*FLAGS, "--resume"]) == 2 and "other persons" in capsys.readouterr().err
+    (run / "people.json").write_bytes(people)
+    assert g.main([*FLAGS, "--resume"]) == 0  # an unfinished --overwrite is not taken for the old result
+    told = capsys.readouterr().err
+    assert "generator.ckpt: not a readable checkpoint" in told and "generator.ckpt.old" in told
+    weights.append(torch.load(run / "generator.pt", weights_only=True)["lord"])
+    assert all(torch.equal(weights[0][k], other[k]) for other in weights[1:] for k in weights[0])
+    assert [json.loads(line)["epoch"] for line in (run / "generator.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert not list(run.glob("generator.ckpt*"))
 
 
 def test_probes_read_what_is_there_and_only_that():
