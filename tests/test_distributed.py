@@ -86,7 +86,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", [*METHODS, "weak-at-1"])
 def test_two_processes_have_the_losses_of_one(runs, name):
     one, two = (lines(runs[0] / run / name / "log.jsonl") for run in ("one", "two"))
-    assert len(one) == len(two) == (6 if name == "weak-at-1" else 5)  # later a sign or a pooling of the attack flips: chaos, not an error
+    assert len(one) == len(two) == (6 if name == "weak-at-1" else 5)  # from step 6-10 on they part by percents; why is not settled
     for a, b in zip(one, two):
         assert a["step"] == b["step"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5), (a, b)
         assert [b[k] for k in ("d_positive", "d_negative", "val_loss")] == pytest.approx([a[k] for k in ("d_positive", "d_negative", "val_loss")], rel=1e-4)
