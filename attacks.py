@@ -301,13 +301,14 @@ def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base
         if step in marks:
             curve[step] = loss
         if step == iterations:
-            return base + best, best_loss, curve, counts
+            break
         finite = delta.grad.isfinite().flatten(1).all(1)
         zero = (delta.grad == 0).flatten(1).all(1)
         counts += torch.stack([zero.sum(), (~finite).sum(), torch.full_like(counts[0], len(zero))])
         delta.grad = torch.where(finite[:, None, None], delta.grad, 0.0)
         optimiser.param_groups[0]["lr"] = lr * (1 - step / iterations) if decay else lr
         optimiser.step()
+    return base + best, best_loss, curve, counts
 
 
 def draw_start(rows: int, restarts: int, channels: int, pixels: int,
@@ -346,7 +347,7 @@ def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, d
     base = torch.atanh((2 * clean - 1) * 0.999999)
     rows = max(1, chunk // ((1 + mirroring) * (1 if transforms is None else transforms.shape[1])))
     with frozen(embed):
-        runs = [_optimise(embed, [(images[i], anchor[i], pixels[i])], base[i], part, sign=sign, mirroring=mirroring,
+        runs: list = [_optimise(embed, [(images[i], anchor[i], pixels[i])], base[i], part, sign=sign, mirroring=mirroring,
                           iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation,
                           local=local)
                 for i, part in zip((torch.arange(R * B, device=images.device) % B).split(rows), start.split(rows))]
@@ -354,7 +355,7 @@ def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, d
     winner, each = loss.argmin(0), torch.arange(B, device=images.device)
     attacked = paste(images, (torch.tanh(best[winner, each]) + 1) / 2, pixels)
     curve = {n: torch.cat([run[2][n] for run in runs]).view(R, B)[winner, each].abs().sqrt() for n in runs[0][2]}
-    return Attacked(attacked, distances(embed, attacked, anchor, mirroring, validation, chunk),
+    return Attacked(attacked, distances(embed, attacked, anchor, mirroring, validation, chunk),  # type: ignore[misc]
                     *sum(run[3] for run in runs).tolist(),
                     extra={"loss": loss, "by_iterations": curve, "by_restarts": {
                         n + 1: loss[:n + 1].amin(0).abs().sqrt() for n in range(R)}})
@@ -448,7 +449,8 @@ def universal_patch(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, 
             iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation, local=local)
     pattern = ((torch.tanh(best) + 1) / 2)[0]  # (C, P)
     patched = apply_pattern(images, pattern, mask)
-    return pattern, Attacked(patched, distances(embed, patched, anchor, mirroring, validation, chunk), *counts.tolist(),
+    return pattern, Attacked(patched, distances(embed, patched, anchor, mirroring, validation, chunk),  # type: ignore[misc]
+                             *counts.tolist(),
                              extra={"by_iterations": {n: loss.abs().sqrt() for n, loss in curve.items()}})
 
 
@@ -560,7 +562,7 @@ def run_attack(name: str, config: Config, embed: Embed, images: Tensor, anchor: 
     mask = eye_patch_mask() if name.endswith("eye_patch") else eyeglasses_mask()
     chunk, whole = config.chunk or 256, torch.ones_like(mask)
     common = {"mirroring": mirroring, "chunk": chunk}
-    steps = {"iterations": config.iterations, "lr": config.lr, "decay": config.decay, "local": config.local, **common}
+    steps: dict = {"iterations": config.iterations, "lr": config.lr, "decay": config.decay, "local": config.local, **common}
     tests = None
     if name.endswith("eye_patch"):
         steps |= {"iterations": config.patch_iterations, "lr": config.patch_lr}

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -308,6 +308,8 @@ class VggLoss(nn.Module):
     """
 
     taps = (3, 8, 13, 20, 27)  # after the ReLU, as in Keras
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -542,7 +544,7 @@ def report(lord: Lord, images: Tensor, person: Tensor) -> dict[str, float]:
     }
 
 
-def sheet(rows: Tensor, columns: int, scale: int = 2) -> object:
+def sheet(rows: Tensor, columns: int, scale: int = 2) -> Any:
     """A PIL picture of quadruplets (n, 4, 3, H, W) in [0, 1]: blocks of 2x2 (x y over t u), as in Fig. 9."""
     from PIL import Image
 
@@ -731,8 +733,8 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
         return trainer.lord
     train_names = [faces.names[p] for p in split.train]
     save(run / "generator.pt", {"kind": "generator", **settings, "train": train_names, "lord": trainer.lord.state_dict()})
-    for kept in (part.with_name(part.name + ".old"), part):
-        kept.unlink(missing_ok=True)
+    for unfinished in (part.with_name(part.name + ".old"), part):
+        unfinished.unlink(missing_ok=True)
     return trainer.lord
 
 

@@ -6,6 +6,8 @@ the pixels with the defaults); in place (out is images) it touches the rectangle
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,6 +118,7 @@ def gaussian_cutout_ref(
             else flat.uniform_(generator=generator)
         )
         flat = flat.to(out.dtype)
+    target: Any
     source, target = flat if noise is None else noise, out
     if target.dtype == source.dtype == torch.float32 and not target.is_cuda:
         source, target = (
