@@ -1294,6 +1294,10 @@ def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
         else:
             worked += stage.work
 
+    def in_order(chain: list[Stage]) -> None:
+        for stage in chain:
+            one(stage, True)
+
     for beside, group in itertools.groupby(plan, lambda stage: bool(stage.chain) and jobs > 1):
         if not beside:
             for stage in group:
@@ -1306,7 +1310,7 @@ def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
         print(f"{jobs} methods at a time; what they print goes to {logs}", flush=True)
         with ThreadPoolExecutor(jobs) as pool:
             longest_first = sorted(chains.values(), key=lambda chain: -sum(stage.work for stage in chain))
-            running = [pool.submit(lambda chain: [one(stage, True) for stage in chain], chain) for chain in longest_first]
+            running = [pool.submit(in_order, chain) for chain in longest_first]
             try:
                 for chain in running:
                     chain.result()

@@ -6,6 +6,8 @@ gradient only under them, in a fixed order (no atomics), so it is deterministic.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -135,7 +137,8 @@ def place_patches_ref(
     out = torch.empty(B * P, C, H, W, dtype=images.dtype, device=device, memory_format=layout).unflatten(0, (B, P))
     out.copy_(images[:, None].expand(B, P, C, H, W))
     if not isinstance(patches, Tensor) or not (patches.requires_grad and torch.is_grad_enabled()):
-        target, source = out, patches
+        target: Any = out
+        source: Any = patches
         if out.dtype == torch.float32 and not out.is_cuda:  # the same memory; its slices cost a fraction of torch's
             target, source = out.numpy(), patches.detach().float().numpy() if isinstance(patches, Tensor) else patches
         for b, places in enumerate(positions.tolist() if positions.dim() == 3 else [positions.tolist()]):
