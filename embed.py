@@ -25,8 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -196,7 +195,7 @@ def join(name: str) -> torch.device:
     return device
 
 
-@contextmanager
+@contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 goes through the block before the others, which find what it wrote, or fail as it did."""
     rank = processes()[0]
@@ -549,6 +548,17 @@ class Sampler:
         return x, other, self.image_of((person[:, None] + others) % P, rng)
 
 
+def picked(faces, persons: Sequence[int]) -> Tensor:
+    """bool (N,), which images of the faces (`data.Faces`) are of these persons."""
+    return torch.isin(faces.person, torch.tensor(persons))
+
+
+def sampler_of(faces, persons: Sequence[int], device: torch.device) -> Sampler:
+    """Draws from these persons of the faces (`data.Faces`), numbered anew."""
+    pick = picked(faces, persons)
+    return Sampler(faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)[1].to(device))
+
+
 # -------------------------------------------------------------------------------------------------------- one training step
 Make = Callable[[Tensor, Tensor, Tensor], Tensor]  # (identity of image indices, content of image indices, content images) -> images
 
@@ -861,6 +871,17 @@ def maker(config: Config, lord, images: Tensor, person: Tensor) -> Make:
     return lambda identity, _, pixels: lord.generator(class_codes[first[person[identity]]], lord.content_encoder(pixels))
 
 
+def find_maker(
+    config: Config, run: Path, faces, split, persons: Sequence[int], sampler: Sampler, args: argparse.Namespace, device: torch.device
+) -> Make | None:
+    """How y and u of the sampler's persons are made: by the generator, by the renderer (`truth`), or not at all (real pairs)."""
+    if not config.generated:
+        return None
+    if config.truth:
+        return true_maker(faces, picked(faces, persons), device)
+    return maker(config, find_generator(config, run, faces, split, args, device), sampler.images, sampler.person)
+
+
 def true_maker(faces, pick: Tensor, device: torch.device) -> Make:
     """y and u rendered from the true factors of the picked images (N,) bool: the ceiling of what a better generator can bring."""
     from data import synthetic
@@ -876,15 +897,11 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     folder = run / config.name
     part, log, rank = folder / "training.ckpt", folder / "log.jsonl", processes()[0]
     settings, people = dataclasses.asdict(config), json.loads((run / "people.json").read_text())["sha256"]
-    persons = torch.tensor(split.train[: config.persons or None])
+    persons = split.train[: config.persons or None]
     if config.persons > len(split.train):
         raise UsageError(f"--persons {config.persons}: there are only {len(split.train)} train persons: ask for fewer")
 
-    def sampler_of(which: Tensor) -> Sampler:
-        pick = torch.isin(faces.person, which)
-        return Sampler(faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)[1].to(device))
-
-    training, held = sampler_of(persons), sampler_of(torch.tensor(split.validation))
+    training, held = sampler_of(faces, persons, device), sampler_of(faces, split.validation, device)
     if not config.generated and not len(training.several):
         raise UsageError(f"--method {config.method}: needs train persons with two images or more, there is none: give more photographs")
     torch.manual_seed(config.seed)
@@ -922,11 +939,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
             progress = {"step": 0, "seconds": 0.0, "best": best, "model": embed.state_dict(), "adam": adam.state_dict()}
             save(part, {"kind": "embedding-training", "config": settings, "people": people, **progress})
         log.write_text("")
-    make = None
-    if config.truth and config.generated:
-        make = true_maker(faces, torch.isin(faces.person, persons), device)
-    elif config.generated:
-        make = maker(config, find_generator(config, run, faces, split, args, device), training.images, training.person)
+    make = find_maker(config, run, faces, split, persons, training, args, device)
     print(f"{config.name}: {len(training.images)} images of {len(persons)} persons, {config.steps} steps of {config.batch} on {device}")
 
     def checkpoint(name: str) -> None:
@@ -991,9 +1004,9 @@ def profile(config: Config, run: Path, faces, split, args: argparse.Namespace, d
                 self.flops += count(*inputs, **(named or {}), out_val=result)
             return result
 
-    pick = torch.isin(faces.person, torch.tensor(split.train[: min(config.persons or 50, 50)]))
-    sampler = Sampler(faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)[1].to(device))
-    make = maker(config, find_generator(config, run, faces, split, args, device), sampler.images, sampler.person) if config.generated else None
+    persons = split.train[: min(config.persons or 50, 50)]
+    sampler = sampler_of(faces, persons, device)
+    make = find_maker(config, run, faces, split, persons, sampler, args, device)
     torch.manual_seed(config.seed)
     embed = Embedding(config.width, config.dim, config.standardise).to(device)
     adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
@@ -1080,13 +1093,8 @@ def open_run(config: Config, run: Path):
     if config.data == "synthetic":
         options = dict(persons=config.synthetic_persons, images_per_person=config.synthetic_images)
     faces = data.load(config.data, config.root or None, crop=config.crop or None, **options)
-    people = run / "people.json"
-    if people.exists():
-        split = data.read_manifest(people, faces)
-    else:
-        split = data.split_persons(faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed)
-        run.mkdir(parents=True, exist_ok=True)
-        data.write_manifest(people, faces, split)
+    parts = config.train_persons or None, config.validation_persons, config.target_persons
+    split = data.open_split(run / "people.json", faces, *parts, config.split_seed)
     record = {"data": config.data, "root": str(Path(config.root).resolve()) if config.root else "", "crop": config.crop, "preset": config.preset, "seed": config.seed, "options": options}
     if processes()[0] == 0:
         write_json(run / "run.json", record)
@@ -1172,8 +1180,7 @@ def write_figure3(config: Config, run: Path, faces, split, device: torch.device,
 
     lord, _ = generator.load_generator(run / "generator.pt", device)
     embed = load_embedding(run / config.name / "embedding.pt", device)
-    pick = torch.isin(faces.person, torch.tensor(split.target))
-    sampler = Sampler(faces.images[pick].to(device), faces.person[pick].unique(return_inverse=True)[1].to(device))
+    sampler = sampler_of(faces, split.target, device)
     xi, _, ti = sampler.draw(pairs, 1, torch.Generator(device).manual_seed(config.seed))
     class_codes, content_codes = generator.encode(lord, sampler.images)
     u = generator.decode(lord, class_codes[xi], content_codes[ti[:, 0]])

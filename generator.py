@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -150,7 +149,7 @@ def join(name: str) -> torch.device:
     return device
 
 
-@contextmanager
+@contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 goes through the block before the others, which find what it wrote, or fail as it did."""
     rank = processes()[0]
@@ -750,15 +749,9 @@ def main(argv: list[str] | None = None) -> int:
             options = dict(persons=config.synthetic_persons, images_per_person=config.synthetic_images)
         with rank_0_first():
             faces = data.load(config.data, config.root or None, crop=config.crop or None, **options)
-            people, finished = run / "people.json", run / "generator.pt"
-            if people.exists() and not (args.overwrite and rank == 0):
-                split = data.read_manifest(people, faces)
-            else:
-                split = data.split_persons(
-                    faces, config.train_persons or None, config.validation_persons, config.target_persons, config.split_seed
-                )
-                run.mkdir(parents=True, exist_ok=True)
-                data.write_manifest(people, faces, split)
+            parts = config.train_persons or None, config.validation_persons, config.target_persons
+            split = data.open_split(run / "people.json", faces, *parts, config.split_seed, anew=args.overwrite and rank == 0)
+        finished = run / "generator.pt"
         if finished.exists() and not args.overwrite and not (run / "generator.ckpt").exists():
             lord, content = load_generator(finished, device)
             if differs := differing(content["config"], dataclasses.asdict(config)):

@@ -754,6 +754,18 @@ def write_manifest(path: str | os.PathLike[str], faces: Faces, split: Split) -> 
         raise DataError(f"{_printable(os.fspath(path))}: cannot be written ({_reason(error)})") from None
 
 
+def open_split(
+    path: str | os.PathLike[str], faces: Faces, train: int | None, validation: int, target: int, seed: int, anew: bool = False
+) -> Split:
+    """`read_manifest` of the manifest at path; where there is none, or anew, `split_persons`, written there with its folder."""
+    if Path(path).exists() and not anew:
+        return read_manifest(path, faces)
+    split = split_persons(faces, train, validation, target, seed)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_manifest(path, faces, split)
+    return split
+
+
 def read_manifest(path: str | os.PathLike[str], faces: Faces) -> Split:
     """The Split that `write_manifest` wrote, as indices into these faces.
 
