@@ -822,6 +822,16 @@ def versions(device: torch.device) -> dict[str, str]:
     return {"device": name, "torch": torch.__version__, "python": platform.python_version(), "commit": git.stdout.strip() or "unknown"}
 
 
+def load_generator(path: Path, device: torch.device):
+    """generator.py's trained Lord and its file's content; raises this script's own UsageError."""
+    import generator
+
+    try:
+        return generator.load_generator(path, device)
+    except generator.UsageError as error:
+        raise UsageError(str(error)) from None
+
+
 def find_generator(config: Config, run: Path, faces, split, args: argparse.Namespace, device: torch.device):
     """The run's generator (a `generator.Lord`); for the demo on rendered faces the one in data/; otherwise one is trained now."""
     import generator
@@ -843,10 +853,7 @@ def find_generator(config: Config, run: Path, faces, split, args: argparse.Names
         flags += [f"--preset={preset}", f"--run={run}", *(["--resume"] if (run / "generator.ckpt").exists() else [])]
         if code := generator.main(flags + ([f"--device={args.device}"] if args.device else [])):
             raise SystemExit(code)
-    try:
-        lord, content = generator.load_generator(path, device)
-    except generator.UsageError as error:
-        raise UsageError(str(error)) from None
+    lord, content = load_generator(path, device)
     seen = {*content["train"]} & {faces.names[p] for p in (*split.validation, *split.target)}
     if seen:
         raise UsageError(f"{path}: was trained on {len(seen)} of the validation or target persons ({min(seen)}, ...): train one with generator.py on this split")
@@ -1145,7 +1152,7 @@ def main(argv: list[str] | None = None) -> int:
         tell(f"embed.py: {error}")
         return 2
     except OSError as error:
-        print(f"embed.py: {error.filename or run}: {error.strerror}: mend that, then the same command with --resume goes on", file=sys.stderr)
+        tell(f"embed.py: {error.filename or run}: {error.strerror}: mend that, then the same command with --resume goes on")
         return 2
     except FloatingPointError as error:
         tell(f"embed.py: {error}")
@@ -1178,7 +1185,7 @@ def write_figure3(config: Config, run: Path, faces, split, device: torch.device,
     """Fig. 3: distances from t to an image of another target person, once the real x, once u with x's identity and t's content."""
     import generator
 
-    lord, _ = generator.load_generator(run / "generator.pt", device)
+    lord, _ = load_generator(run / "generator.pt", device)
     embed = load_embedding(run / config.name / "embedding.pt", device)
     sampler = sampler_of(faces, split.target, device)
     xi, _, ti = sampler.draw(pairs, 1, torch.Generator(device).manual_seed(config.seed))
@@ -1225,7 +1232,10 @@ def stages(config: Config, args: argparse.Namespace, run: Path, device: torch.de
         faces, split = open_run(config, run)
         lord = find_generator(config, run, faces, split, args, device)
         if not (run / "generator.json").exists():
-            generator.evaluate(generator.Config(data=config.data, seed=config.seed), run, lord, faces, split, device)
+            try:
+                generator.evaluate(generator.Config(data=config.data, seed=config.seed), run, lord, faces, split, device)
+            except generator.UsageError as error:
+                raise UsageError(str(error)) from None
 
     def training(title: str, flags: tuple[str, ...]) -> Stage:
         method, _ = parse([*common, *flags])

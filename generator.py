@@ -773,7 +773,7 @@ def main(argv: list[str] | None = None) -> int:
         tell(f"generator.py: {error}")
         return 2
     except OSError as error:
-        print(f"generator.py: {error.filename or run}: {error.strerror}: mend that, then the same command with --resume goes on", file=sys.stderr)
+        tell(f"generator.py: {error.filename or run}: {error.strerror}: mend that, then the same command with --resume goes on")
         return 2
     except FloatingPointError as error:
         part = run / "generator.ckpt"

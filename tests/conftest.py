@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in the Triton interpreter: it must be chosen before Triton is first imported."""
 
+import contextlib
 import importlib
 import os
 
@@ -60,3 +61,24 @@ def same(got: torch.Tensor, want: torch.Tensor) -> bool:
     if got.dtype != torch.bfloat16 or got.is_cuda or got.dtype != want.dtype or got.shape != want.shape:
         return torch.equal(got, want)
     return bool(((got.float() - want.float()).abs() <= 2.0**-7 * want.float().abs()).all())
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch):
+    """interrupted_at(owner, name, n): Ctrl-C at the n-th call of owner.name, within the block; gives the list of calls made."""
+
+    @contextlib.contextmanager
+    def block(owner, name, n):
+        real, calls = getattr(owner, name), []
+
+        def counted(*args, **keywords):
+            calls.append(args)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return real(*args, **keywords)
+
+        monkeypatch.setattr(owner, name, counted)
+        yield calls
+        monkeypatch.setattr(owner, name, real)
+
+    return block

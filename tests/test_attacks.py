@@ -654,50 +654,31 @@ def test_same_command_same_rows_whatever_the_targets_beside(trained, monkeypatch
     assert rows(trained, "eyeglasses") != first["eyeglasses"]
 
 
-def test_resume_keeps_finished_targets_and_refuses_other_settings(trained, monkeypatch, capsys):
-    real, done = attacks.attack_target, []
-
-    def stopping(*args, **keywords):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(args[4])
-        return real(*args, **keywords)
-
+def test_resume_keeps_finished_targets_and_refuses_other_settings(trained, monkeypatch, capsys, interrupted_at):
     flags = ("--attacks", "eyeglasses", "--intruders", "2")
     (trained / "ours/attacks/eyeglasses.csv").unlink(missing_ok=True)
-    monkeypatch.setattr(attacks, "attack_target", stopping)
-    assert in_process(trained, monkeypatch, *flags) == 130
+    with interrupted_at(attacks, "attack_target", 3):
+        assert in_process(trained, monkeypatch, *flags) == 130
     assert "--resume" in capsys.readouterr().err and not (trained / "ours/attacks/eyeglasses.csv").exists()
     assert in_process(trained, monkeypatch, *flags, "--resume", "--lr", "0.3") == 2
     assert "lr" in capsys.readouterr().err
-    done.clear()
-    assert in_process(trained, monkeypatch, *flags, "--resume") == 0
-    assert len(done) == 1  # only the third
+    with interrupted_at(attacks, "attack_target", 0) as calls:  # never
+        assert in_process(trained, monkeypatch, *flags, "--resume") == 0
+    assert len(calls) == 1  # only the third
     resumed = rows(trained, "eyeglasses")
     assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and "kept" in capsys.readouterr().out
-    done.clear()
-    monkeypatch.setattr(attacks, "attack_target", real)
     assert in_process(trained, monkeypatch, *flags) == 0 and rows(trained, "eyeglasses") == resumed
 
 
-def test_resume_refuses_other_photographs_and_clears_what_a_kill_left(trained, monkeypatch, capsys):
-    real, done = attacks.attack_target, []
-
-    def stopping(*args, **keywords):
-        if len(done) == 1:
-            raise KeyboardInterrupt
-        done.append(args[4])
-        return real(*args, **keywords)
-
+def test_resume_refuses_other_photographs_and_clears_what_a_kill_left(trained, monkeypatch, capsys, interrupted_at):
     flags, partial = ("--attacks", "noise", "--intruders", "2"), trained / "ours/attacks/.noise.partial"
-    monkeypatch.setattr(attacks, "attack_target", stopping)
-    assert in_process(trained, monkeypatch, *flags) == 130 and partial.exists()
+    with interrupted_at(attacks, "attack_target", 2):
+        assert in_process(trained, monkeypatch, *flags) == 130 and partial.exists()
     photograph = Path(json.loads((trained / "run.json").read_text())["root"], "p0/0.png")
     photograph.rename(photograph.with_name("9.png"))
     capsys.readouterr()
     assert in_process(trained, monkeypatch, *flags, "--resume") == 2 and "people" in capsys.readouterr().err
     photograph.with_name("9.png").rename(photograph)
-    monkeypatch.setattr(attacks, "attack_target", real)
     assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and not partial.exists()
     partial.mkdir()  # killed while it was removed
     assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and not partial.exists()

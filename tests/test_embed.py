@@ -374,7 +374,7 @@ def project(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "no-at"], ["--positive", "transfer"], ["--method", "weak-at"], ["--method", "doa"]])
-def test_interrupted_and_resumed_training_is_bit_for_bit_the_unbroken_one(project, monkeypatch, capsys, flags):
+def test_interrupted_and_resumed_training_is_bit_for_bit_the_unbroken_one(project, monkeypatch, capsys, interrupted_at, flags):
     monkeypatch.chdir(project)
     config, _ = e.parse([*FLAGS, *flags])
     folder = config.run / config.name
@@ -388,18 +388,8 @@ def test_interrupted_and_resumed_training_is_bit_for_bit_the_unbroken_one(projec
     assert e.main([*FLAGS, *flags]) == 0 and "already" in capsys.readouterr().out
     assert e.main([*FLAGS, *flags, "--margin", "3"]) == 2 and "margin" in capsys.readouterr().err
 
-    step, calls = e.train_step, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(e, "train_step", interrupted)
-    again = [*FLAGS, *flags, "--overwrite"]
-    assert e.main(again) == 130 and "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(e, "train_step", step)
+    with interrupted_at(e, "train_step", 6):
+        assert e.main([*FLAGS, *flags, "--overwrite"]) == 130 and "--resume" in capsys.readouterr().err
     assert e.main([*FLAGS, *flags]) == 2 and "--resume" in capsys.readouterr().err
     assert e.main([*FLAGS, *flags, "--resume", "--rate", "0.5"]) == 2 and "rate" in capsys.readouterr().err
     assert e.main([*FLAGS, *flags, "--resume"]) == 0
@@ -733,26 +723,18 @@ def test_a_disk_that_is_really_full_is_one_line(tmp_path):
     assert e.read(path, "embedding")["value"] == 0 and [p.name for p in tmp_path.iterdir()] == ["kept.pt"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_other_persons_are_refused(project, monkeypatch, capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_other_persons_are_refused(project, monkeypatch, capsys, interrupted_at):
     import data
 
     monkeypatch.chdir(project)
     flags = [*FLAGS, "--run", "runs/damaged", "--method", "weak-at", "--attack-steps", "1"]
-    folder, step, calls = Path("runs/damaged/weak-at-1"), e.train_step, []
-    models = []
+    folder, models = Path("runs/damaged/weak-at-1"), []
     for _ in range(2):  # the same command twice
         assert e.main([*flags, "--overwrite"]) == 0
         models.append(torch.load(folder / "embedding.pt", weights_only=True)["model"])
 
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(e, "train_step", interrupted)
-    assert e.main([*flags, "--overwrite"]) == 130
-    monkeypatch.setattr(e, "train_step", step)
+    with interrupted_at(e, "train_step", 6):
+        assert e.main([*flags, "--overwrite"]) == 130
     part = folder / "training.ckpt"
     part.write_bytes(part.read_bytes()[:1000])
     people = Path("runs/damaged/people.json").read_bytes()
@@ -790,3 +772,16 @@ def test_a_non_finite_step_names_itself_the_images_and_the_checkpoint(project, m
     (told,) = capsys.readouterr().err.splitlines()[-1:]
     assert "step 4: loss" in told and "images [" in told and f"runs/{what}/weak-at-1/training.ckpt" in told
     assert e.read(Path(f"runs/{what}/weak-at-1/training.ckpt"), "embedding-training")["step"] == 2
+
+
+def test_a_broken_generator_met_after_training_gives_one_line(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    run = Path("runs/broken-generator")
+    run.mkdir(parents=True)
+    (run / "generator.pt").write_bytes(b"no checkpoint")
+    flags = [*FLAGS, "--run", str(run), "--method", "weak-at", "--attack-steps", "1", "--steps", "2"]
+    flags.remove("--no-evaluation")
+    assert e.main(flags) == 2  # weak-at needs the generator for Fig. 3 alone
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("embed.py: ") and "generator.pt" in line
+    assert (run / "weak-at-1" / "result.json").exists()

@@ -266,7 +266,7 @@ def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
     assert not lord.training and not any(p.requires_grad for p in lord.parameters())
 
 
-def test_command_trains_stops_and_resumes(tmp_path, monkeypatch, capsys):
+def test_command_trains_stops_and_resumes(tmp_path, monkeypatch, capsys, interrupted_at):
     monkeypatch.chdir(tmp_path)
     run = Path("runs/synthetic-demo-0")
     assert g.main(FLAGS) == 0
@@ -280,18 +280,9 @@ def test_command_trains_stops_and_resumes(tmp_path, monkeypatch, capsys):
     assert np.load(run / "quadruplets.npz")["quadruplets"].shape == (24, 4, 3, 64, 64)
     assert len((run / "generator.jsonl").read_text().splitlines()) == 4
 
-    epoch, calls = g.Trainer.epoch, []
-
-    def interrupted(self, *args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return epoch(self, *args)
-
-    monkeypatch.setattr(g.Trainer, "epoch", interrupted)
     other = ["--run", "other run", *FLAGS]
-    assert g.main(other) == 130 and "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(g.Trainer, "epoch", epoch)
+    with interrupted_at(g.Trainer, "epoch", 4):
+        assert g.main(other) == 130 and "--resume" in capsys.readouterr().err
     assert g.main(other) == 2 and "--resume" in capsys.readouterr().err  # nothing is lost by asking again
     assert g.main([*other, "--resume", "--rate", "0.5"]) == 2 and "rate" in capsys.readouterr().err
     assert g.main([*other, "--resume", "--export", "small.pt"]) == 0
