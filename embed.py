@@ -276,25 +276,36 @@ def window_energy(grad: Tensor, h: int, w: int, stride: int) -> Tensor:
     return (windows(H, h) @ (grad.float().square().sum(1) @ windows(W, w).T)).flatten(1)  # no running sums: they would cancel
 
 
+def draw_moves(B: int, shift: int, generator: torch.Generator, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Mirror or not, bool (B,), and offsets (B, 2) = (down, right) of at most `shift` pixels, App. A."""
+    flips = torch.rand(B, generator=generator, device=device) < 0.5
+    return flips, torch.randint(-shift, shift + 1, (2, B), generator=generator, device=device).T
+
+
+def augment(
+    images: Tensor, *, flips: Tensor, shifts: Tensor, boxes: Tensor, fill: str = "gaussian",
+    generator: torch.Generator | None = None, noise: Tensor | None = None, layout: torch.memory_format = torch.channels_last,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """uint8 (B, 3, H, W) mirrored and shifted (edge filled), then random pixels inside boxes (B, 4), App. A.
+
+    flips bool (B,), shifts (B, 2); the rest as `gaussian_cutout`. Returns float images in [0, 1], boxes and bool (B,), which are erased.
+    """
+    B, _, H, W = images.shape
+    row, col = ((torch.arange(n, device=images.device) + d).clamp(0, n - 1) for n, d in ((H, shifts[:, :1]), (W, shifts[:, 1:])))
+    col = torch.where(flips[:, None], W - 1 - col, col)  # (B, W)
+    batch = torch.arange(B, device=images.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[batch, row[:, :, None], col[:, None, :]]  # (B, H, W, C)
+    moved = (moved.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout)
+    return gaussian_cutout(moved, fill=fill, generator=generator, boxes=boxes, noise=noise)
+
+
 try:  # the same operations, as Triton kernels on a GPU
+    from kernels.augment import augment  # type: ignore[no-redef,assignment]
     from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]
     from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]
     from kernels.window_energy import window_energy  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
-
-
-def augment(images: Tensor, shift: int, rng: torch.Generator) -> Tensor:
-    """Random mirroring and shifts of at most `shift` pixels (edge filled) of uint8 (B, 3, H, W) -> float (B, 3, H, W), App. A."""
-    B, _, H, W = images.shape
-    device = images.device
-    mirror = torch.rand(B, 1, generator=rng, device=device) < 0.5
-    dy, dx = torch.randint(-shift, shift + 1, (2, B, 1), generator=rng, device=device)
-    row, col = (torch.arange(H, device=device) + dy).clamp(0, H - 1), (torch.arange(W, device=device) + dx).clamp(0, W - 1)
-    col = torch.where(mirror, W - 1 - col, col)  # (B, W)
-    batch = torch.arange(B, device=device)[:, None, None]
-    moved = images.permute(0, 2, 3, 1)[batch, row[:, :, None], col[:, None, :]]  # (B, H, W, C)
-    return moved.permute(0, 3, 1, 2).float() / 255  # channels_last
 
 
 # -------------------------------------------------------------------------------------------------- the embedding (Sec. 4)
@@ -571,12 +582,18 @@ def make_batch(config: Config, embed: Embed, sampler: Sampler, make: Make | None
     B, n, size = config.batch, config.mine, sampler.images.shape[-1]
     xi, other, ti = sampler.draw(B, n, rng, pairs=not config.generated)
     index = torch.cat([xi, ti.flatten()])  # x, then the candidates of each x
-    real = augment(sampler.images[index], config.shift, rng)
+    flips, shifts = draw_moves(len(index), config.shift, rng, index.device)
     p = config.cutout if config.attack_share == "erased" or config.method == "no-at" else 0.0
-    boxes = draw_boxes(len(index), size, size, p, config.cutout_area, config.cutout_aspect, rng, real.device)
-    real, boxes, _ = gaussian_cutout(real, fill=config.fill, generator=rng, boxes=boxes)
+    boxes = draw_boxes(len(index), size, size, p, config.cutout_area, config.cutout_aspect, rng, index.device)
+    real, boxes, _ = augment(
+        sampler.images[index], flips=flips, shifts=shifts, boxes=boxes, fill=config.fill, generator=rng, layout=torch.channels_last
+    )
     x, t, x_boxes, t_boxes = map(own, (real[:B], real[B:].view(B, n, *real.shape[1:]), boxes[:B], boxes[B:].view(B, n, 4)))
-    y = own(augment(sampler.images[other], config.shift, rng)) if make is None else None
+    y = None
+    if make is None:
+        flips, shifts = draw_moves(B, config.shift, rng, other.device)
+        whole = torch.zeros(B, 4, dtype=torch.long, device=other.device)  # nothing erased
+        y = own(augment(sampler.images[other], flips=flips, shifts=shifts, boxes=whole, generator=rng, layout=torch.channels_last)[0])
     xi, other, ti, B, real_t = own(xi), own(other), own(ti), len(x), t.flatten(0, 1)
     with torch.no_grad():
         if make is None:

@@ -208,6 +208,19 @@ class AdaIN(torch.autograd.Function):
         return d_x, d_scale, d_offset, None
 
 
+def leaky_adain(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """LeakyReLU(0.2) in place, then AdaIN: x (B, C, H, W), scale and offset (B, C)."""
+    if fused_adain is not None and x.is_cuda:
+        return fused_adain(x, scale, offset)
+    return AdaIN.apply(F.leaky_relu(x, 0.2, inplace=True), scale, offset)
+
+
+try:  # the same in one pass, as a Triton kernel on a GPU; on a CPU the closed form above is the faster one
+    from kernels.adain import adain as fused_adain
+except ImportError:
+    fused_adain = None  # type: ignore[assignment]
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest upsampling x2, then a 3x3 convolution of padding 1, (B, C, H, W) -> (B, O, 2H, 2W), with 2.25 times fewer products.
 
@@ -239,9 +252,8 @@ class Generator(nn.Module):
             x = F.leaky_relu(layer(x), 0.2, inplace=True)
         x = x.view(-1, self.start, 4, 4).contiguous(memory_format=torch.channels_last)
         for conv, modulation in zip(self.blocks, self.modulation):
-            x = F.leaky_relu(upsample_conv(x, conv.weight, conv.bias), 0.2, inplace=True)
             scale, offset = modulation(class_code).chunk(2, 1)
-            x = AdaIN.apply(x, 1 + scale, offset)
+            x = leaky_adain(upsample_conv(x, conv.weight, conv.bias), 1 + scale, offset)
         return torch.sigmoid(self.conv7(F.leaky_relu(self.conv5(x), 0.2, inplace=True)))
 
 

@@ -74,8 +74,9 @@ def augment_ref(
     """Plain PyTorch of `augment`."""
     B, C, H, W = images.shape
     device = images.device
-    drawn = draw_moves(B, shift, generator, device)
-    flips, shifts = drawn[0] if flips is None else flips, drawn[1] if shifts is None else shifts
+    if flips is None or shifts is None:
+        drawn = draw_moves(B, shift, generator, device)
+        flips, shifts = drawn[0] if flips is None else flips, drawn[1] if shifts is None else shifts
     boxes = draw_boxes(B, H, W, p, area, aspect, generator, device, joint) if boxes is None else boxes
     rows = (torch.arange(H, device=device) + shifts[:, :1]).clamp(0, H - 1)  # (B, H)
     cols = (torch.arange(W, device=device) + shifts[:, 1:]).clamp(0, W - 1)  # (B, W)
@@ -144,8 +145,9 @@ def augment(
 
     layout = own if layout is None else layout
     dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
-    drawn = draw_moves(B, shift, generator, images.device)
-    flips, shifts = drawn[0] if flips is None else flips, drawn[1] if shifts is None else shifts
+    if flips is None or shifts is None:
+        drawn = draw_moves(B, shift, generator, images.device)
+        flips, shifts = drawn[0] if flips is None else flips, drawn[1] if shifts is None else shifts
     boxes = draw_boxes(B, H, W, p, area, aspect, generator, images.device, joint) if boxes is None else boxes
     boxes = boxes.contiguous()
     out = torch.empty(B, C, H, W, dtype=dtype, device=images.device, memory_format=layout)

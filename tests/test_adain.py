@@ -105,3 +105,24 @@ def test_clear_errors(at, value, message):
     arguments[at] = value
     with pytest.raises(ValueError, match=message):
         adain(*arguments)
+
+
+def test_the_generator_is_the_same_with_the_kernel(monkeypatch, device, launched):
+    import generator
+
+    config = generator.Config(class_dim=8, content_dim=8, hidden=(16, 16), channels=(8, 8, 8, 8), out_channels=4)
+    torch.manual_seed(0)
+    G, codes, weight = generator.Generator(config).to(device), torch.randn(2, 3, 8, device=device), torch.randn(3, 3, 64, 64, device=device)
+    results = []
+    for fused in (None, adain):
+        monkeypatch.setattr(generator, "fused_adain", fused)
+        if fused is not None:  # where a GPU would take it
+            monkeypatch.setattr(generator, "leaky_adain", adain)
+        leaves = [v.clone().requires_grad_() for v in codes]
+        G.zero_grad()
+        images = G(*leaves)
+        (images * weight).sum().backward()
+        results.append([images.detach(), *(v.grad for v in leaves), *(p.grad.clone() for p in G.parameters())])
+    assert [name for name, _ in launched] == ["_forward_kernel"] * 4 + ["_backward_kernel"] * 4
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))

@@ -94,13 +94,14 @@ def test_vgg_weights_start_the_trunk(tmp_path):
 def test_script_forms_are_the_kernels_references():
     import ast
 
+    from kernels import augment as moves
     from kernels import gaussian_cutout as cutout
     from kernels import masked_step as step
     from kernels import window_energy as energy
 
     source = Path(e.__file__).read_text()
     tree = ast.parse(source)
-    names = ("box_mask", "masked_step", "draw_boxes", "gaussian_cutout", "window_energy")
+    names = ("box_mask", "masked_step", "draw_boxes", "gaussian_cutout", "window_energy", "augment")
     kept = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names]
     space = {"torch": torch, "Tensor": torch.Tensor}
     exec(compile(ast.Module([ast.parse("from __future__ import annotations").body[0], *kept], []), "embed.py", "exec"), space)  # noqa: S102
@@ -114,6 +115,12 @@ def test_script_forms_are_the_kernels_references():
     noise = torch.rand_like(images)
     three = [f(images, boxes=boxes, noise=noise)[0] for f in (space["gaussian_cutout"], cutout.gaussian_cutout_ref, cutout.gaussian_cutout)]
     assert torch.equal(three[0], three[1]) and torch.equal(three[0], three[2])
+    pixels, (flips, shifts) = torch.randint(0, 256, images.shape, dtype=torch.uint8), e.draw_moves(40, 5, rng(5))
+    for given in (noise, None):
+        settings = dict(flips=flips, shifts=shifts, boxes=boxes, noise=given, layout=torch.channels_last)
+        three = [f(pixels, generator=rng(4), **settings) for f in (space["augment"], moves.augment_ref, moves.augment)]
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*three))
+        assert three[0][0].stride() == three[1][0].stride()
     grad, alpha = torch.randn_like(images), torch.randn(40)
     grad[:, :, ::2] = 0
     three = [f(images, grad, alpha, boxes) for f in (space["masked_step"], step.masked_step_ref, step.masked_step)]
@@ -135,7 +142,13 @@ def test_rectangles_are_those_of_appendix_a():
 
 def test_augment_mirrors_and_shifts_with_edges_filled():
     images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    out = e.augment(images, 2, rng())
+
+    def augmented():
+        generator = rng()
+        flips, shifts = e.draw_moves(64, 2, generator)
+        return e.augment(images, flips=flips, shifts=shifts, boxes=torch.zeros(64, 4, dtype=torch.long), generator=generator)[0]
+
+    out = augmented()
     padded = torch.nn.functional.pad(images.float() / 255, (2, 2, 2, 2), mode="replicate")
     seen = set()
     for i in range(64):
@@ -147,7 +160,7 @@ def test_augment_mirrors_and_shifts_with_edges_filled():
         assert len(match) == 1
         seen.add(match[0])
     assert len({k[0] for k in seen}) == 2 and len(seen) > 20
-    assert torch.equal(e.augment(images, 2, rng()), out)
+    assert torch.equal(augmented(), out)
 
 
 # ----------------------------------------------------------------------------------------------------------- inner attacks
@@ -237,7 +250,7 @@ def test_mining_keeps_the_nearest_candidate(method, monkeypatch):
         return kept["draw"]
 
     monkeypatch.setattr(sampler, "draw", draw, raising=False)
-    monkeypatch.setattr(e, "augment", lambda v, shift, r: v.float() / 255)
+    monkeypatch.setattr(e, "augment", lambda v, boxes, **settings: (v.float() / 255, boxes, None))
     made = (images.float() / 255).flip(2)
     make = (lambda identity, content, pixels: (made[identity] + made[content]) / 2) if config.generated else None
     batch = e.make_batch(dataclasses.replace(config, cutout=0.0), embed, sampler, make, rng())
