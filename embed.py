@@ -1301,6 +1301,13 @@ def everything(config: Config, args: argparse.Namespace, run: Path, device: torc
     return run_stages(plan, jobs, run / "logs", max(cores // jobs, 1))
 
 
+def seconds_left(work: float, finished: list[tuple[float, float]], running: list[float], jobs: int) -> float | None:
+    """Of a plan of so much work, `jobs` at a time: (work, seconds) of what is finished, seconds so far of what runs. None: not known yet."""
+    large = [(w, s) for w, s in finished if w > 1]
+    worked, spent = sum(w for w, _ in large), sum(s for _, s in large)
+    return max((work - worked) * spent / worked - sum(running), 0.0) / jobs if worked else None
+
+
 def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
     """The stages in order, or up to `jobs` chains side by side, each stage then a process of its own that writes to `logs`.
 
@@ -1309,24 +1316,29 @@ def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    began, worked, failed = time.time(), 0.0, 0
+    began, failed = time.time(), 0
+    finished: list[tuple[float, float]] = []  # work and seconds
+    running: dict[int, float] = {}  # number of the stage: when it started
 
     def one(stage: Stage, beside: bool) -> None:
-        nonlocal worked, failed
+        nonlocal failed
         if failed:
             return
-        number, elapsed, waiting = plan.index(stage) + 1, time.time() - began, sum(s.work for s in plan) - worked
-        left = f"{elapsed / worked * waiting / 60:.0f} min" if worked > 1 else "known after the first training"
-        print(f"stage {number} of {len(plan)}: {stage.what}; elapsed {elapsed / 60:.0f} min, left {left}", flush=True)
+        number, now = plan.index(stage) + 1, time.time()
+        seconds = seconds_left(sum(s.work for s in plan), list(finished), [now - start for start in list(running.values())], jobs)
+        left = "known after the first training" if seconds is None else f"{seconds / 60:.0f} min"
+        print(f"stage {number} of {len(plan)}: {stage.what}; elapsed {(now - began) / 60:.0f} min, left {left}", flush=True)
+        running[number] = now
         if beside:
             code = in_a_process(stage, logs / f"{number}.log", threads)
         else:
             code = in_this_process(stage)
+        took = time.time() - running.pop(number)
         if code:
             failed = failed or code
             print(f"embed.py: stage {number} of {len(plan)} ended with status {code}; the same command goes on there", file=sys.stderr)
         else:
-            worked += stage.work
+            finished.append((stage.work, took))
 
     def in_order(chain: list[Stage]) -> None:
         for stage in chain:
@@ -1344,10 +1356,10 @@ def run_stages(plan: list[Stage], jobs: int, logs: Path, threads: int) -> int:
         print(f"{jobs} methods at a time; what they print goes to {logs}", flush=True)
         with ThreadPoolExecutor(jobs) as pool:
             longest_first = sorted(chains.values(), key=lambda chain: -sum(stage.work for stage in chain))
-            running = [pool.submit(in_order, chain) for chain in longest_first]
+            futures = [pool.submit(in_order, chain) for chain in longest_first]
             try:
-                for chain in running:
-                    chain.result()
+                for future in futures:
+                    future.result()
             except KeyboardInterrupt:  # the processes got it too
                 failed = 130
     return failed

@@ -592,6 +592,13 @@ def test_all_ends_with_the_status_of_a_failing_stage(project, monkeypatch, capsy
     assert "generator.pt" in err and "stage 1 of 24" in err and "same command" in err and not Path("runs/fails/ours").exists()
 
 
+def test_time_left_of_stages_side_by_side():
+    assert e.seconds_left(100, [], [5.0], 2) is None and e.seconds_left(100, [(1, 30.0)], [5.0], 2) is None
+    assert e.seconds_left(100, [(1, 30.0), (20, 40.0)], [], 1) == pytest.approx(160)  # two seconds a unit
+    assert e.seconds_left(100, [(20, 40.0)], [10.0, 30.0], 2) == pytest.approx(60)  # 40 of the 160 are behind us, two at a time
+    assert e.seconds_left(100, [(20, 40.0), (80, 160.0)], [0.1], 2) == 0
+
+
 def test_stages_side_by_side(tmp_path, monkeypatch, capfd):
     """Chains keep their order, no more than `jobs` run at a time, stages without a chain wait for all, a failure stops what is left."""
     (tmp_path / "script.py").write_text(
