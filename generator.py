@@ -526,19 +526,23 @@ def person_probe(code: Tensor, person: Tensor) -> float:
     return float(probe.score(code[test].cpu().numpy(), person[test].cpu().numpy()))
 
 
-def factor_probe(code: Tensor, factors: Tensor, person: Tensor) -> float:
-    """Mean R^2, over factors (N, K), of a ridge regression from a code (N, D), fitted and tested on different persons."""
+PROBED = ("yaw", "light_x", "exposure", "hair_length", "background_brightness")  # content factors large enough to be read linearly
+
+
+def factor_probe(code: Tensor, factors: Tensor, unseen_code: Tensor, unseen_factors: Tensor) -> Tensor:
+    """R^2 (K,) of a ridge regression from codes (N, D) to factors (N, K), on codes and factors of other persons; NaN for a constant factor."""
+    import numpy as np
     from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    persons = person.unique()
-    fit = torch.isin(person, persons[: len(persons) // 2]).cpu().numpy()
-    x, y = code.cpu().numpy(), factors.cpu().numpy()
-    y = y[:, y[fit].std(0) > 1e-6]
-    probe = make_pipeline(StandardScaler(), RidgeCV(alphas=[1.0, 10.0, 100.0, 1000.0, 10000.0])).fit(x[fit], y[fit])
-    return float(r2_score(y[~fit], probe.predict(x[~fit])))
+    x, y, unseen_x, unseen_y = (v.cpu().numpy() for v in (code, factors, unseen_code, unseen_factors))
+    varies = (y.std(0) > 1e-6) & (unseen_y.std(0) > 1e-6)
+    probe = make_pipeline(StandardScaler(), RidgeCV(alphas=[1.0, 10.0, 100.0, 1000.0, 10000.0])).fit(x, y[:, varies])
+    found = np.full(y.shape[1], np.nan)
+    found[varies] = r2_score(unseen_y[:, varies], probe.predict(unseen_x), multioutput="raw_values")
+    return torch.from_numpy(found)
 
 
 def report(lord: Lord, images: Tensor, person: Tensor) -> dict[str, float]:
@@ -797,13 +801,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def evaluate(config: Config, run: Path, lord: Lord, faces, split, device: torch.device) -> dict[str, float]:
+def evaluate(config: Config, run: Path, lord: Lord, faces, split, device: torch.device) -> dict:
     """The report on persons never seen in training, and the sheet of quadruplets."""
     import numpy as np
 
     pick = torch.isin(faces.person, torch.tensor(split.validation + split.target)).nonzero()[:, 0]
     images, person = faces.images[pick].to(device), faces.person[pick]
-    result = report(lord, images, person)
+    result: dict = {**report(lord, images, person)}
     rng = torch.Generator().manual_seed(config.seed)
     x, t = (torch.randint(len(pick), (512,), generator=rng) for _ in range(2))
     x, t = x[person[x] != person[t]], t[person[x] != person[t]]
@@ -814,8 +818,12 @@ def evaluate(config: Config, run: Path, lord: Lord, faces, split, device: torch.
         truth = to_float(synthetic.render(identity[x], content[t]).to(device))
         class_code, content_code = encode(lord, images)
         result["psnr_true_u"] = psnr(decode(lord, class_code[x], content_code[t]), truth)
-        result["content_factors_from_class"] = factor_probe(class_code, content, person)
-        result["content_factors_from_content"] = factor_probe(content_code, content, person)
+        seen = torch.isin(faces.person, torch.tensor(split.train)).nonzero()[:, 0]  # the probes learn from train persons
+        codes = encode(lord, faces.images[seen].to(device))
+        for name, seen_code, code in (("class", codes[0], class_code), ("content", codes[1], content_code)):
+            r2 = factor_probe(seen_code, faces.content[seen], code, content)
+            told = {"mean of all": float(r2.nanmean())} | {f: float(r2[list(synthetic.CONTENT_FACTORS).index(f)]) for f in PROBED}
+            result[f"content_factors_from_{name}"] = {k: v for k, v in told.items() if math.isfinite(v)}
     a, b = to_float(images[x[:24]]), to_float(images[t[:24]])
     with torch.no_grad():
         y, u = quadruplets(lord, a, b)

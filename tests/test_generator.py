@@ -218,10 +218,12 @@ def test_probes_read_what_is_there_and_only_that():
     silent = torch.randn(200, 8, generator=rng)
     assert g.person_probe(telling, person) > 0.95
     assert g.person_probe(silent, person) < 0.2
-    factors = silent @ torch.randn(8, 5, generator=rng)
-    assert g.factor_probe(silent, factors, person) > 0.95
-    assert g.factor_probe(telling, factors, person) < 0.1
     fit, test = g.halves(person)
+    factors = torch.cat([silent @ torch.randn(8, 5, generator=rng), torch.ones(200, 1)], 1)
+    first, second = person < 10, person >= 10
+    for code, low, high in ((silent, 0.95, 1.0), (telling, -1.0, 0.1)):
+        r2 = g.factor_probe(code[first], factors[first], code[second], factors[second])
+        assert r2.shape == (6,) and bool(((r2[:5] > low) & (r2[:5] <= high)).all()) and bool(r2[5].isnan())
     assert len(fit) == len(test) == 100 and not set(fit.tolist()) & set(test.tolist())
 
 

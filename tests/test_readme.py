@@ -46,8 +46,11 @@ def generator_table() -> str:
         ("PSNR of u against the true rendering", f"{r['psnr_true_u']:.1f} dB, {gap:.1f} dB below y", "within 1.5 dB of y"),
         (f"person read from the content code (chance {r['chance']:.3f})", f"{r['person_from_content']:.3f}", "near chance"),
         ("person read from the class code", f"{r['person_from_class']:.3f}", "high"),
-        ("R^2 of the true content factors from the class code", f"{r['content_factors_from_class']:.2f}", "0"),
-        ("R^2 of the true content factors from the content code", f"{r['content_factors_from_content']:.2f}", "high"),
+        *(
+            (f"R^2 of {'the content factors, ' if name == 'mean of all' else ''}{name.replace('_', ' ')}, from class and content code",
+             f"{value:.2f}, {r['content_factors_from_content'][name]:.2f}", "0, high")
+            for name, value in r["content_factors_from_class"].items()
+        ),
     ]
     head = f"| {r['images']} images of {r['persons']} persons never seen | found | wanted |"
     return "\n".join([head, "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
