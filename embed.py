@@ -90,6 +90,7 @@ class Config:
     validate_every: int = 50  # released
     select: str = "auto"  # last | best-loss | best-auroc; auto: Sec. 4.2, best-auroc for weak AT, last for the others
     autocast: bool = False  # ours: bfloat16 in training on a GPU
+    local: bool = True  # ours: on a CPU the inner attack recomputes only what its rectangles change; the same up to rounding
 
     @property
     def run(self) -> Path:
@@ -469,20 +470,56 @@ def two_pair_loss(fx: Tensor, fy: Tensor, ft: Tensor, fu: Tensor, margin: float,
 
 
 # --------------------------------------------------------------------------------------- the inner problem (Sec. 2.3, 3.1)
+def box_windows(boxes: Tensor, height: int, width: int, grid: int = 4, groups: int = 2) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups of boxes (B, 4) alike in size: which rows, and for each a window (n, 4) around its box, of one size and on a grid of `grid` pixels.
+
+    Boxes that are all the same are their own windows.
+    """
+    if bool((boxes == boxes[:1]).all()) and bool((boxes[:, 2:] > 0).all()):
+        yield torch.arange(len(boxes), device=boxes.device), boxes
+        return
+    corner = boxes[:, :2] // grid * grid
+    size = (-((corner - boxes[:, :2] - boxes[:, 2:]) // grid) * grid).clamp(min=grid)  # (B, 2), rounded up
+    sizes = size.unique(dim=0)
+    for rows in size.prod(1).argsort(stable=True).chunk(min(groups, len(sizes))):
+        largest = size[rows].amax(0)
+        last = torch.tensor([height, width], device=boxes.device) - largest
+        yield rows, torch.cat([torch.minimum(corner[rows], last), largest.expand(len(rows), 2)], 1)
+
+
 def inner_attack(
-    embed: Embed, images: Tensor, anchors: Tensor, sign: Tensor, boxes: Tensor, steps: int, alpha: float
+    embed: Embed, images: Tensor, anchors: Tensor, sign: Tensor, boxes: Tensor, steps: int, alpha: float, local: bool = True
 ) -> Tensor:
     """The inner maximisation of eq. (4)-(6): sign gradient steps inside fixed random rectangles, from what stands there.
 
     images (B, 3, H, W); anchors (B, D), constants; sign (B,): +1 moves away from the anchor (x from y), -1 towards it (t to u);
     boxes (B, 4); alpha in units of the image. Only the gradient of the input is computed. Returns images, detached.
+    local: on a CPU an `Embedding` is run on windows around the rectangles alone (`PatchLocal`), the same up to rounding.
     """
-    step = sign * alpha
+    H, W, grid = *images.shape[2:], 4
+    if not local or images.is_cuda or not isinstance(embed, Embedding) or not len(images) or H % grid or W % grid:
+        return sign_steps(embed, images, anchors, sign * alpha, boxes, steps)
+    found = images.detach().clone()
+    for rows, around in box_windows(boxes, H, W, grid):
+        near, corners = PatchLocal(embed, images[rows].detach(), around), around[:, :2]
+        if not near.layers:
+            found[rows] = sign_steps(embed, images[rows], anchors[rows], sign[rows] * alpha, boxes[rows], steps)
+            continue
+        places = [(b, slice(None), slice(r, r + h), slice(c, c + w)) for b, (r, c, h, w) in zip(rows.tolist(), around.tolist())]
+        inside = torch.cat([boxes[rows, :2] - corners, boxes[rows, 2:]], 1)
+        crops = torch.stack([found[place] for place in places]).contiguous(memory_format=torch.channels_last)
+        for place, crop in zip(places, sign_steps(near, crops, anchors[rows], sign[rows] * alpha, inside, steps)):
+            found[place] = crop
+    return found
+
+
+def sign_steps(embed: Embed, images: Tensor, anchors: Tensor, alpha: Tensor, boxes: Tensor, steps: int) -> Tensor:
+    """`steps` of alpha (B,) along the sign of the gradient of the squared distance to the anchors, inside boxes (B, 4)."""
     for _ in range(steps):
         images = images.detach().requires_grad_()
         # Eq. (5): both terms, each sample on its own
         (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
-        images = masked_step(images.detach(), grad.to(images.dtype), step, boxes)
+        images = masked_step(images.detach(), grad.to(images.dtype), alpha, boxes)
     return images.detach()
 
 
@@ -641,7 +678,7 @@ def attack_batch(config: Config, embed: Embed, batch: dict[str, Tensor], rng: to
     chosen = (boxes[:, 2] > 0).nonzero()[:, 0]  # only what is erased is attacked
     if len(chosen):
         found = inner_attack(
-            embed, images[chosen], anchors[chosen], sign[chosen], boxes[chosen], config.attack_steps, config.attack_alpha / 255
+            embed, images[chosen], anchors[chosen], sign[chosen], boxes[chosen], config.attack_steps, config.attack_alpha / 255, config.local
         )
         images = images.index_copy(0, chosen, found)
     return images[:B], images[B:]
@@ -1064,7 +1101,8 @@ def profile(config: Config, run: Path, faces, split, args: argparse.Namespace, d
     with Count() as counter:
         train_step(config, embed, adam, sampler, make, rng.manual_seed(config.seed))
     m = {name: sorted(times)[len(times) // 2] for name, times in spent.items()}
-    found = {"data": m["batch"] - m["generator"] - m["mining"], **{k: m[k] for k in ("generator", "mining", "inner attack")}}
+    rest = sorted(b - g - n for b, g, n in zip(spent["batch"], spent["generator"], spent["mining"]))
+    found = {"data": rest[len(rest) // 2], **{k: m[k] for k in ("generator", "mining", "inner attack")}}
     found["update"] = m["step"] - m["batch"] - m["inner attack"]
     for name, seconds in (*found.items(), ("step", m["step"])):
         print(f"{name:14}{seconds * 1e3:10.2f} ms{seconds / m['step'] * 100:7.1f} %")

@@ -3,6 +3,7 @@
 F is compared in float64: in float32 a gradient's rounding sooner or later turns a sign of the inner attack, and the runs part.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import torch
 import attacks
 import embed as e
 import generator as g
+from kernels.augment import augment_ref
 
 ROOT = Path(__file__).resolve().parents[1]
 FACES = "--synthetic-persons 9 --synthetic-images 10 --validation-persons 2 --target-persons 3".split()
@@ -52,6 +54,7 @@ def in_double(patch):
     torch.set_default_dtype(torch.float64)
     patch.setattr(torch.Tensor, "float", torch.Tensor.double)
     patch.setattr(e, "validate", lambda *_: {"val_loss": 1.0, "val_auroc": 0.5})  # slow in float64
+    patch.setattr(e, "augment", functools.partial(augment_ref, dtype=torch.float64))
     for name in ("gaussian_cutout", "masked_step", "window_energy"):
         patch.setattr(sys.modules["kernels." + name], "expect", lambda *_, **__: None)  # their references take any dtype
 

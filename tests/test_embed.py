@@ -180,6 +180,29 @@ def test_inner_attack_moves_each_sample_its_way_and_stays_in_its_rectangle():
     assert torch.equal(e.inner_attack(embed, images, anchors, sign, boxes, 0, 16 / 255), images)
 
 
+def test_inner_attack_on_windows_is_the_one_on_whole_images(monkeypatch):
+    from kernels.masked_step import masked_step_ref
+
+    monkeypatch.setattr(e, "masked_step", masked_step_ref)  # in float64, where rounding turns no sign
+    torch.manual_seed(0)
+    f, ran = e.Embedding(1 / 16, 16, standardise=True).double(), []
+    images, other = torch.rand(2, 24, 3, 64, 64, generator=rng(), dtype=torch.float64)
+    anchors, sign = f(other).detach(), torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(12)
+    boxes = e.draw_boxes(24, 64, 64, 1.0, (0.02, 0.2), (0.5, 2.0), rng(3))
+    boxes[:6] = torch.tensor([[0, 0, 5, 9], [57, 0, 7, 7], [0, 60, 12, 4], [61, 61, 3, 3], [0, 0, 64, 64], [9, 9, 0, 0]])
+    call = e.PatchLocal.__call__
+    monkeypatch.setattr(e.PatchLocal, "__call__", lambda self, x: ran.append(x.shape) or call(self, x))
+    for several in (boxes, boxes[:1].repeat(24, 1), boxes[3:4]):
+        n, ran[:] = len(several), []
+        near, whole = (e.inner_attack(f, images[:n], anchors[:n], sign[:n], several, 3, 0.1, local=v) for v in (True, False))
+        assert ran and ran[0][2] < 64 and float((near - whole).abs().max()) < 1e-9 and not torch.equal(whole, images[:n])
+    for rows, window in e.box_windows(boxes, 64, 64):
+        assert bool((window[:, :2] <= boxes[rows, :2]).all()) and bool((window[:, :2] >= 0).all())
+        assert bool((window[:, :2] + window[:, 2:] >= boxes[rows, :2] + boxes[rows, 2:]).all()) and bool((window[:, :2] + window[:, 2:] <= 64).all())
+        assert bool((window[:, :2] % 4 == 0).all()) and len(window[:, 2:].unique(dim=0)) == 1
+    assert sorted(torch.cat([rows for rows, _ in e.box_windows(boxes, 64, 64)]).tolist()) == list(range(24))
+
+
 def test_inner_attack_computes_no_weight_gradients():
     f = e.Embedding(1 / 32, 16)
     e.inner_attack(f, torch.rand(2, 3, 64, 64), torch.zeros(2, 16), torch.ones(2), torch.tensor([[0, 0, 9, 9]] * 2), 2, 0.1)
@@ -356,7 +379,7 @@ def test_collapse_and_non_finite_values_are_noticed():
 
 @pytest.mark.parametrize("method", ["ours", "weak-at"])
 def test_profile_adds_up_and_counts_every_product(method, monkeypatch, capsys):
-    config = e.Config(**{**TINY, "method": method})
+    config = e.Config(**{**TINY, "method": method, "local": False})
     images, person = faces()
     monkeypatch.setattr(e, "find_generator", lambda *_: None)
     monkeypatch.setattr(e, "maker", lambda *_: lambda identity, content, pixels: images[identity].float() / 255)
