@@ -16,17 +16,19 @@ def table() -> str:
     """Means over the runs under results/demo as a Markdown table."""
     runs = sorted((ROOT / "results/demo").glob("seed-*"))
     found = metrics.summary([metrics.read_run(run) for run in runs])
-    lines = ["| method | attack | AU-ROC | 95 % interval | AU-PR | over seeds | seeds | targets / genuine / intruders |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    names = ("clean", "eyeglasses", "square", "eye_patch")
+    lines = ["| method | " + " | ".join(n.replace("_", " ") for n in names) + " | seeds | targets / genuine / intruders, under eyeglasses |"]
+    lines.append("|---" * (len(names) + 3) + "|")
     for method, attacks in found.items():
-        for name, m in attacks.items():
-            if name in ("clean", "eyeglasses"):
-                low, high = m["range"]["auroc"] if "range" in m else (m["auroc"], m["auroc"])
-                seeds = sum((run / method / "attacks" / f"{name}.csv").exists() for run in runs)
-                lines.append(
-                    f"| {LABELS.get(method, method)} | {name} | {m['auroc']:.3f} | {m['interval'][0]:.3f}-{m['interval'][1]:.3f} | {m['aupr']:.3f} "
-                    f"| {low:.3f}-{high:.3f} | {seeds} | {m['n_targets']} / {m['n_genuine']} / {m['n_intruders']} |"
-                )
+        cells, counts = [], set()
+        for name in names:
+            m = attacks[name]
+            low, high = m["range"]["auroc"] if "range" in m else (m["auroc"], m["auroc"])
+            cells.append(f"**{m['auroc']:.3f}** [{m['interval'][0]:.3f}, {m['interval'][1]:.3f}]<br>{low:.3f} to {high:.3f} / {m['aupr']:.3f}")
+            counts.add(sum((run / method / "attacks" / f"{name}.csv").exists() for run in runs))
+        assert len(counts) == 1, (method, counts)
+        m = attacks["eyeglasses"]
+        lines.append(f"| {LABELS.get(method, method)} | {' | '.join(cells)} | {counts.pop()} | {m['n_targets']} / {m['n_genuine']} / {m['n_intruders']} |")
     times = []
     for method in found:
         results = [json.loads(p.read_text()) for run in runs if (p := run / method / "result.json").exists()]
