@@ -2,6 +2,7 @@
 
     python -m tests.torture                       # 20 kills and 5 full disks for each script, a few minutes
     python -m tests.torture --kills 2 --disks 1   # what tests/test_torture.py runs
+    python -m tests.torture --demo                # 20 kills over `python embed.py --method ours`, as it stands; half an hour on one core
 
 generator.py, embed.py and attacks.py, in tiny sizes on rendered faces, one after the other in a temporary folder: once undisturbed,
 once killed at random moments of any kind (while starting, training, writing), once with a random limit on the size of files.
@@ -43,8 +44,10 @@ ROWS = RUN / "ours" / "attacks"
 TARGETS = 6
 
 
-def flags(script: str, kills: int) -> list[str]:
+def flags(script: str, kills: int, demo: bool) -> list[str]:
     """The command line: enough checkpoints that so many kills fall into one training."""
+    if demo:
+        return ["--method", "ours", "--run", str(RUN), "--device", "cpu", "--resume"]
     units = 3 * kills + 2  # a kill comes at most three checkpoints after a start
     common = ["--run", str(RUN), "--device", "cpu", "--resume"]
     people = ["--synthetic-persons", "17", "--target-persons", str(TARGETS)]
@@ -134,9 +137,9 @@ def undisturbed(script: str, argv: list[str]) -> tuple[float, float]:
     return first, (time.monotonic() - began - first) / progress(script)
 
 
-def kill(script: str, argv: list[str], rng: random.Random, first: float, each: float) -> None:
-    """Kill -9 at a random moment: while starting, or after one or two more checkpoints."""
-    steps, before, kept, deadline = rng.randrange(3 if script in LOGS else 2), progress(script), written(), 0.0
+def kill(script: str, argv: list[str], rng: random.Random, first: float, each: float, steps: int) -> None:
+    """Kill -9 at a random moment: while starting, or after so many more checkpoints."""
+    before, kept, deadline = progress(script), written(), 0.0
     delay, started = rng.uniform(0, each if steps else first), start(script, argv)
     while not deadline or time.monotonic() < deadline:
         done = progress(script) - before
@@ -166,31 +169,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill -9 and full disks, survived by every script.")
     parser.add_argument("--kills", type=int, default=20, help="for each script")
     parser.add_argument("--disks", type=int, default=5, help="full disks for each script")
+    parser.add_argument("--demo", action="store_true", help="embed.py alone, in the demo's sizes; no full disks")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
+    scripts, disks = (["embed.py"], 0) if args.demo else (list(SCRIPTS), args.disks)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("undisturbed", "killed", "full"):
             Path(folder, name).mkdir()
         try:
-            for script in SCRIPTS:
-                argv = flags(script, args.kills)
+            for script in scripts:
+                argv = flags(script, args.kills, args.demo)
                 what = "weights and log" if script in LOGS else "rows"
                 os.chdir(Path(folder, "undisturbed"))
                 others = {*RUN.rglob("*.*")}
                 first, each = undisturbed(script, argv)
+                checkpoints = progress(script)
                 wanted = result(script)
                 largest = max(path.stat().st_size for path in {*RUN.rglob("*.*")} - others)
                 os.chdir(Path(folder, "killed"))
-                for _ in range(args.kills):
-                    kill(script, argv, rng, first, each)
+                for k in range(args.kills):
+                    if args.demo:  # few checkpoints: the kills spread evenly over them
+                        steps = max(0, (k + 1) * checkpoints // (args.kills + 1) - progress(script))
+                    else:
+                        steps = rng.randrange(3 if script in LOGS else 2)
+                    kill(script, argv, rng, first, each, steps)
+                    if args.demo:
+                        print(f"kill {k + 1} of {args.kills}, {progress(script)} of {checkpoints} checkpoints", flush=True)
                 assert finish(script, argv) == wanted, f"{what} differ from those of an undisturbed run after {args.kills} kills"
                 print(f"{script}: {args.kills} kills survived, {what} equal", flush=True)
+                if not disks:
+                    continue
                 os.chdir(Path(folder, "full"))
-                for _ in range(args.disks):
+                for _ in range(disks):
                     fill_disk(script, argv, rng, largest)
-                assert finish(script, argv) == wanted, f"{what} differ from those of an undisturbed run after {args.disks} full disks"
-                print(f"{script}: {args.disks} full disks survived, {what} equal", flush=True)
+                assert finish(script, argv) == wanted, f"{what} differ from those of an undisturbed run after {disks} full disks"
+                print(f"{script}: {disks} full disks survived, {what} equal", flush=True)
         except AssertionError as error:
             print(f"{script}: FAILED in {Path.cwd().name}: {error}")
             return 1
