@@ -1224,7 +1224,7 @@ def evaluate(config: Config, run: Path, args: argparse.Namespace) -> int:
     import metrics
 
     code = attacks.main([*attack_flags(config, run, args), "--attacks=clean,eyeglasses", *(["--resume"] if args.resume else [])])
-    return code or (metrics.main(["--run", str(run)]) if processes()[0] == 0 else 0)
+    return code or (metrics.main(["--run", str(run), "--figures", "2"]) if processes()[0] == 0 else 0)
 
 
 def attack_preset(config: Config) -> str:

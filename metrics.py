@@ -1064,14 +1064,15 @@ def write(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
-def draw(run: Run, folder: Path) -> list[str]:
-    """Figures 1-9 as PNG into `folder`; returns one line for each that could not be made."""
+def draw(run: Run, folder: Path, numbers: Sequence[int] = range(1, 10)) -> list[str]:
+    """Figures of these numbers (1-9) as PNG into `folder`; returns one line for each that could not be made."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return ["figures: not made, matplotlib is not installed (pip install matplotlib)"]
     told = []
-    for number, figure in enumerate(FIGURES, 1):
+    for number in numbers:
+        figure = FIGURES[number - 1]
         try:
             buffer = io.BytesIO()
             figure(run).savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.05)
@@ -1094,6 +1095,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rows", default="attacks", help="folder of rows in each method, attacks-<name> for other people"
     )
+    parser.add_argument(
+        "--figures", type=int, nargs="*", choices=range(1, 10), default=range(1, 10), help="only these, none when empty"
+    )
     parser.add_argument("--out", type=Path, help="where tables.md and figures/ go (default: the first run)")
     args = parser.parse_args(argv)
     try:
@@ -1105,8 +1109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{table(result)}\n\n{health_lines(health(runs))}\n")
         out = args.out or args.run[0]
         write(out / "tables.md", report(runs).encode())
-        told = draw(runs[0], out / "figures")
-        print("\n".join([*told, f"wrote {out}/tables.md and {out}/figures"]))
+        told = draw(runs[0], out / "figures", args.figures)
+        print("\n".join([*told, f"wrote {out}/tables.md" + (f" and {out}/figures" if args.figures else "")]))
     except UsageError as error:
         print(f"metrics.py: {error}", file=sys.stderr)
         return 2

@@ -729,8 +729,8 @@ def synthetic_faces(
         # The last chunk is filled up: a sum in another order could move a rounding, and persons are to be independent.
         at = torch.arange(i, i + _CHUNK).clamp(max=len(person) - 1)
         images[i : i + _CHUNK] = render(identity[person[at]], content[at])[: len(person) - i]
-        if progress:
-            done = min(i + _CHUNK, len(person))
+        done = min(i + _CHUNK, len(person))
+        if progress and (sys.stderr.isatty() or done == len(person)):  # a log gets the last line only
             end = "\n" if done == len(person) else ""
             print(f"\rrendering faces {done}/{len(person)}", end=end, file=sys.stderr, flush=True)
     return images, person, identity, content

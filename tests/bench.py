@@ -1,7 +1,7 @@
 """Times every op of kernels/ and the loops around the model: python -m tests.bench [--ops adain ...] [--rounds 7] [--batch 128] [--out results/bench.csv]
 
 The loops (on a CPU; F at a quarter of VGG16's channels): `pgd`, ten masked sign steps, against loops that do what ART's and torchattacks'
-PGD do, and against these themselves when installed (requirements-bench.txt); `step`, a whole training step of "ours", against the same
+PGD do, and against these (and kornia's augmentations) themselves when installed (requirements-bench.txt); `step`, a whole training step of "ours", against the same
 with a plain inner attack and with that of the released code; `patch_local`, patch-local recomputation against the full pass.
 On a GPU: the kernel against its PyTorch reference and torch.compile of it, with GB/s beside the copy bandwidth measured in the same run.
 On a CPU, where an op is its reference: against what a user would write instead; with one thread (the default) in CPU time, to which other
@@ -198,6 +198,7 @@ def cpu_cases(B: int) -> Iterator[Case]:
         "op": lambda: augment(pixels, flips=flips, shifts=shifts, boxes=boxes, noise=noise)[0],
         "per-image loop": lambda: augment_loop(pixels, *moves),
     })  # fmt: skip
+    yield from kornia_cases(images)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(max(B // 4, 1), 64, 32, 32, generator=generator).contiguous(memory_format=layout)
         scale, offset = torch.rand(2, *x.shape[:2], generator=generator)
@@ -272,6 +273,25 @@ def installed_torchattacks(plain: Plain, anchors: Tensor, images: Tensor, steps:
 
     attack = torchattacks.PGD(plain, eps=1.0, alpha=alpha, steps=steps, random_start=False)
     return lambda: attack(images, torch.arange(len(images)) % anchors.shape[1])
+
+
+def kornia_cases(images: Tensor) -> Iterator[Case]:
+    """Beside kornia's own augmentations, which draw their own moves, shift by bilinear resampling and erase to one grey: timed, not compared."""
+    if not importlib.util.find_spec("kornia"):
+        return
+    from kornia import augmentation as K
+
+    B = len(images)
+    inside = lambda x: (x := x[0] if isinstance(x, tuple) else x).shape == images.shape and bool((x >= 0).all() and (x <= 1).all())
+    erase = K.RandomErasing(scale=(0.02, 0.2), ratio=(0.5, 2.0), value=0.5, p=0.5)
+    moves = torch.nn.Sequential(K.RandomHorizontalFlip(p=0.5), K.RandomAffine(0, translate=(5 / 64, 5 / 64), padding_mode="border", p=1.0), erase)
+    yield Case("gaussian_cutout", f"B={B}, own draws", 2 * images.nbytes, {"op": lambda: gaussian_cutout(images), "kornia RandomErasing": lambda: erase(images)}, check=inside)  # fmt: skip
+
+    def ours() -> Tensor:
+        flips, shifts = draw_moves(B)
+        return augment(images, flips=flips, shifts=shifts, boxes=draw_boxes(B, 64, 64))[0]
+
+    yield Case("augment", f"B={B}, own draws", 2 * images.nbytes, {"op": ours, "kornia flip, affine, erasing": lambda: moves(images)}, check=inside)
 
 
 def pgd_cases(B: int) -> Iterator[Case]:

@@ -453,6 +453,8 @@ def test_what_a_run_lacks_is_said_and_the_rest_is_made(run, capsys):
             number,
             name,
         )
+    assert metrics.main(["--run", str(run), "--out", str(run / "none"), "--figures"]) == 0
+    assert "figure" not in capsys.readouterr().out and not (run / "none/figures").exists()
     text = (run / "report" / "tables.md").read_text()
     one = lines_of(section(text, "Table 1"))
     assert (

@@ -1,5 +1,6 @@
 """The README's table is what metrics.py makes of the committed rows; `python -m tests.test_readme` writes it anew."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -79,7 +80,28 @@ def strength_table() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"table": table, "strength": strength_table, "generator": generator_table, "paper": paper_tables}
+FLOORS = {("pgd", "loop as in ART"): 2.0, ("pgd", "loop as in torchattacks"): 1.25, ("step", "anchors cached"): 1.5}
+FLOORS |= {("step", "as in the released code"): 3.0, ("doa", "NumPy loop"): 8.0, ("gaussian_cutout", "NumPy loop, noise inside"): 3.0}
+FLOORS |= {("patch_local", "10x10"): 1.6, ("patch_local", "20x20"): 1.3}
+
+
+def speed_table() -> str:
+    """The CPU's rows of the commit that results/bench.csv has last, beside the floors that were set."""
+    with open(ROOT / "results/bench.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["device"] == "cpu"]
+    last = rows[-1]
+    rows = [r for r in rows if (r["commit"], r["date"]) == (last["commit"], last["date"])]
+    lines = ["| ours | against | times as fast | floor |", "|---|---|---|---|"]
+    for r in rows:
+        if r["variant"] != "op":
+            floor = next((v for (op, word), v in FLOORS.items() if op == r["op"] and word in (r["variant"], r["case"].split(", ")[1])), "")
+            if r["op"] == "doa" and "search, 1 " not in r["case"] or "one step" in r["case"]:
+                floor = ""
+            lines.append(f"| `{r['op']}`, {r['case']} | {r['variant']} | {float(r['ratio']):.2f} | {floor} |")
+    return "\n".join([*lines, "", f"Median of {last['n']} rounds, {last['threads']} thread, torch {last['torch']}, commit {last['commit']}."])
+
+
+BLOCKS = {"table": table, "speed": speed_table, "strength": strength_table, "generator": generator_table, "paper": paper_tables}
 
 
 def split(text: str, name: str) -> tuple[str, str, str]:
