@@ -405,13 +405,14 @@ def summary(
 def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A summary as text, one line per method and attack."""
     head = f"{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  {COUNTS}"
-    lines = [f"{'method':<14}{'attack':<21}{head}"]
+    first = max(14, *(len(method) + 2 for method in result))
+    lines = [f"{'method':<{first}}{'attack':<21}{head}"]
     for method, attacks in result.items():
         for name, m in attacks.items():
             lo, hi = m["interval"]
             between = "one target" if lo is None else f"{lo:.3f}-{hi:.3f}"
             lines.append(
-                f"{method:<14}{name:<21}{m['auroc']:>7.3f}  {between:<15}{m['aupr']:>6.3f}{m['ap']:>7.3f}"
+                f"{method:<{first}}{name:<21}{m['auroc']:>7.3f}  {between:<15}{m['aupr']:>6.3f}{m['ap']:>7.3f}"
                 f"{m['detected']:>10.1%}  {_counts(m)}"
             )
             if "range" in m:
