@@ -667,8 +667,10 @@ def parse(argv: Sequence[str] | None) -> Config:
     config = Config(**{**PRESETS[preset], **given, "preset": preset})
     for field in dataclasses.fields(Config):
         lowest = {"seed": -1, "min_images": 2, "chunk": 0}.get(field.name, 1 if field.type == "int" else 0)
-        if field.type in ("int", "float") and not getattr(config, field.name) >= lowest:
-            raise UsageError(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: give {lowest} or more")
+        if isinstance(getattr(config, field.name), list):  # what argparse makes of --flag=--
+            raise UsageError(f"--{field.name.replace('_', '-')}: give a value")
+        if field.type in ("int", "float") and not lowest <= getattr(config, field.name) < 2**31:
+            raise UsageError(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: give {lowest} or more, less than 2^31")
     for flag, known in (("attacks", ATTACKS), ("defences", tuple(DEFENCES))):
         choose(flag, getattr(config, flag), known)
     return dataclasses.replace(config, seed=int(about.get("seed") or 0) if config.seed < 0 else config.seed)

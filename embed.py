@@ -826,6 +826,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the flags)")
 
 
+def pair(text: str) -> tuple[float, ...]:
+    return tuple(float(v) for v in text.split(","))
+
+
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
     parser = Parser(prog="embed.py", description="Train and judge the embedding F (Sec. 2-4).")
@@ -839,7 +843,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction)
         elif isinstance(default, tuple):
-            parser.add_argument(flag, type=lambda s: tuple(float(v) for v in s.split(",")), metavar="LOW,HIGH")
+            parser.add_argument(flag, type=pair, metavar="LOW,HIGH")
         else:
             parser.add_argument(flag, type=type(default), choices=choices.get(field.name))
     parser.set_defaults(**{f.name: None for f in dataclasses.fields(Config)})
@@ -855,7 +859,32 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     preset = str(given.get("preset", "demo"))
-    return Config(**{**PRESETS[preset], "preset": preset, **given}), args  # type: ignore[arg-type]
+    config = Config(**{**PRESETS[preset], "preset": preset, **given})  # type: ignore[arg-type]
+    check(config)
+    if args.jobs < 0:
+        raise UsageError(f"--jobs {args.jobs}: give 0 or more")
+    return config, args
+
+
+# settings whose numbers have other bounds than 0 (a float) or 1 (an integer) to what a computer holds
+BOUNDS = {name: (0, 2**31 - 1) for name in "seed split_seed train_persons validation_persons target_persons persons attack_warmup".split()}
+BOUNDS |= {"shift": (0, 63), "doa_size": (1, 64), "width": (0.001, 16), "cutout": (0, 1), "cutout_area": (0.0001, 1), "weak_area": (0.0001, 1)}
+BOUNDS |= {"cutout_aspect": (0.01, 100), "rate": (1e-12, 1e3), "margin": (1e-6, 1e6), "attack_alpha": (0, 255)}
+
+
+def check(config: Config) -> None:
+    """UsageError naming the flag unless every number is in its bounds, and every range has two of them in order."""
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        low, high = BOUNDS.get(field.name, (1, 2**31 - 1) if isinstance(field.default, int) else (0, 1e9))
+        several = value if isinstance(value, tuple) else (value,)
+        told = ",".join(map(str, several))
+        if isinstance(value, list):  # what argparse makes of --flag=--
+            raise UsageError(f"{flag}: give a value")
+        if isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):
+            raise UsageError(f"{flag} {told}: give two numbers, the lower first")
+        if not isinstance(value, (bool, str)) and not all(low <= v <= high for v in several):
+            raise UsageError(f"{flag} {told}: give {'numbers' if len(several) > 1 else 'a number'} from {low} to {high}")
 
 
 def differing(old: dict, new: dict) -> str:

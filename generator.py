@@ -652,6 +652,10 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the flags)")
 
 
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(int(v) for v in text.split(","))
+
+
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
     parser = Parser(prog="generator.py", description="Train the disentangled generator (Sec. 2, App. A).")
@@ -660,7 +664,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
         elif isinstance(default, tuple):
-            parser.add_argument(flag, type=lambda s: tuple(int(v) for v in s.split(",")), metavar="N,N")
+            parser.add_argument(flag, type=integers, metavar="N,N")
         else:
             choices = {"preset": list(PRESETS), "data": ["synthetic", "folder", "celeba"], "loss": ["vgg", "pyramid"]}
             parser.add_argument(flag, type=type(default), choices=choices.get(field.name))
@@ -672,7 +676,26 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if getattr(args, f.name) is not None}
     preset = str(given.get("preset", "demo"))
-    return Config(**{**PRESETS[preset], "preset": preset, **given}), args  # type: ignore[arg-type]
+    config = Config(**{**PRESETS[preset], "preset": preset, **given})  # type: ignore[arg-type]
+    check(config)
+    return config, args
+
+
+def check(config: Config) -> None:
+    """UsageError naming the flag unless every number can be trained with, and every list of widths is as long as the paper's."""
+    zero = ("seed", "split_seed", "train_persons", "validation_persons", "target_persons")
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        low, high = (0 if field.name in zero else 1, 2**31 - 1) if isinstance(field.default, (int, tuple)) else (0, 1e9)
+        low = 1e-12 if field.name in ("rate", "encoder_rate") else low
+        several = value if isinstance(value, tuple) else (value,)
+        told = ",".join(map(str, several))
+        if isinstance(value, list):  # what argparse makes of --flag=--
+            raise UsageError(f"{flag}: give a value")
+        if isinstance(value, tuple) and len(value) != len(field.default):
+            raise UsageError(f"{flag} {told}: give {len(field.default)} numbers")
+        if not isinstance(value, (bool, str)) and not all(low <= v <= high for v in several):
+            raise UsageError(f"{flag} {told}: give {'numbers' if len(several) > 1 else 'a number'} from {low} to {high}")
 
 
 def vgg_state(name: str) -> dict[str, Tensor]:

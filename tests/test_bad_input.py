@@ -3,6 +3,7 @@
 FUZZ=13 pytest -s tests/test_bad_input.py      # every count below times 13: more than 11,000 inputs
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -426,3 +427,65 @@ def test_arbitrary_text(tmp_path):
         assert data._printable(name).isprintable()
 
     check()
+
+
+# ---- flags
+
+
+VALUES = "-1 0 1 2 3.5 -0.0 1e-400 1e400 nan inf -inf 99999999999999999999999 0x10 1,2 2,1 0.1,0.2 ,, 1,nan 1,2,3,4 ١ é".split()
+VALUES += ["", " ", "--", "-", "a b", "ours", "demo", "all", "None", "True"]
+
+
+def test_arbitrary_flags(tmp_path):
+    """Each script's command line with one to three settings replaced: taken, its numbers finite and in order, or one line."""
+    import attacks
+    import embed
+    import generator
+
+    rng, taken = random.Random(5), 0
+    (tmp_path / "run.json").write_text("{}")
+    scripts = ((embed, ["--preset", "demo"]), (generator, ["--preset", "demo"]), (attacks, ["--run", str(tmp_path)]))
+    for script, start in scripts:
+        names = [field.name for field in dataclasses.fields(script.Config) if field.name not in ("run", "preset")]
+        for _ in range(80 * FUZZ):
+            argv = [*start, *(f"--{rng.choice(names).replace('_', '-')}={rng.choice(VALUES)}" for _ in range(rng.randrange(1, 4)))]
+            try:
+                found = script.parse(argv)
+            except script.UsageError as error:
+                one_line(error)
+                assert "--" in str(error)
+                continue
+            config = found[0] if isinstance(found, tuple) else found
+            for name in names:
+                value, usual = getattr(config, name), getattr(script.Config, name)
+                if isinstance(usual, tuple):
+                    assert len(value) == len(usual) and all(0 < v < 2**31 for v in value), (argv, name, value)
+                elif not isinstance(usual, str):
+                    assert -1 <= value < 2**31, (argv, name, value)
+            taken += 1
+    assert taken
+    print(f"{240 * FUZZ} command lines, {taken} taken")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--steps=-3"], ["--steps=0"], ["--batch=0"], ["--method=doa", "--candidates=0"], ["--margin=nan"], ["--rate=inf"], ["--width=0"],
+     ["--cutout-area=0.2,0.1"], ["--cutout-area=0.2"], ["--doa-size=65"], ["--shift=64"], ["--mine=0"], ["--validate-every=0"], ["--jobs=-1"]],
+)  # fmt: skip
+def test_numbers_out_of_bounds(flags, tmp_path, monkeypatch, capsys):
+    import embed
+
+    monkeypatch.chdir(tmp_path)
+    assert embed.main(flags) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and flags[-1].split("=")[0] in told[0] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--epochs=-1", "--batch=0", "--noise=nan", "--channels=3,4", "--hidden=8,0", "--rate=0"])
+def test_numbers_out_of_bounds_for_the_generator(flag, tmp_path, monkeypatch, capsys):
+    import generator
+
+    monkeypatch.chdir(tmp_path)
+    assert generator.main([flag]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and flag.split("=")[0] in told[0] and not list(tmp_path.iterdir())

@@ -126,26 +126,26 @@ def finish(script: str, argv: list[str]) -> list:
     return result(script)
 
 
-def undisturbed(script: str, argv: list[str]) -> tuple[float, float]:
-    """Seconds before the first checkpoint, and between two."""
-    began, first, started = time.monotonic(), 0.0, start(script, argv)
+def undisturbed(script: str, argv: list[str]) -> tuple[float, float, int]:
+    """Seconds before the first checkpoint, and between two; how many there were."""
+    began, times, started = time.monotonic(), [0.0], start(script, argv)
     while not os.waitid(os.P_PID, started[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        first = first or (time.monotonic() - began if progress(script) else 0.0)
+        times += [time.monotonic() - began] * (progress(script) - len(times) + 1)
         time.sleep(0.005)
     status, told = end(started)
     assert status == 0, f"status {status}: {told}"
-    return first, (time.monotonic() - began - first) / progress(script)
+    return times[1], (times[-1] - times[1]) / (len(times) - 2), progress(script)
 
 
-def kill(script: str, argv: list[str], rng: random.Random, first: float, each: float, steps: int) -> None:
-    """Kill -9 at a random moment: while starting, or after so many more checkpoints."""
+def kill(script: str, argv: list[str], rng: random.Random, first: float, each: float, checkpoints: int, steps: int) -> None:
+    """Kill -9 at a random moment: while starting, or after so many more checkpoints; at the latest when the last is there."""
     before, kept, deadline = progress(script), written(), 0.0
     delay, started = rng.uniform(0, each if steps else first), start(script, argv)
     while not deadline or time.monotonic() < deadline:
         done = progress(script) - before
         if done >= steps and not deadline:
             deadline = time.monotonic() + delay
-        if done > steps + 1:
+        if done > steps + 1 or before + done >= checkpoints:
             break
         time.sleep(0.005)
     os.kill(started[0], signal.SIGKILL)
@@ -183,17 +183,16 @@ def main() -> int:
                 what = "weights and log" if script in LOGS else "rows"
                 os.chdir(Path(folder, "undisturbed"))
                 others = {*RUN.rglob("*.*")}
-                first, each = undisturbed(script, argv)
-                checkpoints = progress(script)
+                first, each, checkpoints = undisturbed(script, argv)
                 wanted = result(script)
                 largest = max(path.stat().st_size for path in {*RUN.rglob("*.*")} - others)
                 os.chdir(Path(folder, "killed"))
                 for k in range(args.kills):
                     if args.demo:  # few checkpoints: the kills spread evenly over them
-                        steps = max(0, (k + 1) * checkpoints // (args.kills + 1) - progress(script))
+                        steps = max(0, (k + 1) * (checkpoints - 1) // args.kills - progress(script))
                     else:
                         steps = rng.randrange(3 if script in LOGS else 2)
-                    kill(script, argv, rng, first, each, steps)
+                    kill(script, argv, rng, first, each, checkpoints, steps)
                     if args.demo:
                         print(f"kill {k + 1} of {args.kills}, {progress(script)} of {checkpoints} checkpoints", flush=True)
                 assert finish(script, argv) == wanted, f"{what} differ from those of an undisturbed run after {args.kills} kills"
