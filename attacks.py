@@ -661,6 +661,9 @@ def parse(argv: Sequence[str] | None) -> Config:
     if not given.get("run") or not run.is_dir():
         raise UsageError(f"--run {given.get('run', '')}: no such folder; give the folder that embed.py wrote")
     about = read_json(run / "run.json")
+    for key, kind in (("data", str), ("root", str), ("crop", str), ("preset", str), ("seed", int), ("options", dict)):
+        if not isinstance(about.get(key, kind()), kind) or key == "data" and key not in about:
+            raise UsageError(f"{run / 'run.json'}: {key} is {about.get(key)!r}, not what embed.py wrote; restore it, or run embed.py again")
     preset = given.get("preset") or (about.get("preset") if about.get("preset") in PRESETS else "demo")
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset}: choose {', '.join(PRESETS)}")
@@ -687,9 +690,12 @@ def choose(flag: str, text: str, known: Sequence[str]) -> list[str]:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give the --run folder of a finished training") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds a {type(content).__name__}, not an object; give the --run folder of a finished training")
+    return content
 
 
 def finished(table: Path, defences: str) -> bool:
@@ -929,6 +935,12 @@ def attack_run(config: Config) -> None:
     run, trained = Path(config.run), read_json(Path(config.run) / "run.json")
     methods = choose("method", config.method, sorted(path.parent.name for path in run.glob("*/embedding.pt")))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = " ".join(str(error).split())[:100]
+        raise UsageError(f"--device {device}: cannot be used here ({told}); give cpu, or a device torch sees") from None
+    torch.backends.cudnn.allow_tf32 = False  # reported attacks are those of full float32
     if device.startswith("cuda") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     config = dataclasses.replace(config, device=device, chunk=config.chunk or (2048 if device != "cpu" else 128))
@@ -948,6 +960,7 @@ def attack_run(config: Config) -> None:
         faces = data.load(trained["data"], trained.get("root") or None, crop=trained.get("crop") or None,
                           **trained.get("options") or {})
         split = data.read_manifest(run / "people.json", faces)
+        people = read_json(run / "people.json")["sha256"]
         near, far = list(split.target), list(split.validation)
     drawn = sorted(near, key=lambda p: stable_generator(config.seed, faces.names[p]).initial_seed())
     targets = sorted(drawn[:config.targets])
@@ -959,6 +972,8 @@ def attack_run(config: Config) -> None:
         file = run / method / "embedding.pt"
         try:
             embed = embedding.load_embedding(file, device=device)
+            if not config.data and embedding.read(file, "embedding").get("people", people) != people:
+                raise UsageError(f"{file}: trained on other persons than {run / 'people.json'} names; train it again with --overwrite")
         except embedding.UsageError as error:
             raise UsageError(str(error)) from None
         used["embedding"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]

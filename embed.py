@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -40,6 +41,14 @@ Embed = Callable[[Tensor], Tensor]
 
 class UsageError(ValueError):
     """Something the user can mend: one line that names the file or flag and says what to do."""
+
+
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is not finite: what was found, and the indices (B,) of the batch's images among those trained on."""
+
+    def __init__(self, told: str, index: Tensor) -> None:
+        super().__init__(f"{told}; images {index.tolist()}")
+        self.told, self.index = told, index
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,11 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
 
 def join(name: str) -> torch.device:
     """The device asked for, else a GPU if there is one; under torchrun this process's own, once it is one of the group."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: cannot be used here ({' '.join(str(error).split())[:100]}): cpu, or a device torch sees") from None
     rank, world = processes()
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -706,7 +719,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(embed.parameters(), math.inf)
     loss_value, d_positive, d_negative, norm_value = torch.cat([values, norm[None]]).tolist()  # the one transfer to the host
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        raise FloatingPointError(f"loss {loss_value}, gradient norm {norm_value}; images {batch['index'].tolist()[:8]}...")
+        raise NotFinite(f"loss {loss_value}, gradient norm {norm_value}", batch["index"])
     adam.step()
     return {"loss": loss_value, "d_positive": d_positive, "d_negative": d_negative, "gradient": norm_value}
 
@@ -807,14 +820,47 @@ def read_newest(path: Path, kind: str) -> dict:
         return read(old, kind)
 
 
+def fingerprint(images: Tensor) -> str:
+    """Of uint8 images (N, C, H, W): sixteen hexadecimal digits that another image changes."""
+    found = hashlib.sha256()
+    for part in images.split(4096):
+        found.update(part.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def read_json(path: Path) -> dict:
+    """A json file's object. Raises UsageError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")  # noqa: TRY004 one kind for all that is wrong with the file
+        return content
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}): restore it, or train again with --overwrite") from None
+
+
+def whole_lines(log: Path, key: str, last: int) -> list[str]:
+    """The log's lines that are whole and not beyond `last`."""
+    kept = []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)[key] <= last:
+                kept.append(line)
+    return kept
+
+
 def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embedding:
     """A trained F in eval mode, without weight gradients. Raises UsageError if missing, broken, or of another architecture."""
     content = read(Path(path), "embedding")
     try:
         c = content["config"]
+        with torch.device("meta"):  # costs nothing, whatever the settings say
+            shapes = {k: v.shape for k, v in Embedding(c["width"], c["dim"], c["standardise"]).state_dict().items()}
+        if shapes != {k: v.shape for k, v in content["model"].items()}:
+            raise ValueError("shapes differ")
         embed = Embedding(c["width"], c["dim"], c["standardise"])
         embed.load_state_dict(content["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         line = " ".join(str(error).split())[:160]
         raise UsageError(f"{path}: weights and settings do not fit together ({line}): train it again") from None
     return embed.to(device).eval().requires_grad_(False)
@@ -867,7 +913,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
 
 
 # settings whose numbers have other bounds than 0 (a float) or 1 (an integer) to what a computer holds
-BOUNDS = {name: (0, 2**31 - 1) for name in "seed split_seed train_persons validation_persons target_persons persons attack_warmup".split()}
+BOUNDS = {name: (0, 2**31 - 1) for name in "seed split_seed train_persons persons attack_warmup".split()}
+BOUNDS |= {"validation_persons": (2, 2**31 - 1)}
 BOUNDS |= {"shift": (0, 63), "doa_size": (1, 64), "width": (0.001, 16), "cutout": (0, 1), "cutout_area": (0.0001, 1), "weak_area": (0.0001, 1)}
 BOUNDS |= {"cutout_aspect": (0.01, 100), "rate": (1e-12, 1e3), "margin": (1e-6, 1e6), "attack_alpha": (0, 255)}
 
@@ -885,6 +932,8 @@ def check(config: Config) -> None:
             raise UsageError(f"{flag} {told}: give two numbers, the lower first")
         if not isinstance(value, (bool, str)) and not all(low <= v <= high for v in several):
             raise UsageError(f"{flag} {told}: give {'numbers' if len(several) > 1 else 'a number'} from {low} to {high}")
+        if field.name in ("persons", "train_persons") and value == 1:
+            raise UsageError(f"{flag} 1: give 2 or more, or 0 for all: t is of another person than x")
 
 
 def differing(old: dict, new: dict) -> str:
@@ -986,7 +1035,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     """Train F by `config.method`, with log, validation, progress and checkpoints; returns the record for result.json."""
     folder = run / config.name
     part, log, rank = folder / "training.ckpt", folder / "log.jsonl", processes()[0]
-    settings, people = dataclasses.asdict(config), json.loads((run / "people.json").read_text())["sha256"]
+    settings, people = dataclasses.asdict(config), read_json(run / "people.json")["sha256"]
     persons = split.train[: config.persons or None]
     if config.persons > len(split.train):
         raise UsageError(f"--persons {config.persons}: there are only {len(split.train)} train persons: ask for fewer")
@@ -994,6 +1043,9 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     training, held = sampler_of(faces, persons, device), sampler_of(faces, split.validation, device)
     if not config.generated and not len(training.several):
         raise UsageError(f"--method {config.method}: needs train persons with two images or more, there is none: give more photographs")
+    made_of = {"images": fingerprint(training.images), "generator": ""}
+    if config.generated and not config.truth and (run / "generator.pt").exists():
+        made_of["generator"] = hashlib.sha256((run / "generator.pt").read_bytes()).hexdigest()[:16]
     torch.manual_seed(config.seed)
     embed = Embedding(config.width, config.dim, config.standardise)
     if config.weights:
@@ -1003,23 +1055,29 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
             told = " ".join(str(error).split())[:120]
             raise UsageError(f"--weights {config.weights}: not a VGG16 of this width ({told}): name a torchvision VGG16, --width 1") from None
     embed = embed.to(device)
-    adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
+    adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad, fused=device.type == "cuda")
     rng = torch.Generator(device)
     step, seconds, best = 0, 0.0, {"best-loss": math.inf, "best-auroc": -math.inf}
     unfinished = part.exists()
     meet()  # every process has looked before rank 0 writes
     if args.resume and unfinished:
         state = read_newest(part, "embedding-training")
-        if differs := differing(state["config"], settings):
-            raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
-        if state["people"] != people:
-            raise UsageError(f"--resume: {part} was trained on other persons than {run / 'people.json'} names: use --overwrite")
-        embed.load_state_dict(state["model"])
-        adam.load_state_dict(state["adam"])
-        step, seconds, best = state["step"], state["seconds"], state["best"]
+        try:
+            if differs := differing(state["config"], settings):
+                raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
+            if state["people"] != people:
+                raise UsageError(f"--resume: {part} was trained on other persons than {run / 'people.json'} names: use --overwrite")
+            if differs := differing(state["made of"], made_of):
+                raise UsageError(f"--resume: {part} was trained on other files: {differs}; restore them, or --overwrite")
+            embed.load_state_dict(state["model"])
+            adam.load_state_dict(state["adam"])
+            step, seconds, best = int(state["step"]), float(state["seconds"]), {k: float(state["best"][k]) for k in best}
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{part}: does not hold this training ({' '.join(str(error).split())[:120]}): use --overwrite") from None
         if rank == 0:
-            lines = log.read_text().splitlines() if log.exists() else []
-            write(log, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))  # whole lines
+            write(log, "".join(line + "\n" for line in whole_lines(log, "step", step)))
         print(f"resumed at step {step}")
     elif unfinished and not args.overwrite:
         raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
@@ -1027,13 +1085,16 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         log.parent.mkdir(parents=True, exist_ok=True)
         if part.exists() or (folder / "result.json").exists():  # --overwrite: what is there counts as unfinished from here on
             progress = {"step": 0, "seconds": 0.0, "best": best, "model": embed.state_dict(), "adam": adam.state_dict()}
-            save(part, {"kind": "embedding-training", "config": settings, "people": people, **progress})
+            save(part, {"kind": "embedding-training", "config": settings, "people": people, "made of": made_of, **progress})
         log.write_text("")
     make = find_maker(config, run, faces, split, persons, training, args, device)
+    if config.generated and not config.truth:
+        made_of["generator"] = hashlib.sha256((run / "generator.pt").read_bytes()).hexdigest()[:16]
+    commit = versions(device)["commit"]
     print(f"{config.name}: {len(training.images)} images of {len(persons)} persons, {config.steps} steps of {config.batch} on {device}")
 
     def checkpoint(name: str) -> None:
-        save(folder / f"embedding-{name}.pt", {"kind": "embedding", "config": settings, "people": people, "step": step, "model": embed.state_dict()})
+        save(folder / f"embedding-{name}.pt", {"kind": "embedding", "config": settings, "people": people, "commit": commit, "step": step, "model": embed.state_dict()})
 
     started, begun, before, sums = time.time(), step, seconds, []
     while step < config.steps:
@@ -1043,8 +1104,12 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         now = dataclasses.replace(config, attack_alpha=config.alpha(step))
         try:
             sums.append(train_step(now, embed, adam, training, make, rng))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step + 1}: {error}; last good checkpoint: {part if part.exists() else 'none yet'}") from None
+        except NotFinite as error:
+            where = picked(faces, persons).nonzero()[error.index.cpu(), 0].tolist()
+            raise FloatingPointError(
+                f"step {step + 1}: {error.told}; images {where} of the data, the first is {faces.files[where[0]]}; "
+                f"last good checkpoint: {part if part.exists() else 'none yet'}"
+            ) from None
         step += 1
         if rank or (step % config.validate_every and step != config.steps):
             continue
@@ -1059,7 +1124,8 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
         if line["val_auroc"] > best["best-auroc"]:
             best["best-auroc"] = line["val_auroc"]
             checkpoint("best-auroc")
-        state = {"kind": "embedding-training", "config": settings, "people": people, "step": step, "seconds": seconds, "best": best}
+        state = {"kind": "embedding-training", "config": settings, "people": people, "made of": made_of, "commit": commit}
+        state |= {"step": step, "seconds": seconds, "best": best}
         with open(log, "a") as f:  # before the checkpoint: a resumed training drops the lines beyond it
             f.write(json.dumps(line) + "\n")
         save(part, {**state, "model": embed.state_dict(), "adam": adam.state_dict()}, keep=True)
@@ -1099,7 +1165,7 @@ def profile(config: Config, run: Path, faces, split, args: argparse.Namespace, d
     make = find_maker(config, run, faces, split, persons, sampler, args, device)
     torch.manual_seed(config.seed)
     embed = Embedding(config.width, config.dim, config.standardise).to(device)
-    adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad)
+    adam = torch.optim.Adam(embed.parameters(), lr=config.rate, amsgrad=config.amsgrad, fused=device.type == "cuda")
     rng = torch.Generator(device).manual_seed(config.seed)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=config.autocast)
     a = torch.randn(2, *[8192 if device.type == "cuda" else 1024] * 2, device=device)
@@ -1167,8 +1233,10 @@ def verify(config: Config, args: argparse.Namespace, run: Path, device: torch.de
     folder = run / config.name
     embed = load_embedding(folder / "embedding.pt", device)
     try:
-        delta = float(json.loads((folder / "result.json").read_text())["threshold"])
-    except (OSError, ValueError, KeyError):
+        delta = float(read_json(folder / "result.json")["threshold"])
+        if not 0 < delta < math.inf:
+            raise ValueError
+    except (TypeError, ValueError, KeyError):
         raise UsageError(f"{folder / 'result.json'}: no threshold there: train to the end first, or name another --run") from None
     target, candidate = (data.load_image(Path(p), crop=config.crop or None)[None].to(device) for p in args.verify)
     anchor = features(embed, target)
@@ -1216,8 +1284,12 @@ def main(argv: list[str] | None = None) -> int:
         folder = run / config.name
         result = folder / "result.json"
         if trained(folder) and not args.overwrite:
-            differs = differing(json.loads(result.read_text())["config"], dataclasses.asdict(config))
-            if differs:
+            record = read_json(result)
+            if not isinstance(record.get("config"), dict):
+                raise UsageError(f"{result}: does not say what was trained; use --overwrite or another --run")
+            if record.get("people") != read_json(run / "people.json").get("sha256"):
+                raise UsageError(f"{folder}: trained on other persons than {run / 'people.json'} names; use --overwrite or another --run")
+            if differs := differing(record["config"], dataclasses.asdict(config)):
                 raise UsageError(f"{folder}: trained with other settings: {differs}; use --overwrite or another --run")
             print(f"{folder} is trained already (--overwrite trains it anew)")
         else:

@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +39,14 @@ from torch import Tensor, nn
 
 class UsageError(ValueError):
     """Something the user can mend: one line that names the file or flag and says what to do."""
+
+
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is not finite: what was found, and the indices (B,) of the batch's images among those trained on."""
+
+    def __init__(self, told: str, index: Tensor) -> None:
+        super().__init__(f"{told}; images {index.tolist()}")
+        self.told, self.index = told, index
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,11 @@ def all_reduce_mean(tensors: list[Tensor]) -> None:
 
 def join(name: str) -> torch.device:
     """The device asked for, else a GPU if there is one; under torchrun this process's own, once it is one of the group."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: cannot be used here ({' '.join(str(error).split())[:100]}): cpu, or a device torch sees") from None
     rank, world = processes()
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -386,9 +400,9 @@ class Trainer:
         self.class_codes = nn.Parameter(torch.empty(persons, config.class_dim, device=device).uniform_(-0.05, 0.05))
         self.content_codes = nn.Parameter(torch.empty(len(images), config.content_dim, device=device).uniform_(-0.05, 0.05))
         generator = list(self.lord.generator.parameters())
-        codes = [self.class_codes, self.content_codes]
-        self.adam1 = torch.optim.Adam([{"params": generator}, {"params": codes}], lr=config.rate, betas=(0.5, 0.999))
-        self.adam2 = torch.optim.Adam(self.lord.parameters(), lr=config.encoder_rate)
+        codes, fused = [self.class_codes, self.content_codes], device.type == "cuda"
+        self.adam1 = torch.optim.Adam([{"params": generator}, {"params": codes}], lr=config.rate, betas=(0.5, 0.999), fused=fused)
+        self.adam2 = torch.optim.Adam(self.lord.parameters(), lr=config.encoder_rate, fused=fused)
         self.by_person, self.counts = person.argsort(stable=True), person.bincount()
         self.starts = self.counts.cumsum(0) - self.counts
         self.done = 0  # epochs, of both stages together
@@ -417,9 +431,7 @@ class Trainer:
         table = table.cpu()  # the one transfer to the host
         for i in (~table.isfinite()).any(1).nonzero()[:1, 0].tolist():
             loss_value, norm_value = table[i].tolist()
-            raise FloatingPointError(
-                f"epoch {self.done + 1}, step {i + 1}: loss {loss_value}, gradient norm {norm_value}; images {order[i].tolist()[:8]}..."
-            )
+            raise NotFinite(f"epoch {self.done + 1}, step {i + 1}: loss {loss_value}, gradient norm {norm_value}", order[i])
         self.done += 1
         return {"epoch": self.done, "stage": 1 if first else 2, "loss": float(table[:, 0].mean()), "seconds": time.time() - started}
 
@@ -638,10 +650,14 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tupl
     known = {f.name: f for f in dataclasses.fields(Config)}
     try:
         config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items() if k in known})
+        with torch.device("meta"):  # costs nothing, whatever the settings say
+            shapes = {k: v.shape for k, v in Lord(config).state_dict().items()}
+        if shapes != {k: v.shape for k, v in content["lord"].items()} or not isinstance(content["train"], list):
+            raise ValueError("shapes differ")
         lord = Lord(config)
         lord.load_state_dict({k: v.float() for k, v in content["lord"].items()})
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        line = str(error).splitlines()[0][:120]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        line = " ".join(str(error).split())[:120]
         raise UsageError(f"{path}: weights and settings do not fit together ({line}): train it again") from None
     return lord.to(device).eval().requires_grad_(False), content
 
@@ -683,7 +699,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
 
 def check(config: Config) -> None:
     """UsageError naming the flag unless every number can be trained with, and every list of widths is as long as the paper's."""
-    zero = ("seed", "split_seed", "train_persons", "validation_persons", "target_persons")
+    zero = ("seed", "split_seed", "train_persons")
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
         low, high = (0 if field.name in zero else 1, 2**31 - 1) if isinstance(field.default, (int, tuple)) else (0, 1e9)
@@ -721,6 +737,14 @@ def differing(old: dict, new: dict) -> str:
     return ", ".join(f"{k} ({old.get(k)} before, {plain.get(k)} now)" for k in sorted(set(old) | set(plain)) if old.get(k) != plain.get(k))
 
 
+def commit() -> str:
+    """The commit of this file's folder, for the checkpoint's record."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return "unknown"
+
+
 def train(config: Config, run: Path, args: argparse.Namespace, faces, split, device: torch.device) -> Lord:
     """Both stages, with log, progress and a checkpoint after every epoch."""
     pick = torch.isin(faces.person, torch.tensor(split.train))
@@ -732,15 +756,26 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
     trainer = Trainer(config, images, person.to(device), loss)
     part, log = run / "generator.ckpt", run / "generator.jsonl"
     settings = {"config": dataclasses.asdict(config), "people": json.loads((run / "people.json").read_text())["sha256"]}
+    settings |= {"images": hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16], "commit": commit()}
     if args.resume and part.exists():
         state = read_newest(part, "generator-training")
-        if differs := differing(state["config"], settings["config"]):
-            raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
-        if state["people"] != settings["people"]:
-            raise UsageError(f"--resume: {part} was trained on other persons than {run / 'people.json'} names; use --overwrite")
-        trainer.load(state)
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["epoch"] <= trainer.done]  # whole lines
+        try:
+            if differs := differing(state["config"], settings["config"]):
+                raise UsageError(f"--resume: {part} was made with other settings: {differs}; use those, or --overwrite")
+            if state["people"] != settings["people"]:
+                raise UsageError(f"--resume: {part} was trained on other persons than {run / 'people.json'} names; use --overwrite")
+            if state["images"] != settings["images"]:
+                raise UsageError(f"--resume: {part} was trained on other images than the data holds now; restore them, or --overwrite")
+            trainer.load(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{part}: does not hold this training ({' '.join(str(error).split())[:120]}): use --overwrite") from None
+        kept = []
+        for text in log.read_text(errors="replace").splitlines() if log.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # whole lines
+                if json.loads(text)["epoch"] <= trainer.done:
+                    kept.append(text + "\n")
         replace(log, lambda f: f.write("".join(kept).encode()))
     elif part.exists() and not args.overwrite:
         raise UsageError(f"{part}: an unfinished training is here: --resume to go on, --overwrite to start again")
@@ -751,7 +786,11 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
     steps, started, begun = max(len(images) // config.batch, 1), time.time(), trainer.done
     print(f"generator: {len(images)} images of {len(split.train)} persons, {trainer.total} epochs of {steps} steps on {device}")
     while trainer.done < trainer.total:
-        line = trainer.epoch()
+        try:
+            line = trainer.epoch()
+        except NotFinite as error:
+            where = pick.nonzero()[error.index.cpu(), 0].tolist()
+            raise FloatingPointError(f"{error.told}; images {where} of the data, the first is {faces.files[where[0]]}") from None
         if processes()[0]:
             continue
         if line["stage"] == 2:

@@ -134,13 +134,19 @@ def detection_at_fpr(genuine: Any, attacked: Any, fpr: float = FPR, evading: boo
 
 
 def bootstrap(
-    genuine: Any, genuine_target: Any, intruders: Any, intruder_target: Any, n: int = 1000, seed: int = 0
-) -> np.ndarray:
-    """AU-ROC (m,) of up to n resamplings of the targets with replacement; a target brings all its rows, m < n only
-    where a resample holds one class alone. Pairs are counted once per two targets, so the cost hardly depends on n."""
+    genuine: Any, genuine_target: Any, intruders: Any, intruder_target: Any, n: int = 1000, seed: int = 0,
+    among: Sequence[str] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """AU-ROC (n,) of n resamplings of the targets with replacement, nan where a resample holds one class alone.
+
+    A target brings all its rows. Targets are drawn `among` these names (default: those of the rows), so that with one
+    seed several runs get the same draw. Pairs are counted once per two targets, so the cost hardly depends on n.
+    """
     g, i = np.asarray(genuine, dtype=np.float64), np.asarray(intruders, dtype=np.float64)
-    _, code = np.unique(np.r_[np.asarray(genuine_target), np.asarray(intruder_target)], return_inverse=True)
-    of_g, of_i, T = code[: len(g)], code[len(g) :], int(code.max()) + 1
+    held = np.r_[np.asarray(genuine_target), np.asarray(intruder_target)]
+    everyone = np.unique(held if among is None else np.asarray(among))
+    code, T = np.searchsorted(everyone, held), len(everyone)
+    of_g, of_i = code[: len(g)], code[len(g) :]
     wins = np.zeros((T, T))  # (T of genuine, T of intruder): pairs the intruder wins, ties one half
     for t in range(T):
         mine = np.sort(i[of_i == t])
@@ -148,11 +154,11 @@ def bootstrap(
         wins[:, t] = np.bincount(of_g, won / 2, T)
     drawn = np.random.default_rng(seed).multinomial(T, np.full(T, 1 / T), size=n).astype(np.float64)  # (n, T)
     pairs = (drawn @ np.bincount(of_g, minlength=T)) * (drawn @ np.bincount(of_i, minlength=T))
-    return ((drawn @ wins) * drawn).sum(1)[pairs > 0] / pairs[pairs > 0]
+    return np.divide(((drawn @ wins) * drawn).sum(1), pairs, out=np.full(n, math.nan), where=pairs > 0)
 
 
 def _percentiles(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    lo, hi = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    lo, hi = np.nanquantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
 
 
@@ -342,10 +348,10 @@ def measure(
 ) -> dict[str, Any] | None:
     """The figures of one method under one attack, None without its rows (or without clean rows to judge it against).
 
-    Over several runs: means, counts summed, `range` [lowest, highest] of each mean, `runs` how many had the rows;
-    `interval` is then that of the mean AU-ROC, targets resampled within each run.
+    Over several runs: means, distinct targets, pairs summed, `range` [lowest, highest] of each mean, `runs` how many had
+    the rows; `interval` is then that of the mean AU-ROC, a target resampled with its rows in every run that attacks it.
     """
-    found, draws = [], []
+    found, several = [], []
     for number, run in enumerate(runs):
         attacks = run.methods.get(method, {})
         clean = pick(attacks.get("clean"), "genuine", mirroring, selection)
@@ -353,17 +359,20 @@ def measure(
         if clean and genuine and intruders:
             evading = name not in (*DERIVED, "clean") and not pick(attacks[name], "intruder", mirroring, selection)
             found.append(merits(genuine, intruders, clean, evading))
-            if found[-1]["n_targets"] > 1:
-                draws.append(bootstrap(*_columns(genuine), *_columns(intruders), seed=number))
+            # of one manifest the same name is the same person; without one, persons of another run are others
+            people = str(_json(run.folder / "people.json").get("sha256", number))
+            several.append([(d, [f"{people} {t}" for t in names]) for d, names in (_columns(genuine), _columns(intruders))])
     if not found:
         return None
     result: dict[str, Any] = {k: sum(f[k] for f in found) for k in found[0]}
     spread = [k for k in result if not k.startswith("n_")]
     result |= {k: result[k] / len(found) for k in spread}
     result["interval"] = [None, None]
-    if len(draws) == len(found):
-        shortest = min(map(len, draws))
-        result["interval"] = list(_percentiles(np.mean([d[:shortest] for d in draws], 0)))
+    everyone = sorted({t for (_, a), (_, b) in several for t in {*a} & {*b}})
+    result["n_targets"] = len(everyone)
+    if all(f["n_targets"] > 1 for f in found):
+        held = sorted({t for (_, a), (_, b) in several for t in {*a, *b}})
+        result["interval"] = list(_percentiles(np.mean([bootstrap(*g, *i, among=held) for g, i in several], 0)))
     if len(runs) > 1:
         result |= {"range": {k: [f(m[k] for m in found) for f in (min, max)] for k in spread}, "runs": len(found)}
     return result

@@ -50,6 +50,7 @@ MAX_PIXELS = 50_000_000  # larger images are skipped before they are decoded
 MAX_BYTES = 256 * 2**20  # larger files are skipped before they are read
 MIN_SIDE = 8  # pixels; anything smaller shows no face
 MAX_SCAN_PIXELS = 2_500_000_000  # progressive JPEG: scans x pixels, a bound on decoding time
+MAX_JPEG2000_BYTES = 12 * 2**20  # some 0.2 s a MiB: a bound on decoding time
 IDENTITY_FILE = "identity_CelebA.txt"
 MAX_DEPTH = 8  # folders below the root
 MAX_FILES = 2_000_000  # below one root; more is a whole disk given by mistake
@@ -179,6 +180,8 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
             shrink = min(W, H) // (4 * SIZE)
             if shrink > 1:  # let the decoder halve large photographs, never below four times the size needed
                 image.draft(None, (W // shrink, H // shrink))
+        if image.format == "JPEG2000" and len(raw) > MAX_JPEG2000_BYTES:
+            raise _Skip(f"JPEG 2000 of more than {MAX_JPEG2000_BYTES >> 20} MiB")
         drafted = image.size != (W, H)
         image.load()
         try:
@@ -464,8 +467,10 @@ def _folder_people(root: str, files: Sequence[str], refused: Sequence[str]) -> t
     """Files that can be photographs, the person of each, and what was refused."""
     nested = [file for file in files if os.sep in file]
     if nested:
+        tops = {file.split(os.sep)[0] for file in nested}
+        depth = int(len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested))  # an archive unpacked one folder too deep
         loose = [f"{_printable(file)}: lies beside the persons' folders" for file in files if os.sep not in file]
-        return nested, [_printable(file.split(os.sep)[0]) for file in nested], [*refused, *loose]
+        return nested, [_printable(file.split(os.sep)[depth]) for file in nested], [*refused, *loose]
     stems = [os.path.splitext(file)[0] for file in files]
     return list(files), [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems], list(refused)
 
@@ -759,7 +764,13 @@ def open_split(
 ) -> Split:
     """`read_manifest` of the manifest at path; where there is none, or anew, `split_persons`, written there with its folder."""
     if Path(path).exists() and not anew:
-        return read_manifest(path, faces)
+        held = read_manifest(path, faces)
+        asked = {"split seed": (held.seed, seed), "validation persons": (len(held.validation), validation), "target persons": (len(held.target), target)}
+        if train is not None:
+            asked["train persons"] = (len(held.train), train)
+        if differs := [f"{key} ({a} there, {b} asked for)" for key, (a, b) in asked.items() if a != b]:
+            raise DataError(f"{_printable(os.fspath(path))}: is another split: {', '.join(differs)}; ask for that one, or give another --run")
+        return held
     split = split_persons(faces, train, validation, target, seed)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_manifest(path, faces, split)

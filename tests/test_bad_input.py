@@ -429,6 +429,119 @@ def test_arbitrary_text(tmp_path):
     check()
 
 
+# ---- checkpoints and rows
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+OUT_OF_PLACE = (None, True, -1, 0, 10**9, 1e300, float("nan"), "x", [], {}, torch.zeros(0), torch.zeros(3, 3), (1, 2), b"x")
+
+
+def misplace(held, rng):
+    """Puts a value that does not belong there into some nested dictionary, or takes one away."""
+    while True:
+        key = rng.choice(list(held))
+        if not isinstance(held[key], dict) or not held[key] or rng.random() < 0.2:
+            break
+        held = held[key] = dict(held[key])
+    if rng.random() < 0.3:
+        del held[key]
+    else:
+        held[key] = rng.choice(OUT_OF_PLACE)
+
+
+def test_damaged_checkpoints(tmp_path, monkeypatch):
+    """Bytes damaged, values out of place, pickled code: an F or G that works, or one line; nothing is executed."""
+    import embed
+    import generator
+
+    monkeypatch.chdir(tmp_path)
+    small = generator.Config(
+        class_dim=4, content_dim=4, hidden=(4, 4), channels=(4, 4, 4, 4), out_channels=2, encoder_channels=(2, 2, 2, 2, 2), encoder_hidden=4
+    )
+    config = {"width": 0.01, "dim": 4, "standardise": True}
+    goods = {
+        "F": {"kind": "embedding", "config": config, "model": embed.Embedding(**config).state_dict(), "step": 3},
+        "G": {"kind": "generator", "config": dataclasses.asdict(small), "lord": generator.Lord(small).state_dict(), "train": ["a"]},
+    }
+    device, image, rng, read, slowest = torch.device("cpu"), torch.rand(2, 3, 64, 64), random.Random(6), 0, 0.0
+    paths = {"F": tmp_path / "embedding.pt", "G": tmp_path / "generator.pt"}
+    loads = {"F": lambda: embed.load_embedding(paths["F"]), "G": lambda: embed.load_generator(paths["G"], device)[0]}
+    for what, good in goods.items():
+        buffer = io.BytesIO()
+        torch.save(good, buffer)
+        raw = buffer.getvalue()
+        paths[what].write_bytes(raw)
+        with torch.no_grad():
+            loads[what]()(image)  # a good one works
+        for i in range(60 * FUZZ):
+            if i % 3 == 0:
+                paths[what].write_bytes(mutate(raw, b"PK\3\4cposix\nsystem\n(S'mkdir executed'\ntR." * 9, rng))
+            elif i % 3 == 1:
+                paths[what].write_bytes(raw[: rng.randrange(len(raw))])
+            else:
+                held = dict(good)
+                misplace(held, rng)
+                torch.save(held | ({"more": Evil()} if rng.random() < 0.2 else {}), paths[what])
+            begin = time.perf_counter()
+            try:
+                model = loads[what]()
+            except embed.UsageError as error:
+                one_line(error)
+                assert paths[what].name in str(error)
+            else:
+                with torch.no_grad():
+                    model(image)
+                read += 1
+            slowest = max(slowest, time.perf_counter() - begin)
+        torch.save(good | {"more": Evil()}, paths[what])
+        with pytest.raises(embed.UsageError, match="not a readable checkpoint"):
+            loads[what]()
+    assert not (tmp_path / "executed").exists() and slowest < SECONDS
+    print(f"{120 * FUZZ} checkpoints, {read} read, slowest {slowest:.2f} s")
+
+
+def test_damaged_rows(tmp_path):
+    """Rows of an attack, and the json beside them, damaged: read, every figure finite, or one line that names the file."""
+    import metrics
+
+    folder = tmp_path / "run" / "ours" / "attacks"
+    folder.mkdir(parents=True)
+    rows = [",".join(metrics.COLUMNS)]
+    for k in range(40):
+        role = "genuine" if k % 2 else "intruder"
+        values = {"attack": "clean", "mirroring": 1, "selection": 1, "seed": 0, "target": f"p{k // 2 % 4}", "anchor": 0, "candidate": k}
+        values |= {"person": f"p{k // 2 % 4 if k % 2 else 9}", "role": role, "distance": k / 7}
+        rows.append(",".join(str(values.get(name, "")) for name in metrics.COLUMNS))
+    good, about = "\n".join(rows).encode() + b"\n", json.dumps({"attack": "clean", "iterations": 80, "zero_gradients": 0, "gradients": 9}).encode()
+    (folder / "clean.csv").write_bytes(good)
+    (folder / "clean.json").write_bytes(about)
+    assert metrics.summary(metrics.read_run(tmp_path / "run"))["ours"]["clean"]["n_targets"] == 4
+    rng, read = random.Random(7), 0
+    words = (b",", b"\n", b'"', b"nan", b"-1", b"1e400", b"9" * 30, b"\0", b"\xff", b"genuine", b"intruder", "é".encode(), b"inf", b"")
+    for i in range(100 * FUZZ):
+        raw = bytearray(mutate(good, rng.choice(words) * 40, rng) if i % 2 else good)
+        at, n = rng.randrange(len(raw) + 1), rng.randrange(4)
+        raw[at : at + n] = rng.choice(words)
+        (folder / "clean.csv").write_bytes(raw)
+        (folder / "clean.json").write_bytes(mutate(about, b'{"[,]}:nul' * 9, rng) if i % 5 == 0 else about)
+        try:
+            runs = [metrics.read_run(tmp_path / "run")]
+            found = metrics.summary(runs)
+            metrics.health_lines(metrics.health(runs))
+            metrics.report(runs)
+        except metrics.UsageError as error:
+            one_line(error)
+            assert "clean" in str(error) or "run" in str(error)
+        else:
+            assert all(0 <= m[key] <= 1 for attacks in found.values() for m in attacks.values() for key in ("auroc", "aupr"))
+            read += 1
+    print(f"{100 * FUZZ} tables of rows, {read} read")
+
+
 # ---- flags
 
 
@@ -443,7 +556,7 @@ def test_arbitrary_flags(tmp_path):
     import generator
 
     rng, taken = random.Random(5), 0
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"data": "synthetic"}')
     scripts = ((embed, ["--preset", "demo"]), (generator, ["--preset", "demo"]), (attacks, ["--run", str(tmp_path)]))
     for script, start in scripts:
         names = [field.name for field in dataclasses.fields(script.Config) if field.name not in ("run", "preset")]
