@@ -326,6 +326,13 @@ def worst(attacks: Mapping[str, Attack], mirroring: int, selection: int) -> list
     return closest(*chosen) if len(chosen) > 1 else []
 
 
+def same_pairs(attacks: Mapping[str, Attack], attacked: Sequence[Row], mirroring: int, selection: int) -> list[Row]:
+    """The clean rows of the pairs (target, candidate) that were attacked; [] unless all are there."""
+    pairs = {(r.target, r.candidate) for r in attacked}
+    clean = [r for r in pick(attacks.get("clean"), "intruder", mirroring, selection) if (r.target, r.candidate) in pairs]
+    return clean if len(clean) == len(pairs) else []
+
+
 def merits(
     genuine: Sequence[Row], intruders: Sequence[Row], clean: Sequence[Row], evading: bool = False
 ) -> dict[str, Any]:
@@ -350,8 +357,10 @@ def measure(
 
     Over several runs: means, distinct targets, pairs summed, `range` [lowest, highest] of each mean, `runs` how many had
     the rows; `interval` is then that of the mean AU-ROC, a target resampled with its rows in every run that attacks it.
+    `clean_same_pairs` is the AU-ROC of the attacked pairs without the attack, what it is to be set beside (None: no such
+    rows); `of`, for `worst`, the attacks it is the strongest of.
     """
-    found, several = [], []
+    found, several, before = [], [], []
     for number, run in enumerate(runs):
         attacks = run.methods.get(method, {})
         clean = pick(attacks.get("clean"), "genuine", mirroring, selection)
@@ -359,6 +368,8 @@ def measure(
         if clean and genuine and intruders:
             evading = name not in (*DERIVED, "clean") and not pick(attacks[name], "intruder", mirroring, selection)
             found.append(merits(genuine, intruders, clean, evading))
+            same = [] if evading else same_pairs(attacks, intruders, mirroring, selection)
+            before.append(auroc([r.distance for r in genuine], [r.distance for r in same]) if same else math.nan)
             # of one manifest the same name is the same person; without one, persons of another run are others
             people = str(_json(run.folder / "people.json").get("sha256", number))
             several.append([(d, [f"{people} {t}" for t in names]) for d, names in (_columns(genuine), _columns(intruders))])
@@ -367,6 +378,9 @@ def measure(
     result: dict[str, Any] = {k: sum(f[k] for f in found) for k in found[0]}
     spread = [k for k in result if not k.startswith("n_")]
     result |= {k: result[k] / len(found) for k in spread}
+    result["clean_same_pairs"] = None if np.isnan(before).any() else float(np.mean(before))
+    if name == "worst":
+        result["of"] = [a for a in WORST if all(a in run.methods.get(method, {}) for run in runs)]
     result["interval"] = [None, None]
     everyone = sorted({t for (_, a), (_, b) in several for t in {*a} & {*b}})
     result["n_targets"] = len(everyone)
@@ -524,7 +538,7 @@ def check_indirect(attacks: Mapping[str, Attack], margin: float = 0.02) -> Check
 
 def check_mask(attacks: Mapping[str, Attack], tolerance: float = 1e-5) -> Check:
     """Fails when an attacked image differs from its original outside the mask by more than rounding (range [0, 1])."""
-    moved = {a: float(v.sidecar["outside_mask_max"]) for a, v in attacks.items() if "outside_mask_max" in v.sidecar}
+    moved = {a: float(v.sidecar["outside_mask_max"]) for a, v in attacks.items() if "outside_mask_max" in v.sidecar and a != "clean"}
     bad = [f"{a}: by {v:.3g}" for a, v in moved.items() if not v <= tolerance]
     return _verdict("outside the mask", "nothing changed", bad, len(moved), "no attack measured it")
 
@@ -548,7 +562,21 @@ def check_reproducible(attacks: Mapping[str, Attack], tolerance: float = 0.02) -
     return _verdict("same seed, same result", "repeated", bad, ran, "no attack was repeated")
 
 
-CHECKS = (check_gradients, check_effort, check_random, check_indirect, check_mask, check_reproducible)
+def check_harm(attacks: Mapping[str, Attack]) -> Check:
+    """Fails when an attack leaves a higher AU-ROC than the same pairs have without it: it does nothing, whatever its figure."""
+    bad, ran = [], 0
+    for name in set(attacks) & {"eyeglasses", "square", "eye_patch", "indirect"}:
+        for m, s in sorted({(r.mirroring, r.selection) for r in attacks[name].rows}):
+            genuine, intruders = sides(attacks, name, m, s)
+            if same := same_pairs(attacks, intruders, m, s):
+                ran += 1
+                before, after = (auroc(_columns(genuine)[0], _columns(rows)[0]) for rows in (same, intruders))
+                if after > before:
+                    bad.append(f"{name}: AU-ROC from {before:.3f} to {after:.3f}" + ("" if (m, s) == (1, 1) else f" with mirroring {m}, selection {s}"))
+    return _verdict("attacks harm", "no attack raised the AU-ROC of its pairs", sorted(bad), ran, "no attacked pairs with clean rows")
+
+
+CHECKS = (check_gradients, check_effort, check_harm, check_random, check_indirect, check_mask, check_reproducible)
 
 
 def health(runs: Sequence[Run]) -> list[Check]:
@@ -622,7 +650,10 @@ def comparison(runs: Sequence[Run], lines: Sequence[tuple[str, str, int, int, tu
         found = [measure(runs, method, a, m, s) for a in ("clean", "eyeglasses", "square", "eye_patch")]
         for n, figures in enumerate(found):
             row += [cell(figures, n > 0), " / ".join(f"{v:.3f}" for v in paper[n]) if paper else "-"]
+        same = found[1]["clean_same_pairs"] if found[1] else None
+        row.insert(3, NOT_RUN if same is None else f"{same:.3f}")
         body.append([*row, _counts(found[1] or found[0])])
+    header.insert(3, "clean, the attacked pairs")
     return markdown([*header, f"{COUNTS} under eyeglasses"], body)
 
 
@@ -730,22 +761,28 @@ def _disentanglement(runs: Sequence[Run]) -> str:
 
 def _beyond(runs: Sequence[Run]) -> str:
     header = ("eyeglasses", "eot_eyeglasses", "eye_patch", "eot_eye_patch", "worst")
-    held = {m: {a for run in runs for a in run.methods.get(m, ()) if a in WORST} for m in names(runs)}
+    every = [attacks for run in runs for attacks in run.methods.values()]
+    common = [a for a in WORST if all(a in attacks for attacks in every)]  # the strongest of other attacks is not to be set beside it
+    fewer = [
+        Run(run.folder, {m: {a: v for a, v in attacks.items() if a in ("clean", *common)} for m, attacks in run.methods.items()})
+        for run in runs
+    ]
     body = []
-    for m, attacks in held.items():
-        row = [cell(measure(runs, m, a)) for a in header]
-        fewer = attacks != set().union(*held.values())  # the strongest of fewer attacks is not to be set beside the others
-        body.append([LABELS.get(m, m), *row[:-1], "fewer attacks" if fewer else row[-1]])
-    return markdown(["", *header], body)
+    for m in names(runs):
+        body.append([LABELS.get(m, m), *(cell(measure(runs, m, a)) for a in header), cell(measure(fewer, m, "worst"))])
+    return markdown(["", *header[:-1], "worst of all it met", f"worst of {', '.join(common) or 'those all met'}"], body)
 
 
 def _noise(runs: Sequence[Run]) -> str:
-    body = [["Paper", "0.978", "0.973", "0.965", "100 targets x 900 intruders (random eyeglasses)"]]
+    body = [["Paper", "0.978", "-", "0.973", "0.965", "100 targets x 900 intruders (random eyeglasses)"]]
     for method in dict.fromkeys(["ours", "ours-transfer", *names(runs)]):
         found = [measure(runs, method, a) for a in ("clean", "random_eyeglasses", "noise")]
         if any(found[1:]) or method == "ours":
-            body.append([LABELS.get(method, method), *(cell(m, False) for m in found), _counts(found[1] or found[2])])
-    return markdown(["", "clean", "random eyeglasses", "uniform noise", COUNTS], body)
+            same = next((m["clean_same_pairs"] for m in found[1:] if m and m["clean_same_pairs"] is not None), None)
+            row = [cell(m, False) for m in found]
+            row.insert(1, NOT_RUN if same is None else f"{same:.3f}")
+            body.append([LABELS.get(method, method), *row, _counts(found[1] or found[2])])
+    return markdown(["", "clean", "clean, the same pairs", "random eyeglasses", "uniform noise", COUNTS], body)
 
 
 def _indirect(runs: Sequence[Run]) -> str:
@@ -952,13 +989,19 @@ def _first(run: Run, name: str) -> Path:
 
 def figure_4(run: Run, columns: int = 8) -> Any:
     """Targets over the images made from noise (distal attack)."""
-    targets, made, distance = load_arrays(_first(run, "distal"), "anchor", "attacked", "distance")
+    path = _first(run, "distal")
+    targets, made, distance = load_arrays(path, "anchor", "attacked", "distance")
+    clean = pick(run.methods.get(path.parent.parent.name, {}).get("clean"), "genuine", 1, 1)
+    delta = threshold([r.distance for r in clean]) if clean else None
     n = min(columns, len(made))
     figure, axes = _new(2, n, 1.1 * n + 0.3, 2.7)
     for k in range(n):
         _show(axes[0, k], picture(targets[k]))
         _show(axes[1, k], picture(made[k, 0]))
-        axes[1, k].set_xlabel(f"distance {distance[k, 0]:.2f}", fontsize=7)
+        verdict = "" if delta is None else "\npasses" if distance[k, 0] < delta else "\nis refused"
+        axes[1, k].set_xlabel(f"distance {distance[k, 0]:.2f}{verdict}", fontsize=7)
+    if delta is not None:
+        figure.suptitle(f"eq. (1) at 5 % FPR: passes below {delta:.2f}", fontsize=8)
     axes[0, 0].set_ylabel("target", fontsize=9)
     axes[1, 0].set_ylabel("from noise", fontsize=9)
     return figure

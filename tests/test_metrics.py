@@ -417,10 +417,10 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     expected = "{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(
         eyeglasses["auroc"], *eyeglasses["interval"], eyeglasses["aupr"]
     )
-    assert one["Ours, both"][2:4] == [expected, "0.868 / 0.896"] and one["Ours, both"][-1] == "3 / 9 / 12"
+    assert one["Ours, both"][2:5] == ["1.000", expected, "0.868 / 0.896"] and one["Ours, both"][-1] == "3 / 9 / 12"
     basic = metrics.summary(folder, 0, 0)["ours"]["clean"]
     assert one["Ours, basic"][0].startswith(f"{basic['auroc']:.3f} [") and one["Ours, basic"][1] == "0.957"
-    assert two["Without AT"][3] == "0.590 / 0.669" and one["Ours, transfer, both"][3] == "-"
+    assert two["Without AT"][4] == "0.590 / 0.669" and one["Ours, transfer, both"][4] == "-"
     assert lines_of(section(text, "App. B.2"))["Paper"][:3] == ["0.978", "0.973", "0.965"]
     evasion = lines_of(section(text, "Sec. 4.3"))["Ours"]
     assert evasion[0].startswith(f"{result['ours']['evasion']['detected']:.1%} [") and evasion[1] == "25.2 %"
@@ -510,6 +510,20 @@ def test_worst_is_not_set_beside_that_of_fewer_attacks(run):
     attack = one.methods["ours"]["eyeglasses"] if "eyeglasses" in one.methods["ours"] else one.methods["ours"]["clean"]
     more = {"clean": one.methods["ours"]["clean"], "eyeglasses": attack, "square": attack, "indirect": attack}
     less = {name: more[name] for name in ("clean", "eyeglasses", "square")}
-    text = metrics._beyond([metrics.Run(one.folder, {"ours": more, "no-at": less})])
-    ours, without = text.splitlines()[2:]
-    assert "fewer" not in ours and without.endswith("| fewer attacks |")
+    better = metrics.Attack([r._replace(distance=r.distance / 9) for r in attack.rows], attack.sidecar)
+    runs = [metrics.Run(one.folder, {"ours": {**more, "indirect": better}, "no-at": less})]
+    head, _, ours, without = (line.split(" | ") for line in metrics._beyond(runs).splitlines())
+    assert head[-1].startswith("worst of eyeglasses, square") and ours[-1].removesuffix(" |") == without[-1].removesuffix(" |") != ours[-2]
+    found = metrics.summary(runs)
+    assert found["ours"]["worst"]["of"] == ["eyeglasses", "square", "indirect"] and found["no-at"]["worst"]["of"] == ["eyeglasses", "square"]
+
+
+def test_an_attack_that_does_nothing_fails_its_check(run):
+    near = [r._replace(distance=0.0) if r.role == "intruder" and r.candidate % 2 else r for r in metrics.read_run(run).methods["ours"]["clean"].rows]
+    clean = metrics.Attack(near, {})
+    pairs, genuine = (metrics.pick(clean, role, 1, 1) for role in ("intruder", "genuine"))
+    assert 0 < metrics.auroc([r.distance for r in genuine], [r.distance for r in pairs]) < 1
+    for distance, status in ((1e3, metrics.FAILED), (0.0, metrics.OK)):
+        attacked = metrics.Attack([r._replace(attack="square", distance=distance) for r in pairs], {})
+        assert metrics.check_harm({"clean": clean, "square": attacked}).status == status
+    assert metrics.check_harm({"clean": clean}).status == metrics.NOT_RUN

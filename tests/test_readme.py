@@ -18,8 +18,8 @@ def table() -> str:
     runs = sorted((ROOT / "results/demo").glob("seed-*"))
     found = metrics.summary([metrics.read_run(run) for run in runs])
     names = ("clean", "eyeglasses", "square", "eye_patch")
-    lines = ["| method | " + " | ".join(n.replace("_", " ") for n in names) + " | seeds | targets / genuine / intruders, under eyeglasses |"]
-    lines.append("|---" * (len(names) + 3) + "|")
+    lines = ["| method | clean | clean, the attacked pairs | eyeglasses | square | eye patch | seeds | targets / genuine / intruders, under eyeglasses |"]
+    lines.append("|---" * (len(names) + 4) + "|")
     for method, attacks in found.items():
         cells, counts = [], set()
         for name in names:
@@ -29,6 +29,7 @@ def table() -> str:
             counts.add(sum((run / method / "attacks" / f"{name}.csv").exists() for run in runs))
         assert len(counts) == 1, (method, counts)
         m = attacks["eyeglasses"]
+        cells.insert(1, f"**{m['clean_same_pairs']:.3f}**")
         lines.append(f"| {LABELS.get(method, method)} | {' | '.join(cells)} | {counts.pop()} | {m['n_targets']} / {m['n_genuine']} / {m['n_intruders']} |")
     times = []
     for method in found:
@@ -106,19 +107,21 @@ FLOORS |= {("patch_local", "10x10"): 1.6, ("patch_local", "20x20"): 1.3}
 
 
 def speed_table() -> str:
-    """The CPU's rows of the commit that results/bench.csv has last, beside the floors that were set."""
+    """Of each op the rows that results/bench.csv got last on a CPU, beside the floors that were set."""
     with open(ROOT / "results/bench.csv", newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["device"] == "cpu"]
-    last = rows[-1]
-    rows = [r for r in rows if (r["commit"], r["date"]) == (last["commit"], last["date"])]
-    lines = ["| ours | against | times as fast | floor |", "|---|---|---|---|"]
+    newest = {r["op"]: (r["commit"], r["date"]) for r in rows}  # of each op the newest rows
+    rows = [r for r in rows if (r["commit"], r["date"]) == newest[r["op"]]]
+    lines = ["| ours | against | times as fast | floor | n | commit |", "|---|---|---|---|---|---|"]
     for r in rows:
         if r["variant"] != "op":
-            floor = next((v for (op, word), v in FLOORS.items() if op == r["op"] and word in (r["variant"], r["case"].split(", ")[1])), "")
+            floor = next((v for (op, word), v in FLOORS.items() if op == r["op"] and (word == r["variant"] or word in r["case"])), "")
             if r["op"] == "doa" and "search, 1 " not in r["case"] or "one step" in r["case"]:
                 floor = ""
-            lines.append(f"| `{r['op']}`, {r['case']} | {r['variant']} | {float(r['ratio']):.2f} | {floor} |")
-    return "\n".join([*lines, "", f"Median of {last['n']} rounds, {last['threads']} thread, torch {last['torch']}, commit {last['commit']}."])
+            lines.append(f"| `{r['op']}`, {r['case']} | {r['variant']} | {float(r['ratio']):.2f} | {floor} | {r['n']} | {r['commit']} |")
+    assert all(any(r["op"] == op for r in rows) for op, _ in FLOORS)
+    last = rows[-1]
+    return "\n".join([*lines, "", f"Medians over n rounds, {last['threads']} thread, torch {last['torch']}."])
 
 
 BLOCKS = {"table": table, "variants": variants_table, "speed": speed_table, "strength": strength_table, "generator": generator_table, "paper": paper_tables}
