@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -677,7 +678,7 @@ def test_verify_answers_eq1(project, monkeypatch, capsys):
     capsys.readouterr()
     run += ["--attack-steps", "2"]
     assert e.main(["--verify", "0.png", "0.png", *run]) == 0
-    assert "same person" in capsys.readouterr().out
+    assert capsys.readouterr().out.rstrip().endswith("refused)  same person")
     assert e.main(["--verify", "0.png", "1.png", *run]) == 0
     out = capsys.readouterr().out.split()
     embed = e.load_embedding("runs/verify/weak-at-2/embedding.pt")
@@ -829,3 +830,93 @@ def test_a_broken_generator_met_after_training_gives_one_line(project, monkeypat
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("embed.py: ") and "generator.pt" in line
     assert (run / "weak-at-1" / "result.json").exists()
+
+
+def test_what_a_run_was_made_of_is_held_against_it(project, monkeypatch, capsys, interrupted_at):
+    """Other persons, another split, another G, damaged records: one line that names the file, never a result that mixes them."""
+    from PIL import Image
+
+    import attacks
+    import data
+
+    monkeypatch.chdir(project)
+    run = Path("runs/made-of")
+    run.mkdir(parents=True)
+    for name in ("generator.pt", "people.json", "run.json"):
+        if Path("runs/synthetic-demo-0", name).exists():
+            shutil.copy(Path("runs/synthetic-demo-0", name), run)
+    flags = [*FLAGS, "--run", str(run)]
+
+    def refused(told, argv, main=e.main):
+        capsys.readouterr()
+        assert main([str(v) for v in argv]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line and "rendering faces" not in line]
+        assert len(lines) == 1 and told in lines[0], lines
+
+    def put(path, content):
+        before = path.read_bytes()
+        torch.save(content, path) if path.suffix in (".pt", ".ckpt") else path.write_text(content)
+        return before
+
+    with interrupted_at(e, "train_step", 4):
+        assert e.main(flags) == 130
+    content = torch.load(run / "generator.pt", weights_only=True)
+    good = put(run / "generator.pt", content | {"lord": {k: v / 2 for k, v in content["lord"].items()}})
+    refused("was trained on other files: generator (", [*flags, "--resume"])
+    (run / "generator.pt").write_bytes(good)
+    part = run / "ours/training.ckpt"
+    state = torch.load(part, weights_only=True)
+    for damaged in ({k: v for k, v in state.items() if k != "config"}, state | {"config": [1]}, state | {"model": {}}, state | {"best": 3}):
+        good = put(part, damaged)
+        refused("training.ckpt: does not hold this training", [*flags, "--resume"])
+        part.write_bytes(good)
+    images = state["made of"] | {"images": "0" * 16}
+    good = put(part, state | {"made of": images})
+    refused("was trained on other files: images (", [*flags, "--resume"])
+    part.write_bytes(good)
+    log = run / "ours/log.jsonl"
+    log.write_bytes(b'{"a": 1}\ngarbage}\n\xff\xfe\n' + log.read_bytes())
+    assert e.main([*flags, "--resume"]) == 0
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4, 6]
+
+    refused("is another split: split seed (0 there, 5 asked for)", [*flags, "--method", "no-at", "--split-seed", 5])
+    refused("target persons (3 there, 2 asked for)", [*flags, "--method", "no-at", "--target-persons", 2])
+    people = run / "people.json"
+    faces, split = e.open_run(e.parse(flags)[0], run)
+    good = people.read_bytes()
+    train, validation = split.train[:-1] + split.target[:1], split.validation
+    data.write_manifest(people, faces, dataclasses.replace(split, train=train, target=(*split.target[1:], split.train[-1])))
+    refused("trained on other persons", flags)
+    refused("trained on other persons", ["--run", run, "--targets", 2, "--intruders", 2], attacks.main)
+    assert validation and people.write_bytes(good)
+
+    result = run / "ours/result.json"
+    for text in ("{", "[]", "{}"):
+        good = put(result, text)
+        refused("result.json", flags)
+        result.write_bytes(good)
+    photographs = [str(Path(f"{k}.png")) for k in range(2)]
+    for k, path in enumerate(photographs):
+        Image.fromarray(faces.images[k].permute(1, 2, 0).numpy()).save(path)
+    for threshold in ("null", "NaN", "-1", "[]"):
+        good = put(result, f'{{"threshold": {threshold}}}')
+        refused("result.json: no threshold there", [*flags, "--verify", *photographs])
+        result.write_bytes(good)
+    about = run / "run.json"
+    for text in ("[]", "{}", '{"data": "synthetic", "options": 5}', '{"data": "synthetic", "seed": "x"}', '{"data": 3}'):
+        good = put(about, text)
+        refused("run.json", ["--run", run, "--targets", 2], attacks.main)
+        about.write_bytes(good)
+    for main, start in ((e.main, flags), (attacks.main, ["--run", run]), (g.main, [*GENERATOR_FLAGS, "--run", run])):
+        refused("--device nonsense: cannot be used here", [*start, "--device", "nonsense"], main)
+    refused("--validation-persons 1", [*flags, "--validation-persons", 1])
+    refused("--persons 1: give 2 or more", [*flags, "--persons", 1])
+
+
+def test_a_small_file_that_asks_for_a_huge_network_is_refused_at_once(tmp_path):
+    state = e.Embedding(1 / 32, 16).state_dict()
+    e.save(tmp_path / "huge.pt", {"kind": "embedding", "config": {"width": 60, "dim": 16, "standardise": True}, "model": state})
+    begun = time.perf_counter()
+    with pytest.raises(e.UsageError, match="do not fit together"):
+        e.load_embedding(tmp_path / "huge.pt")
+    assert time.perf_counter() - begun < 10
