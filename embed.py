@@ -634,7 +634,8 @@ def make_batch(config: Config, embed: Embed, sampler: Sampler, make: Make | None
     index = torch.cat([xi, ti.flatten()])  # x, then the candidates of each x
     flips, shifts = draw_moves(len(index), config.shift, rng, index.device)
     p = config.cutout if config.attack_share == "erased" or config.method == "no-at" else 0.0
-    boxes = draw_boxes(len(index), size, size, p, config.cutout_area, config.cutout_aspect, rng, index.device)
+    area = config.weak_area if config.method == "weak-at" else config.cutout_area
+    boxes = draw_boxes(len(index), size, size, p, area, config.cutout_aspect, rng, index.device)
     real, boxes, _ = augment(
         sampler.images[index], flips=flips, shifts=shifts, boxes=boxes, fill=config.fill, generator=rng, layout=torch.channels_last
     )
@@ -820,11 +821,13 @@ def read_newest(path: Path, kind: str) -> dict:
         return read(old, kind)
 
 
-def fingerprint(images: Tensor) -> str:
-    """Of uint8 images (N, C, H, W): sixteen hexadecimal digits that another image changes."""
+def fingerprint(*tensors: Tensor | None) -> str:
+    """Sixteen hexadecimal digits that another value changes. For photographs, their pixels; for rendered faces, their factors: how
+    a pixel is rounded depends on the number of threads."""
     found = hashlib.sha256()
-    for part in images.split(4096):
-        found.update(part.cpu().numpy().tobytes())
+    for tensor in tensors:
+        for part in () if tensor is None else tensor.split(4096):
+            found.update(part.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -860,7 +863,7 @@ def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embe
             raise ValueError("shapes differ")
         embed = Embedding(c["width"], c["dim"], c["standardise"])
         embed.load_state_dict(content["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError, MemoryError) as error:
         line = " ".join(str(error).split())[:160]
         raise UsageError(f"{path}: weights and settings do not fit together ({line}): train it again") from None
     return embed.to(device).eval().requires_grad_(False)
@@ -907,6 +910,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     preset = str(given.get("preset", "demo"))
     config = Config(**{**PRESETS[preset], "preset": preset, **given})  # type: ignore[arg-type]
     check(config)
+    if config.method == "doa" and config.attacked == "erased":
+        raise UsageError("--attacked erased: DOA searches a place in every image (Sec. 3.1), so it attacks all; leave it out")
     if args.jobs < 0:
         raise UsageError(f"--jobs {args.jobs}: give 0 or more")
     return config, args
@@ -1043,7 +1048,7 @@ def train(config: Config, run: Path, faces, split, args: argparse.Namespace, dev
     training, held = sampler_of(faces, persons, device), sampler_of(faces, split.validation, device)
     if not config.generated and not len(training.several):
         raise UsageError(f"--method {config.method}: needs train persons with two images or more, there is none: give more photographs")
-    made_of = {"images": fingerprint(training.images), "generator": ""}
+    made_of = {"images": fingerprint(training.images if faces.identity is None else faces.identity, faces.content), "generator": ""}
     if config.generated and not config.truth and (run / "generator.pt").exists():
         made_of["generator"] = hashlib.sha256((run / "generator.pt").read_bytes()).hexdigest()[:16]
     torch.manual_seed(config.seed)

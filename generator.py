@@ -656,7 +656,7 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tupl
             raise ValueError("shapes differ")
         lord = Lord(config)
         lord.load_state_dict({k: v.float() for k, v in content["lord"].items()})
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, OverflowError, MemoryError) as error:
         line = " ".join(str(error).split())[:120]
         raise UsageError(f"{path}: weights and settings do not fit together ({line}): train it again") from None
     return lord.to(device).eval().requires_grad_(False), content
@@ -756,7 +756,9 @@ def train(config: Config, run: Path, args: argparse.Namespace, faces, split, dev
     trainer = Trainer(config, images, person.to(device), loss)
     part, log = run / "generator.ckpt", run / "generator.jsonl"
     settings = {"config": dataclasses.asdict(config), "people": json.loads((run / "people.json").read_text())["sha256"]}
-    settings |= {"images": hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16], "commit": commit()}
+    held = images if faces.identity is None else torch.cat([faces.identity.flatten(), faces.content.flatten()])
+    # of photographs the pixels, of rendered faces the factors: how a pixel is rounded depends on the number of threads
+    settings |= {"images": hashlib.sha256(held.cpu().numpy().tobytes()).hexdigest()[:16], "commit": commit()}
     if args.resume and part.exists():
         state = read_newest(part, "generator-training")
         try:

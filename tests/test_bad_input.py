@@ -583,7 +583,8 @@ def test_arbitrary_flags(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [["--steps=-3"], ["--steps=0"], ["--batch=0"], ["--method=doa", "--candidates=0"], ["--margin=nan"], ["--rate=inf"], ["--width=0"],
-     ["--cutout-area=0.2,0.1"], ["--cutout-area=0.2"], ["--doa-size=65"], ["--shift=64"], ["--mine=0"], ["--validate-every=0"], ["--jobs=-1"]],
+     ["--cutout-area=0.2,0.1"], ["--cutout-area=0.2"], ["--doa-size=65"], ["--shift=64"], ["--mine=0"], ["--validate-every=0"], ["--jobs=-1"],
+     ["--method=doa", "--attacked=erased"]],
 )  # fmt: skip
 def test_numbers_out_of_bounds(flags, tmp_path, monkeypatch, capsys):
     import embed
