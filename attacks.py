@@ -80,6 +80,7 @@ class Config:
     patch_train: int = 100  # App. C, Fig. 8: intruders that the universal patch is trained on
     patch_iterations: int = 5000  # App. C
     patch_lr: float = 0.005  # App. C
+    patch_batch: int = 0  # ours: training intruders that a step sees, in turn; 0: all
     patterns: int = 1000  # App. B.2
     clean_intruders: int = 200  # ours: un-attacked intruders a target, the attacked ones first
     noise: float = 10 / 255  # App. B.2
@@ -107,8 +108,8 @@ PRESETS: dict[str, dict] = {
     # mean distance on 10 faces, 80 iterations at 0.2 falling to zero against 1000 at 0.01: +0.2 % (robust F), -2 % (untrained F)
     "demo": {
         "targets": 20, "intruders": 12, "clean_intruders": 60, "iterations": 80, "lr": 0.2, "restarts": 1,
-        "decay": True, "square_search_iterations": 2, "square_search_lr": 0.3, "patch_train": 16,
-        "patch_iterations": 50, "patch_lr": 0.2, "patterns": 100, "evasion_iterations": 80, "evasion_lr": 0.2,
+        "decay": True, "square_search_iterations": 2, "square_search_lr": 0.3, "patch_train": 64,
+        "patch_iterations": 60, "patch_lr": 0.2, "patch_batch": 16, "patterns": 100, "evasion_iterations": 80, "evasion_lr": 0.2,
         "evasion_restarts": 1, "distal_iterations": 150, "distal_lr": 0.2, "eot_samples": 1, "eot_tests": 8,
     },
 }  # fmt: skip
@@ -255,26 +256,28 @@ def local_features(embed: Embed, images: Tensor, pixels: Tensor, mirroring: bool
 # The optimisation, App. C
 def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base: Tensor, start: Tensor, *, sign: int,
               mirroring: bool, iterations: int, lr: float, decay: bool, transforms: Tensor | None,
-              validation: Tensor | None, local: bool) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
+              validation: Tensor | None, local: bool, rotate: bool = False,
+              ) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
     """Adam on delta, the best iterate of each row kept.
 
     parts: (images (n, C, H, W), anchor (n, D), pixels (n, P)); one part with a delta for each image, or several parts
-    that share a single delta. base, start (N or 1, C, P): the pixels become (tanh(base + delta) + 1) / 2.
+    that share a single delta; rotate: they take turns at its steps, and every tenth iterate is scored on all of them.
+    base, start (N or 1, C, P): the pixels become (tanh(base + delta) + 1) / 2.
     Returns the best base + delta, its loss (N,), the loss (N,) of the iterate after an eighth, a quarter, half and all
     of the iterations, and counts (3,) of zero, non-finite and all gradients.
     """
     near = [local_features(embed, images, pixels, mirroring) if local and transforms is None else None
             for images, _, pixels in parts]
     total = sum(len(images) for images, _, _ in parts)
-    shared, every = len(start) < total, 1 if transforms is None else 10
+    shared, every = len(start) < total, 1 if transforms is None and not rotate else 10
     marks = {iterations, *(n - n % every for n in (iterations // 8, iterations // 4, iterations // 2))}
     delta, best, curve = start.clone(), start.clone(), {}
     best_loss, counts = start.new_full((len(start),), torch.inf), start.new_zeros(3, dtype=torch.long)
     optimiser = torch.optim.Adam([delta], lr=lr, fused=True if start.is_cuda else None)
 
-    def objective(moves: Tensor | None, grad: Tensor | None = None) -> Tensor:
-        losses = []
-        for (images, anchor, pixels), nearby in zip(parts, near):
+    def objective(moves: Tensor | None, grad: Tensor | None = None, turn: slice = slice(None)) -> Tensor:
+        losses, count = [], sum(len(images) for images, _, _ in parts[turn])
+        for (images, anchor, pixels), nearby in zip(parts[turn], near[turn]):
             with torch.set_grad_enabled(grad is not None):
                 leaf = delta.detach().requires_grad_(grad is not None)
                 # App. C
@@ -285,16 +288,17 @@ def _optimise(embed: Embed, parts: Sequence[tuple[Tensor, Tensor, Tensor]], base
                     loss = mean_squared(nearby(patch), anchor, len(images))
                 loss = sign * loss
             if grad is not None:
-                grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
+                grad += torch.autograd.grad(loss.sum(), leaf)[0] / (count if shared else 1)
             losses.append(loss.detach())
         return torch.cat(losses).mean(0, keepdim=True) if shared else torch.cat(losses)
 
     for step in range(iterations + 1):
         delta.grad = torch.zeros_like(delta)
         moves = None if transforms is None else transforms[min(step, iterations - 1)]
-        loss = objective(moves, delta.grad if step < iterations else None)
+        turn = slice(step % len(parts), step % len(parts) + 1) if rotate else slice(None)
+        loss = objective(moves, delta.grad if step < iterations else None, turn)
         if step % every == 0 or step == iterations:
-            loss = loss if transforms is None else objective(validation)
+            loss = loss if every == 1 else objective(validation)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best = torch.where(better[:, None, None], delta, best)
@@ -431,22 +435,24 @@ def _count(total: Attacked, part: Attacked) -> None:
 def universal_patch(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, direction: str = "impersonate",
                     mirroring: bool = True, iterations: int = 5000, lr: float = 0.005, decay: bool = False,
                     chunk: int = 256, generator: torch.Generator | None = None, transforms: Tensor | None = None,
-                    validation: Tensor | None = None, local: bool = True) -> tuple[Tensor, Attacked]:
+                    validation: Tensor | None = None, local: bool = True, batch: int = 0) -> tuple[Tensor, Attacked]:
     """One pattern that replaces the masked pixels of every image, for the lowest mean squared distance to the anchor.
 
-    images (B, C, H, W): the training intruders, which alone decide the best iterate; mask (H, W); transforms,
-    validation and local as in `tanh_attack`. Returns the pattern (C, P) in [0, 1] and the patched training images.
+    images (B, C, H, W): the training intruders, which alone decide the best iterate; mask (H, W); batch: how many of
+    them a step sees, in turn (0: all); transforms, validation and local as in `tanh_attack`. Returns the pattern (C, P) in [0, 1] and the patched training images.
     """
     B, C = images.shape[:2]
     pixels = mask_pixels(mask.to(images.device), B)
     start = draw_start(1, 1, C, pixels.shape[1], generator or torch.Generator().manual_seed(0))[0].to(images)
     rows = max(1, chunk // ((1 + mirroring) * (1 if transforms is None else transforms.shape[1])))
+    rows = min(rows, batch or B)
     anchor = anchor.expand(B, -1)
     parts = list(zip(images.split(rows), anchor.split(rows), pixels.split(rows)))
     with frozen(embed):
         best, _, curve, counts = _optimise(
             embed, parts, torch.zeros_like(start), start, sign=_sign(direction), mirroring=mirroring,
-            iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation, local=local)
+            iterations=iterations, lr=lr, decay=decay, transforms=transforms, validation=validation, local=local,
+            rotate=0 < batch < B)
     pattern = ((torch.tanh(best) + 1) / 2)[0]  # (C, P)
     patched = apply_pattern(images, pattern, mask)
     return pattern, Attacked(patched, distances(embed, patched, anchor, mirroring, validation, chunk),  # type: ignore[misc]
@@ -583,7 +589,7 @@ def run_attack(name: str, config: Config, embed: Embed, images: Tensor, anchor: 
         mask = torch.stack([square_mask(row, col) for row, col in
                             zip(result.extra["row"].tolist(), result.extra["col"].tolist())])
     elif name in ("eye_patch", "eot_eye_patch"):
-        pattern, result = universal_patch(embed, training, anchor, mask, generator=generator, **steps)
+        pattern, result = universal_patch(embed, training, anchor, mask, generator=generator, batch=config.patch_batch, **steps)
         result.images = apply_pattern(images, pattern, mask)
         result.distance = distances(embed, result.images, anchor, mirroring, None, chunk)
         result.extra["pattern"] = pattern.view(-1, 12, 32)
@@ -617,7 +623,8 @@ def effort(name: str, config: Config) -> dict[str, int]:
     if name == "random_eyeglasses":
         return {"patterns": config.patterns}
     if name.endswith("eye_patch"):
-        return {"iterations": config.patch_iterations, "restarts": 1, "training_intruders": config.patch_train}
+        return {"iterations": config.patch_iterations, "restarts": 1, "training_intruders": config.patch_train,
+                "a_step": config.patch_batch or config.patch_train}
     if name == "distal":
         return {"iterations": config.distal_iterations, "restarts": 1}
     if name == "evasion":
@@ -630,7 +637,7 @@ def effort(name: str, config: Config) -> dict[str, int]:
 def work(names: Sequence[str], config: Config) -> float:
     """Images through the embedding, forward and backward, that these attacks take on all targets, roughly."""
     n, each = config.intruders, config.iterations * config.restarts
-    patch = config.patch_train * config.patch_iterations
+    patch = (config.patch_batch or config.patch_train) * config.patch_iterations
     eot = config.eot_samples + config.eot_tests / 30
     images = {"clean": config.clean_intruders / 3, "noise": n / 3, "eyeglasses": n * each, "eye_patch": patch,
               "square": n * (each + len(square_positions(config.square_stride)) * config.square_search_iterations),
@@ -669,7 +676,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         raise UsageError(f"--preset {preset}: choose {', '.join(PRESETS)}")
     config = Config(**{**PRESETS[preset], **given, "preset": preset})
     for field in dataclasses.fields(Config):
-        lowest = {"seed": -1, "min_images": 2, "chunk": 0}.get(field.name, 1 if field.type == "int" else 0)
+        lowest = {"seed": -1, "min_images": 2, "chunk": 0, "patch_batch": 0}.get(field.name, 1 if field.type == "int" else 0)
         if isinstance(getattr(config, field.name), list):  # what argparse makes of --flag=--
             raise UsageError(f"--{field.name.replace('_', '-')}: give a value")
         if field.type in ("int", "float") and not lowest <= getattr(config, field.name) < 2**31:

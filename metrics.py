@@ -693,7 +693,7 @@ def _distal(runs: Sequence[Run]) -> str:
 def _settings(runs: Sequence[Run]) -> str:
     """What each attack really ran with, and who was attacked so."""
     used: dict[tuple[str, str, str], set[str]] = {}
-    keys = ("iterations", "restarts", "patterns", "training_intruders", "positions", "search_iterations")
+    keys = ("iterations", "restarts", "patterns", "training_intruders", "a_step", "positions", "search_iterations")
     for run in runs:
         for method, attacks in run.methods.items():
             for name, attack in attacks.items():
