@@ -356,13 +356,15 @@ def tanh_attack(embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, *, d
                           local=local)
                 for i, part in zip((torch.arange(R * B, device=images.device) % B).split(rows), start.split(rows))]
     best, loss = (torch.cat([run[k] for run in runs]).unflatten(0, (R, B)) for k in (0, 1))
-    winner, each = loss.argmin(0), torch.arange(B, device=images.device)
-    attacked = paste(images, (torch.tanh(best[winner, each]) + 1) / 2, pixels)
+    each = torch.arange(B, device=images.device)
+    by_restarts = {}
+    for n in range(1, R + 1):  # measured on the images, not taken from the loop's losses: a wrong choice would show
+        winner = loss[:n].argmin(0)
+        attacked = paste(images, (torch.tanh(best[winner, each]) + 1) / 2, pixels)
+        by_restarts[n] = distances(embed, attacked, anchor, mirroring, validation, chunk)
     curve = {n: torch.cat([run[2][n] for run in runs]).view(R, B)[winner, each].abs().sqrt() for n in runs[0][2]}
-    return Attacked(attacked, distances(embed, attacked, anchor, mirroring, validation, chunk),  # type: ignore[misc]
-                    *sum(run[3] for run in runs).tolist(),
-                    extra={"loss": loss, "by_iterations": curve, "by_restarts": {
-                        n + 1: loss[:n + 1].amin(0).abs().sqrt() for n in range(R)}})
+    return Attacked(attacked, by_restarts[R], *sum(run[3] for run in runs).tolist(),  # type: ignore[misc]
+                    extra={"loss": loss, "by_iterations": curve, "by_restarts": by_restarts})
 
 
 def _sign(direction: str) -> int:
