@@ -46,7 +46,7 @@ Embed = Callable[[Tensor], Tensor]
 EYEGLASSES = "0 0 7ff80ffe f00ff007 e003e003 c003c003 60024002 60024002 20062006 20042004 20043004 1008100c 18180808 " \
              "0ff007f0 0 0"  # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion", "indirect", "distal",
-           "eot_eyeglasses", "eot_eye_patch")
+           "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch")
 # Sec. 4.2: (mirroring, selection)
 DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
 COLUMNS = ("attack", "mirroring", "selection", "seed", "target", "anchor", "candidate", "person", "role", "distance")
@@ -595,6 +595,9 @@ def run_attack(name: str, config: Config, embed: Embed, images: Tensor, anchor: 
         result.images = apply_pattern(images, pattern, mask)
         result.distance = distances(embed, result.images, anchor, mirroring, None, chunk)
         result.extra["pattern"] = pattern.view(-1, 12, 32)
+    elif name == "grey_eye_patch":  # the control: what hiding the eyes does by itself
+        hidden = apply_pattern(images, images.new_full((images.shape[1], int(mask.sum())), 0.5), mask)
+        result = Attacked(hidden, distances(embed, hidden, anchor, mirroring, None, chunk))
     elif name == "random_eyeglasses":
         result = random_patterns(embed, images, anchor, mask, patterns=config.patterns, generator=generator, **common)
     elif name == "noise":
@@ -620,7 +623,7 @@ def run_attack(name: str, config: Config, embed: Embed, images: Tensor, anchor: 
 
 def effort(name: str, config: Config) -> dict[str, int]:
     """The iterations and restarts, patterns and training intruders that an attack runs with."""
-    if name in ("clean", "noise"):
+    if name in ("clean", "noise", "grey_eye_patch"):
         return {}
     if name == "random_eyeglasses":
         return {"patterns": config.patterns}
@@ -641,7 +644,7 @@ def work(names: Sequence[str], config: Config) -> float:
     n, each = config.intruders, config.iterations * config.restarts
     patch = (config.patch_batch or config.patch_train) * config.patch_iterations
     eot = config.eot_samples + config.eot_tests / 30
-    images = {"clean": config.clean_intruders / 3, "noise": n / 3, "eyeglasses": n * each, "eye_patch": patch,
+    images = {"clean": config.clean_intruders / 3, "noise": n / 3, "grey_eye_patch": n / 3, "eyeglasses": n * each, "eye_patch": patch,
               "square": n * (each + len(square_positions(config.square_stride)) * config.square_search_iterations),
               "random_eyeglasses": n * config.patterns / 3, "indirect": 2 * n * each, "distal": 4 * config.distal_iterations,
               "evasion": n * config.evasion_iterations * config.evasion_restarts,
@@ -801,7 +804,7 @@ def attack_target(config: Config, name: str, embed: Embed, faces, person: int, n
     tests = max(config.clean_intruders, config.intruders) if name == "clean" else config.intruders
     tested, training = choose_intruders(faces.person, person, near, far, tests, config.patch_train,
                                         stable_generator(config.seed, target, "intruders"))
-    if not tested or (name.endswith("eye_patch") and not training):
+    if not tested or (name in ("eye_patch", "eot_eye_patch") and not training):
         raise UsageError(f"--intruders {config.intruders}: too few images of persons other than {target}; "
                          "add persons, or lower --intruders")
     own = (faces.person == person).nonzero().flatten().tolist()

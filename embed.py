@@ -1419,10 +1419,10 @@ def stages(config: Config, args: argparse.Namespace, run: Path, device: torch.de
 
     result = [Stage("generator: make or find it; its report and quadruplets (Fig. 1, 9)", 0 if (run / "generator.json").exists() else 1, generator_stage)]
     table_1 = ["clean", "eyeglasses", "square", "eye_patch"]
-    others = [name for name in attacks.ATTACKS if name not in (*table_1, "evasion")]
+    others = [name for name in attacks.ATTACKS if name not in (*table_1, "evasion", "grey_eye_patch")]
     for name, flags in TRAININGS.items():
         result += [training("", flags), attacking(flags, table_1, "all" if name == "ours" else "both")]
-        result.append(attacking(flags, ["evasion", *(others if name in FULL else [])], "both"))
+        result.append(attacking(flags, ["evasion", "grey_eye_patch", *(others if name in FULL else [])], "both"))
     share = config.attack_steps / Config.attack_steps  # the demo takes half the steps, each twice as large
     for paper_steps, alpha in STEP_SETTINGS:
         if (steps := max(round(paper_steps * share), 1)) != config.attack_steps:
