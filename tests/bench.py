@@ -68,12 +68,14 @@ class Case:
     tolerance: float = 0.0
     ties: float = 0.0  # share of the values that may differ: a ReLU, a pool or a sign at a tie falls either way
     check: Callable | None = None  # instead of comparing outputs, where they are random
+    compared: dict[str, Callable] | None = None  # of each variant what is compared instead of what is timed
 
 
 # ------------------------------------------------------------------------------------ what a user would write instead, on a CPU
-def cutout_loop(images: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+def cutout_loop(images: Tensor, whole: bool, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """Erasing one image at a time in NumPy; whole: noise for all of the image, of which the rectangle is used."""
-    out, (_, C, H, W), boxes = images.numpy().copy(), images.shape, np.zeros((len(images), 4), int)
+    out, (_, C, H, W), boxes = images.numpy(), images.shape, np.zeros((len(images), 4), int)
+    out = out if in_place else out.copy()
     for b, image in enumerate(out):
         if np.random.rand() >= 0.5:
             continue
@@ -166,14 +168,25 @@ def cpu_cases(B: int) -> Iterator[Case]:
 
     def erased(result):
         out, boxes = result[:2]
-        changed = (out != images).any(1).sum((1, 2))
-        return bool((changed <= boxes[:, 2] * boxes[:, 3]).all() and out.min() >= 0 and out.max() <= 1)
+        inside, drawn = box_mask(boxes, 64, 64).flatten(1), (boxes[:, 2] > 0).float().mean()
+        changed = (out != images).any(1).flatten(1)
+        random = out.flatten(2).transpose(1, 2)[inside]
+        whole = bool((changed == inside).all()) and 0.3 < drawn < 0.7  # p is 0.5
+        return whole and bool(out.min() >= 0 and out.max() <= 1 and abs(random.mean() - 0.5) < 0.02 and abs(random.std() - 0.24) < 0.02)
 
     yield Case("gaussian_cutout", f"B={B}", 2 * one, {
         "op": lambda: gaussian_cutout(images),
         "NumPy loop, noise inside": lambda: cutout_loop(images, False),
         "NumPy loop, whole noise": lambda: cutout_loop(images, True),
     }, check=erased)  # fmt: skip
+    mine, theirs = images.clone(), images.clone()
+    yield Case("gaussian_cutout", f"B={B}, in place", one // 10, {
+        "op": lambda: gaussian_cutout(mine, out=mine),
+        "NumPy loop, noise inside": lambda: cutout_loop(theirs, False, True),
+    }, check=erased, compared={
+        "op": lambda: gaussian_cutout(copied := images.clone(), out=copied),
+        "NumPy loop, noise inside": lambda: cutout_loop(images.clone(), False, True),
+    })  # fmt: skip
     for C in (1, 4, 10):
         yield Case("doa", f"search, {C} in-painting{'s' * (C > 1)}, B={B}, 20x20, stride 5", (1 + 1 + C) * one, {
             "op": lambda C=C: doa(images, grad, 20, 5, C),
@@ -417,21 +430,21 @@ def update_cases(images: Tensor, grad: Tensor, updates: dict) -> Iterator[Case]:
     w = to_tanh(images)
     compact = w.flatten(2)[:, :, index].contiguous()
 
-    def fused(update):
+    def fused(update, rate=0.0):
         state = [images.clone(), images.flip(-1), compact.clone(), *(torch.zeros_like(compact) for _ in range(3))]
         x, mirrored, under, *adam = state
 
-        def run():
-            update(x, mirrored, grad, grad, under, *adam, index, 1, 0.0)  # rate 0: every run repeats the first
+        def run(step=1):
+            update(x, mirrored, grad, grad, under, *adam, index, step, rate)  # rate 0: every run repeats the first
             return x
 
         return run
 
-    def plain():
+    def plain(rate=0.0):
         delta = torch.zeros_like(images, requires_grad=True)
-        adam = torch.optim.Adam([delta], lr=0.0)
+        adam = torch.optim.Adam([delta], lr=rate)
 
-        def run():
+        def run(_=1):
             x, mirrored = tanh_perturb_ref(w, delta, mask)
             adam.zero_grad()
             torch.autograd.backward([x, mirrored], [grad, grad])
@@ -440,8 +453,14 @@ def update_cases(images: Tensor, grad: Tensor, updates: dict) -> Iterator[Case]:
 
         return run
 
+    def compared(update):
+        """The images after three updates that move: the plain loop's fourth pass shows what its third made."""
+        run = plain(0.1) if update is None else fused(update, 0.1)
+        return [run(n + 1).clone() for n in range(3 + (update is None))][-1]
+
     variants = {name: plain() if update is None else fused(update) for name, update in updates.items()}
-    yield Case("attack_update", f"B={B}, 107 pixels", 11 * compact.nbytes, variants, 1e-5)
+    same = {name: lambda update=update: compared(update) for name, update in updates.items()}
+    yield Case("attack_update", f"B={B}, 107 pixels", 11 * compact.nbytes, variants, 1e-5, compared=same)
 
 
 def gpu_cases(B: int) -> Iterator[Case]:
@@ -506,7 +525,7 @@ def gpu_cases(B: int) -> Iterator[Case]:
 # --------------------------------------------------------------------------------------------------------------------- measuring
 def agrees(case: Case) -> list[str]:
     """Variants whose output is wrong: differs from the op's beyond the tolerance (relative beyond 1), or fails the case's check."""
-    outputs = {k: f() for k, f in case.variants.items()}
+    outputs = {k: f() for k, f in (case.compared or case.variants).items()}
     if case.check:
         return [k for k, out in outputs.items() if not case.check(out)]
     first, *_ = outputs.values()
