@@ -590,7 +590,7 @@ def test_all_makes_every_row_goes_on_after_a_stop_and_repeats_nothing(project, m
     held = metrics.read_run(run).methods
     assert set(held) == set(e.TRAININGS)
     for method, found in held.items():
-        many = set(small_attacks.ATTACKS) if method in e.FULL else {"clean", "eyeglasses", "square", "eye_patch", "evasion"}
+        many = set(small_attacks.ATTACKS) if method in e.FULL else {"clean", "eyeglasses", "square", "eye_patch", "evasion", "grey_eye_patch"}
         assert set(found) == many, method
         defences = {(r.mirroring, r.selection) for r in found["square"].rows}
         assert len(defences) == (4 if method == "ours" else 1)
