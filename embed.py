@@ -918,7 +918,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
 
 
 # settings whose numbers have other bounds than 0 (a float) or 1 (an integer) to what a computer holds
-BOUNDS = {name: (0, 2**31 - 1) for name in "seed split_seed train_persons persons attack_warmup".split()}
+BOUNDS: dict[str, tuple[float, float]] = {name: (0, 2**31 - 1) for name in "seed split_seed train_persons persons attack_warmup".split()}
 BOUNDS |= {"validation_persons": (2, 2**31 - 1)}
 BOUNDS |= {"shift": (0, 63), "doa_size": (1, 64), "width": (0.001, 16), "cutout": (0, 1), "cutout_area": (0.0001, 1), "weak_area": (0.0001, 1)}
 BOUNDS |= {"cutout_aspect": (0.01, 100), "rate": (1e-12, 1e3), "margin": (1e-6, 1e6), "attack_alpha": (0, 255)}

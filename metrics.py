@@ -145,7 +145,7 @@ def bootstrap(
     g, i = np.asarray(genuine, dtype=np.float64), np.asarray(intruders, dtype=np.float64)
     held = np.r_[np.asarray(genuine_target), np.asarray(intruder_target)]
     everyone = np.unique(held if among is None else np.asarray(among))
-    code, T = np.searchsorted(everyone, held), len(everyone)
+    code, T = np.asarray(np.searchsorted(everyone, held)), len(everyone)
     of_g, of_i = code[: len(g)], code[len(g) :]
     wins = np.zeros((T, T))  # (T of genuine, T of intruder): pairs the intruder wins, ties one half
     for t in range(T):
