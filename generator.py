@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -615,6 +617,19 @@ def save(path: Path, content: dict[str, object], keep: bool = False) -> None:
     replace(path, lambda f: torch.save(content, f), keep)
 
 
+def export(path: Path, content: dict[str, object]) -> None:
+    """`save` in half precision, its archive deflated, which torch.load reads like any other: 8 % smaller, the same bytes every time."""
+    whole = io.BytesIO()
+    torch.save({**content, "lord": {k: v.half() for k, v in content["lord"].items()}}, whole)  # type: ignore[attr-defined]
+
+    def deflate(file: BinaryIO) -> None:
+        with zipfile.ZipFile(whole) as plain, zipfile.ZipFile(file, "w") as small:
+            for name in plain.namelist():
+                small.writestr(zipfile.ZipInfo(name), plain.read(name), zipfile.ZIP_DEFLATED, 9)
+
+    replace(path, deflate)
+
+
 def read(path: Path, kind: str) -> dict:
     """A checkpoint of this project, loaded with weights_only. Raises UsageError if it is missing, broken or another kind."""
     try:
@@ -843,8 +858,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank:
             return 0
         if args.export:
-            content = read(finished, "generator")
-            save(args.export, {**content, "lord": {k: v.half() for k, v in content["lord"].items()}})
+            export(args.export, read(finished, "generator"))
             lord, _ = load_generator(args.export, device)  # the report is that of the exported weights
         result = evaluate(config, run, lord, faces, split, device)
         print(json.dumps(result, indent=1))
