@@ -484,7 +484,8 @@ def two_pair_loss(fx: Tensor, fy: Tensor, ft: Tensor, fu: Tensor, margin: float,
 
 # --------------------------------------------------------------------------------------- the inner problem (Sec. 2.3, 3.1)
 def box_windows(boxes: Tensor, height: int, width: int, grid: int = 4, groups: int = 2) -> Iterator[tuple[Tensor, Tensor]]:
-    """Groups of boxes (B, 4) alike in size: which rows, and for each a window (n, 4) around its box, of one size and on a grid of `grid` pixels.
+    """Groups of boxes (B, 4) alike in shape, tall or wide: which rows, and for each a window (n, 4) around its box, of one size and on a
+    grid of `grid` pixels. (Groups alike in area have larger windows: an inner attack takes 1.1 times as long.)
 
     Boxes that are all the same are their own windows.
     """
@@ -494,7 +495,7 @@ def box_windows(boxes: Tensor, height: int, width: int, grid: int = 4, groups: i
     corner = boxes[:, :2] // grid * grid
     size = (-((corner - boxes[:, :2] - boxes[:, 2:]) // grid) * grid).clamp(min=grid)  # (B, 2), rounded up
     sizes = size.unique(dim=0)
-    for rows in size.prod(1).argsort(stable=True).chunk(min(groups, len(sizes))):
+    for rows in (size[:, 0] - size[:, 1]).argsort(stable=True).chunk(min(groups, len(sizes))):
         largest = size[rows].amax(0)
         last = torch.tensor([height, width], device=boxes.device) - largest
         yield rows, torch.cat([torch.minimum(corner[rows], last), largest.expand(len(rows), 2)], 1)

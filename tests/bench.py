@@ -2,7 +2,7 @@
 
 The loops (on a CPU; F at a quarter of VGG16's channels): `pgd`, ten masked sign steps, against loops that do what ART's and torchattacks'
 PGD do, and against these (and kornia's augmentations) themselves when installed (requirements-bench.txt); `step`, a whole training step of "ours", against the same
-with a plain inner attack and with that of the released code; `patch_local`, patch-local recomputation against the full pass.
+with a plain inner attack, with that of the released code, and with its way of running G too; `patch_local`, patch-local recomputation against the full pass.
 On a GPU: the kernel against its PyTorch reference and torch.compile of it, with GB/s beside the copy bandwidth measured in the same run.
 On a CPU, where an op is its reference: against what a user would write instead; with one thread (the default) in CPU time, to which other
 load on the machine does not add. One process, variants interleaved, median of the rounds
@@ -72,10 +72,12 @@ class Case:
 
 
 # ------------------------------------------------------------------------------------ what a user would write instead, on a CPU
-def cutout_loop(images: Tensor, whole: bool, in_place: bool = False) -> tuple[Tensor, Tensor]:
-    """Erasing one image at a time in NumPy; whole: noise for all of the image, of which the rectangle is used."""
+def cutout_loop(images: Tensor, whole: bool = False, in_place: bool = False, masks: bool = False) -> tuple[Tensor, ...]:
+    """Erasing one image at a time in NumPy; whole: noise for all of the image, of which the rectangle is used.
+    masks: in float64, and where it erased is told as an image of ones and zeros too, as in the released code."""
     out, (_, C, H, W), boxes = images.numpy(), images.shape, np.zeros((len(images), 4), int)
-    out = out if in_place else out.copy()
+    out = out if in_place else out.astype(np.float64) if masks else out.copy()
+    erased = np.zeros(out.shape) if masks else None
     for b, image in enumerate(out):
         if np.random.rand() >= 0.5:
             continue
@@ -88,22 +90,30 @@ def cutout_loop(images: Tensor, whole: bool, in_place: bool = False) -> tuple[Te
         noise = np.clip(np.random.normal(0.5, 0.25, (C, H, W) if whole else (C, h, w)), 0, 1)
         image[:, top : top + h, left : left + w] = noise[:, top : top + h, left : left + w] if whole else noise
         boxes[b] = top, left, h, w
-    return torch.from_numpy(out), torch.from_numpy(boxes)
+        if erased is not None:
+            erased[b, :, top : top + h, left : left + w] = 1
+    found = torch.from_numpy(out).float(), torch.from_numpy(boxes)
+    return found if erased is None else (*found, torch.from_numpy(erased))
 
 
-def doa_loop(images: Tensor, grad: Tensor, size: int, stride: int, candidates: int) -> tuple[Tensor, Tensor]:
-    """DOA's search one image and one place at a time, as the public codes do: sums, sorting, in-painting."""
+def doa_loop(images: Tensor, grad: Tensor, size: int, stride: int, candidates: int, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """DOA's search one image and one place at a time, as the public codes do: sums, sorting, in-painting.
+    masks (P, C, H, W): every window as an image of ones and zeros, as in the released code; else slices."""
     squares, pixels = grad.numpy() ** 2, images.numpy()
     places = positions(*images.shape[2:], size, size, stride).numpy()
     best, painted = [], []
     for b in range(len(images)):
-        sums = [squares[b, :, t : t + size, c : c + size].sum() for t, c in places]
-        chosen = places[np.argsort(sums)[::-1][:candidates]]
-        for t, c in chosen:
-            copy = pixels[b].copy()
-            copy[:, t : t + size, c : c + size] = 0.5
-            painted.append(copy)
-        best.append(chosen)
+        if masks is not None:
+            order = np.argsort((squares[b] * masks.numpy()).sum((1, 2, 3)))[::-1][:candidates].copy()
+            inside = masks.numpy()[order]
+            painted.extend(pixels[b] * (1 - inside) + 0.5 * inside)
+        else:
+            order = np.argsort([squares[b, :, t : t + size, c : c + size].sum() for t, c in places])[::-1][:candidates]
+            for t, c in places[order]:
+                copy = pixels[b].copy()
+                copy[:, t : t + size, c : c + size] = 0.5
+                painted.append(copy)
+        best.append(places[order])
     painted = torch.from_numpy(np.stack(painted)).unflatten(0, (len(images), candidates))
     return torch.from_numpy(np.stack(best)), painted.mean((2, 3, 4))  # F's part: every in-painting is read once
 
@@ -176,21 +186,25 @@ def cpu_cases(B: int) -> Iterator[Case]:
 
     yield Case("gaussian_cutout", f"B={B}", 2 * one, {
         "op": lambda: gaussian_cutout(images),
-        "NumPy loop, noise inside": lambda: cutout_loop(images, False),
+        "NumPy loop, noise inside": lambda: cutout_loop(images),
+        "NumPy loop, masks as images": lambda: cutout_loop(images, masks=True),
         "NumPy loop, whole noise": lambda: cutout_loop(images, True),
     }, check=erased)  # fmt: skip
     mine, theirs = images.clone(), images.clone()
     yield Case("gaussian_cutout", f"B={B}, in place", one // 10, {
         "op": lambda: gaussian_cutout(mine, out=mine),
-        "NumPy loop, noise inside": lambda: cutout_loop(theirs, False, True),
+        "NumPy loop, noise inside": lambda: cutout_loop(theirs, in_place=True),
     }, check=erased, compared={
         "op": lambda: gaussian_cutout(copied := images.clone(), out=copied),
-        "NumPy loop, noise inside": lambda: cutout_loop(images.clone(), False, True),
+        "NumPy loop, noise inside": lambda: cutout_loop(images.clone(), in_place=True),
     })  # fmt: skip
+    places = positions(64, 64, 20, 20, 5)
+    windows = box_mask(torch.cat([places, torch.full_like(places, 20)], 1), 64, 64).float().repeat(1, 3, 1, 1)
     for C in (1, 4, 10):
         yield Case("doa", f"search, {C} in-painting{'s' * (C > 1)}, B={B}, 20x20, stride 5", (1 + 1 + C) * one, {
             "op": lambda C=C: doa(images, grad, 20, 5, C),
             "NumPy loop": lambda C=C: doa_loop(images, grad, 20, 5, C),
+            "NumPy loop, masks as images": lambda C=C: doa_loop(images, grad, 20, 5, C, windows),
         }, 1e-5)  # fmt: skip
     yield Case("window_energy", f"B={B}, 20x20, stride 5", one, {
         "op": lambda: window_energy(grad, 20, 20, 5),
@@ -397,12 +411,28 @@ def plain_step(config: embedding.Config, model: Plain, adam: torch.optim.Optimiz
     return torch.stack([loss.detach(), *((a - b).detach().square().sum(1).sqrt().mean() for a, b in ((fx, fy), (ft, fu)))])
 
 
+def plain_maker(generator: lord.Lord, images: Tensor) -> embedding.Make:
+    """y and u as the released code makes them: the class codes are known, E_co and G run in every step, layer by layer."""
+    inner, (classes, _) = copy.deepcopy(generator).to(memory_format=torch.contiguous_format), lord.encode(generator, images)
+
+    def make(identity: Tensor, content: Tensor, _: Tensor) -> Tensor:
+        g, z, x = inner.generator, classes[identity], inner.content_encoder(images[content].float() / 255)
+        for layer in g.dense:
+            x = F.leaky_relu(layer(x), 0.2)
+        x = x.view(-1, g.start, 4, 4)
+        for conv, modulation in zip(g.blocks, g.modulation):
+            scale, offset = modulation(z).chunk(2, 1)
+            x = adain_plain(conv(F.interpolate(x, scale_factor=2.0)), 1 + scale, offset)
+        return torch.sigmoid(g.conv7(F.leaky_relu(g.conv5(x), 0.2)))
+
+    return make
+
+
 def step_cases(B: int) -> Iterator[Case]:
     """Rate 0, the same random numbers: every run repeats the first."""
     config = embedding.Config(width=0.25, batch=B, standardise=True, hinge="distance")
     torch.manual_seed(0)
     embed = embedding.Embedding(0.25, config.dim, True)
-    plain, other = Plain(embed), Plain(embed)
     images, person = torch.randint(0, 256, (8 * 8, 3, 64, 64), dtype=torch.uint8), torch.arange(8).repeat_interleave(8)
     sampler = embedding.Sampler(images, person)
     generator = lord.Lord(lord.Config(**{**lord.PRESETS["demo"], "preset": "demo"})).eval().requires_grad_(False)
@@ -414,11 +444,13 @@ def step_cases(B: int) -> Iterator[Case]:
         found = embedding.train_step(config, embed, adam, sampler, make, rng.manual_seed(1))
         return torch.tensor([found[k] for k in ("loss", "d_positive", "d_negative")])
 
-    def theirs(model: Plain, cached: bool) -> Callable:
+    def theirs(cached: bool, make=make) -> Callable:
+        model = Plain(embed)
         adam = torch.optim.Adam(model.parameters(), lr=0.0)
         return lambda: plain_step(config, model, adam, sampler, make, rng.manual_seed(1), cached)
 
-    variants = {"op": ours, "anchors cached": theirs(plain, True), "as in the released code": theirs(other, False)}
+    variants = {"op": ours, "anchors cached": theirs(True), "as in the released code": theirs(False)}
+    variants["as in the released code, G too"] = theirs(False, plain_maker(generator, images))
     yield Case("step", f"ours, B={B} quadruplets, {config.attack_steps} inner steps", 0, variants, 0.02)
 
 
