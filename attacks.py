@@ -18,10 +18,12 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -67,28 +69,28 @@ class Config:
     root: str = ""  # ours: folder of --data
     crop: str = ""  # ours: crop of --data
     min_images: int = 10  # Sec. 4: fewest images of a target
-    targets: int = 27  # Sec. 4
-    intruders: int = 64  # App. C, released code
+    targets: int = 27  # Sec. 4: persons that are impersonated
+    intruders: int = 64  # App. C, released code: attacking images a target
     seed: int = -1  # ours: -1 takes the run's
-    iterations: int = 1000  # Sec. 4
-    lr: float = 0.01  # Sec. 4
-    restarts: int = 5  # Sec. 4
+    iterations: int = 1000  # Sec. 4: of every attack that has no number of its own
+    lr: float = 0.01  # Sec. 4: Adam's, on delta
+    restarts: int = 5  # Sec. 4: the best is kept
     decay: bool = False  # ours: learning rate falls linearly to zero
-    square_stride: int = 5  # App. C
-    square_search_iterations: int = 20  # App. C
-    square_search_lr: float = 0.1  # App. C
+    square_stride: int = 5  # App. C: between the places searched, pixels
+    square_search_iterations: int = 20  # App. C: at every place
+    square_search_lr: float = 0.1  # App. C: in the search
     patch_train: int = 100  # App. C, Fig. 8: intruders that the universal patch is trained on
-    patch_iterations: int = 5000  # App. C
-    patch_lr: float = 0.005  # App. C
+    patch_iterations: int = 5000  # App. C: of the universal patch
+    patch_lr: float = 0.005  # App. C: of the universal patch
     patch_batch: int = 0  # ours: training intruders that a step sees, in turn; 0: all
-    patterns: int = 1000  # App. B.2
+    patterns: int = 1000  # App. B.2: random eyeglasses an intruder
     clean_intruders: int = 200  # ours: un-attacked intruders a target, the attacked ones first
-    noise: float = 10 / 255  # App. B.2
-    evasion_iterations: int = 2000  # Sec. 4.3, released code
-    evasion_lr: float = 0.05  # Sec. 4.3, released code
-    evasion_restarts: int = 5  # Sec. 4.3, released code
-    distal_iterations: int = 2000  # App. C
-    distal_lr: float = 0.01  # App. C
+    noise: float = 10 / 255  # App. B.2: uniform, plus or minus this
+    evasion_iterations: int = 2000  # Sec. 4.3, released code: of the eyeglasses that hide the target
+    evasion_lr: float = 0.05  # Sec. 4.3, released code: theirs
+    evasion_restarts: int = 5  # Sec. 4.3, released code: theirs
+    distal_iterations: int = 2000  # App. C: from noise
+    distal_lr: float = 0.01  # App. C: from noise
     eot_samples: int = 4  # ours: transformed copies a step
     eot_tests: int = 16  # ours: fresh transformed copies that the patched face is scored on
     eot_shift: float = 2.0  # ours: pixels
@@ -97,7 +99,7 @@ class Config:
     eot_brightness: float = 0.1  # ours: 1 +- this
     chunk: int = 0  # ours: images in one forward pass; 0: 128 on a CPU, 2048 on a GPU
     local: bool = True  # ours: recompute only what the patch changes (exact); --no-local runs whole images
-    device: str = "auto"  # ours
+    device: str = "auto"  # ours: cpu, cuda, ...; auto: a GPU if there is one
     figures: bool = True  # ours: keep example images in <attack>.npz
     resume: bool = False  # ours: keep what an interrupted run of the same config finished
 
@@ -654,6 +656,19 @@ def work(names: Sequence[str], config: Config) -> float:
 
 
 # main
+def notes(settings: type) -> dict[str, str]:
+    """What the source says beside each of a dataclass's fields: the help of its flag."""
+    with contextlib.suppress(OSError):  # no source at hand
+        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+    return {}
+
+
+def described(field: dataclasses.Field) -> str:
+    """Help of a setting's flag: its note, the paper's default, the demo's where it is another."""
+    demo, note = PRESETS["demo"].get(field.name, field.default), notes(Config).get(field.name, "")
+    return f"{note} [{field.default!r}{f'; demo: {demo!r}' * (demo != field.default)}]".replace("%", "%%").strip()
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (--help lists the flags)")
@@ -661,13 +676,11 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> Config:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
-    parser = Parser(prog="attacks.py", description="Attack a trained embedding (Sec. 3, 4, App. B.2, C).")
+    parser = Parser(prog="attacks.py", description="Attack a trained embedding (Sec. 3, 4, App. B.2, C). In brackets: the preset paper's value; the demo's.")
     for field in dataclasses.fields(Config):
         how: dict = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {
             "type": {"int": int, "float": float, "str": str}[str(field.type)], "metavar": field.type}
-        demo = PRESETS["demo"].get(field.name, field.default)
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"paper: {field.default!r}; demo: {demo!r}", **how)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=described(field), **how)
     given = vars(parser.parse_args(argv))
     run = Path(given.get("run", ""))
     if not given.get("run") or not run.is_dir():

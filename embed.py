@@ -19,10 +19,12 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -55,49 +57,49 @@ class NotFinite(FloatingPointError):
 class Config:
     """Every setting of the training; the defaults are the paper's, a preset replaces some of them."""
 
-    preset: str = "paper"  # demo | paper | released
+    preset: str = "paper"  # demo | paper | released; on the command line demo unless named
     method: str = "ours"  # ours | no-at | weak-at | doa
     positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); ours: transfer, y = G(E_cl(x), E_co(x')) with another x'
     truth: bool = False  # ours: rendered faces only: y and u by the renderer from the true factors, what a perfect G would make
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
     crop: str = ""  # lfw | centre | celeba; empty: by image size
-    seed: int = 0  # ours
+    seed: int = 0  # ours: of everything random in the training, and of which targets are judged
     split_seed: int = 0  # ours: who is train, validation, target
     train_persons: int = 9177  # Sec. 4: of the generator; 0: all that are left
-    validation_persons: int = 100  # Sec. 4
+    validation_persons: int = 100  # Sec. 4: of F, not trained on
     target_persons: int = 30  # Sec. 4.2: 30 drawn
     persons: int = 2000  # Sec. 4: of the train persons, those F is trained on; 0: all
     synthetic_persons: int = 370  # ours: size of the rendered set
     synthetic_images: int = 12  # ours: images of each rendered person
     width: float = 1.0  # Sec. 4: VGG16; ours: a fraction of its channels
-    dim: int = 128  # Sec. 4
+    dim: int = 128  # Sec. 4: of the embedding
     standardise: bool = False  # ours: feed (x - 0.5) / 0.25, for a random start
     weights: str = ""  # released: a torchvision VGG16 file to start from; empty: random
-    margin: float = 10.0  # Sec. 4: m
+    margin: float = 10.0  # Sec. 4: m of eq. (2)
     hinge: str = "distance"  # released: distance, max(m - d, 0)^2; eq. (2): squared, max(m - d^2, 0)
-    batch: int = 128  # App. A: quadruplets
-    steps: int = 20000  # App. A
-    rate: float = 1e-3  # App. A
+    batch: int = 128  # App. A: quadruplets a step
+    steps: int = 20000  # App. A: of the training
+    rate: float = 1e-3  # App. A: Adam's
     rate_end: float = 1e-3  # App. A: constant; ours: cosine down to this
-    amsgrad: bool = False  # released: True
-    mine: int = 2  # App. A: n_m
-    shift: int = 5  # App. A: pixels
-    cutout: float = 0.5  # App. A: p
+    amsgrad: bool = False  # released: True, Adam's variant
+    mine: int = 2  # App. A: n_m, candidates t of which the nearest to u is taken
+    shift: int = 5  # App. A: pixels, at most
+    cutout: float = 0.5  # App. A: p, that an image is erased
     cutout_area: tuple[float, ...] = (0.02, 0.2)  # App. A: of the image
     cutout_aspect: tuple[float, ...] = (0.5, 2.0)  # App. A: height / width
-    fill: str = "gaussian"  # App. A; released: uniform
+    fill: str = "gaussian"  # App. A: what erased pixels become; released: uniform
     generate_from: str = "clean"  # Sec. 2; released: erased (the augmented images' content, one class code a person)
-    attack_steps: int = 10  # Sec. 4, App. A
-    attack_alpha: float = 16.0  # Sec. 4, App. A: in 255ths
+    attack_steps: int = 10  # Sec. 4, App. A: of the inner attack
+    attack_alpha: float = 16.0  # Sec. 4, App. A: length of a step of the inner attack, in 255ths
     attack_warmup: int = 0  # ours: steps over which alpha grows from 0, for a random start (the authors start from ImageNet weights)
-    attacked: str = "auto"  # erased | all; auto: App. A, ours only where erased, the baselines all
+    attacked: str = "auto"  # which images, erased | all; auto: App. A, ours only where erased, the baselines all
     weak_area: tuple[float, ...] = (0.02, 0.1)  # App. A: weak AT's rectangles
     candidates: int = 10  # Sec. 4: C of DOA, 4 or 10
-    doa_size: int = 20  # App. A: pixels
-    doa_stride: int = 5  # App. A: pixels
-    validate_every: int = 50  # released
-    select: str = "auto"  # last | best-loss | best-auroc; auto: Sec. 4.2, best-auroc for weak AT, last for the others
+    doa_size: int = 20  # App. A: side of DOA's square, pixels
+    doa_stride: int = 5  # App. A: between the places searched, pixels
+    validate_every: int = 50  # released: steps
+    select: str = "auto"  # the weights to judge, last | best-loss | best-auroc; auto: Sec. 4.2, best-auroc for weak AT, last for the others
     autocast: bool = False  # ours: bfloat16 in training on a GPU
     local: bool = True  # ours: on a CPU the inner attack recomputes only what its rectangles change; the same up to rounding
 
@@ -871,6 +873,19 @@ def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embe
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
+def notes(settings: type) -> dict[str, str]:
+    """What the source says beside each of a dataclass's fields: the help of its flag."""
+    with contextlib.suppress(OSError):  # no source at hand
+        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+    return {}
+
+
+def described(field: dataclasses.Field) -> str:
+    """Help of a setting's flag: its note, the paper's default, the demo's where it is another."""
+    demo, note = PRESETS["demo"].get(field.name, field.default), notes(Config).get(field.name, "")
+    return f"{note} [{field.default!r}{f'; demo: {demo!r}' * (demo != field.default)}]".replace("%", "%%").strip()
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (--help lists the flags)")
@@ -882,20 +897,21 @@ def pair(text: str) -> tuple[float, ...]:
 
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
-    parser = Parser(prog="embed.py", description="Train and judge the embedding F (Sec. 2-4).")
+    parser = Parser(prog="embed.py", description="Train and judge the embedding F (Sec. 2-4). In brackets: the preset paper's value; the demo's.")
     choices = {
         "preset": tuple(PRESETS), "method": METHODS, "positive": ("reconstruct", "transfer"), "hinge": ("distance", "squared"),
         "data": ("synthetic", "folder", "celeba"), "fill": ("gaussian", "uniform"), "generate_from": ("clean", "erased"),
         "attacked": ("auto", "erased", "all"), "select": ("auto", "last", "best-loss", "best-auroc"),
     }  # fmt: skip
     for field in dataclasses.fields(Config):
-        flag, default = "--" + field.name.replace("_", "-"), field.default
+        flag, default, told = "--" + field.name.replace("_", "-"), field.default, described(field)
         if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=told)
         elif isinstance(default, tuple):
-            parser.add_argument(flag, type=pair, metavar="LOW,HIGH")
+            parser.add_argument(flag, type=pair, metavar="LOW,HIGH", help=told)
         else:
-            parser.add_argument(flag, type=type(default), choices=choices.get(field.name))
+            kind, named = type(default), choices.get(field.name)
+            parser.add_argument(flag, type=kind, choices=named, metavar=None if named else kind.__name__, help=told)
     parser.set_defaults(**{f.name: None for f in dataclasses.fields(Config)})
     parser.add_argument("--all", action="store_true", help="every method, attack, table and figure; the same command goes on after a stop")
     parser.add_argument("--jobs", type=int, default=0, help="with --all: methods at a time (default: one a core up to 4, on a GPU 1)")

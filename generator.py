@@ -18,10 +18,12 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,14 +57,14 @@ class NotFinite(FloatingPointError):
 class Config:
     """Every setting of the two stages; the defaults are the paper's, a preset replaces some of them."""
 
-    preset: str = "paper"  # demo | paper
+    preset: str = "paper"  # demo | paper; on the command line demo unless named
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
     crop: str = ""  # lfw | centre | celeba; empty: by image size
-    seed: int = 0  # ours
+    seed: int = 0  # ours: of everything random in the training
     split_seed: int = 0  # ours: who is train, validation, target
-    train_persons: int = 9177  # Sec. 4; 0: all that are left
-    validation_persons: int = 100  # Sec. 4
+    train_persons: int = 9177  # Sec. 4: of G; 0: all that are left
+    validation_persons: int = 100  # Sec. 4: of F, not trained on
     target_persons: int = 30  # Sec. 4.2: 30 drawn
     synthetic_persons: int = 370  # ours: size of the rendered set
     synthetic_images: int = 12  # ours: images of each rendered person
@@ -71,23 +73,23 @@ class Config:
     hidden: tuple[int, ...] = (512, 1024)  # LORD: 4*4*32 and 4*4*64
     channels: tuple[int, ...] = (256, 256, 256, 256)  # LORD: the four AdaIN blocks, 8x8 to 64x64
     out_channels: int = 64  # LORD: between the 5x5 and the 7x7 convolution
-    encoder_channels: tuple[int, ...] = (64, 128, 256, 256, 256)  # LORD
-    encoder_hidden: int = 256  # LORD
-    loss: str = "vgg"  # LORD: vgg; ours: pyramid
+    encoder_channels: tuple[int, ...] = (64, 128, 256, 256, 256)  # LORD: of their five convolutions
+    encoder_hidden: int = 256  # LORD: of their dense layers
+    loss: str = "vgg"  # LORD: vgg, perceptual; ours: pyramid, Laplacian L1
     vgg_weights: str = ""  # a torchvision VGG16 file, or the word download
     noise: float = 1.0  # App. A: sigma, added to the content code in training
     content_penalty: float = 0.001  # App. A: lambda, on the sum over dimensions, mean over the batch
-    batch: int = 64  # LORD
-    epochs: int = 200  # Sec. 4
-    rate: float = 3e-4  # LORD
-    rate_end: float = 1e-5  # LORD
+    batch: int = 64  # LORD: images
+    epochs: int = 200  # Sec. 4: of stage 1
+    rate: float = 3e-4  # LORD: Adam's, in stage 1
+    rate_end: float = 1e-5  # LORD: cosine down to this
     code_rate: float = 10.0  # LORD: times the rate, for the codes
-    encoder_epochs: int = 200  # LORD
-    encoder_rate: float = 1e-4  # LORD
+    encoder_epochs: int = 200  # LORD: of stage 2
+    encoder_rate: float = 1e-4  # LORD: Adam's, in stage 2
     encoder_rate_end: float = 1e-4  # LORD: constant
     code_weight: float = 1e4  # LORD: weight of the two code errors (means over dimensions and batch)
-    swap: bool = False  # ours: in stage 2 the class code comes from another image of the person, so that it can hold no content,
-    # and the content code is free of stage 1's, but noisy and penalised as there, so that it holds no more than it must
+    # with swap the content code is free of stage 1's, but noisy and penalised as there, so that it holds no more than it must
+    swap: bool = False  # ours: in stage 2 the class code comes from another image of the person, so that it can hold no content
     encoder_penalty: float = 0.0  # ours: lambda of stage 2, with swap
 
     @property
@@ -678,6 +680,19 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tupl
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
+def notes(settings: type) -> dict[str, str]:
+    """What the source says beside each of a dataclass's fields: the help of its flag."""
+    with contextlib.suppress(OSError):  # no source at hand
+        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(settings), re.MULTILINE))
+    return {}
+
+
+def described(field: dataclasses.Field) -> str:
+    """Help of a setting's flag: its note, the paper's default, the demo's where it is another."""
+    demo, note = PRESETS["demo"].get(field.name, field.default), notes(Config).get(field.name, "")
+    return f"{note} [{field.default!r}{f'; demo: {demo!r}' * (demo != field.default)}]".replace("%", "%%").strip()
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (--help lists the flags)")
@@ -689,16 +704,17 @@ def integers(text: str) -> tuple[int, ...]:
 
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The command line made from Config; a flag wins over the preset, the preset over the paper's default."""
-    parser = Parser(prog="generator.py", description="Train the disentangled generator (Sec. 2, App. A).")
+    parser = Parser(prog="generator.py", description="Train the disentangled generator (Sec. 2, App. A). In brackets: the preset paper's value; the demo's.")
     for field in dataclasses.fields(Config):
-        flag, default = "--" + field.name.replace("_", "-"), field.default
+        flag, default, told = "--" + field.name.replace("_", "-"), field.default, described(field)
         if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=told)
         elif isinstance(default, tuple):
-            parser.add_argument(flag, type=integers, metavar="N,N")
+            parser.add_argument(flag, type=integers, metavar="N,N", help=told)
         else:
             choices = {"preset": list(PRESETS), "data": ["synthetic", "folder", "celeba"], "loss": ["vgg", "pyramid"]}
-            parser.add_argument(flag, type=type(default), choices=choices.get(field.name))
+            kind, named = type(default), choices.get(field.name)
+            parser.add_argument(flag, type=kind, choices=named, metavar=None if named else kind.__name__, help=told)
     parser.add_argument("--run", type=Path, help="folder to write (default runs/<data>-<preset>-<seed>)")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted training stopped")
     parser.add_argument("--overwrite", action="store_true", help="train again over a finished or unfinished run")

@@ -1,6 +1,9 @@
 """Every script copied alone into another project imports, without Triton, matplotlib or the rest of this one."""
 
+import dataclasses
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +32,21 @@ def test_script_alone(name, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "worked\n" and done.stderr == "", done.stderr  # importing prints nothing
     assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == [f"{name}.py"]
+
+
+@pytest.mark.parametrize("name", ["generator", "embed", "attacks"])
+def test_help_says_what_each_setting_is(name, capsys):
+    m = importlib.import_module(name)
+    with pytest.raises(SystemExit) as end:
+        m.parse(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and set(m.notes(m.Config)) == {f.name for f in dataclasses.fields(m.Config)}
+    for field, note in m.notes(m.Config).items():
+        flag = re.search(f"--{field.replace('_', '-')}[ ,]", told[told.index("options:") :]).start() + told.index("options:")
+        value = repr(getattr(m.Config, field))
+        assert 0 < told.index(value, flag) - flag < 400, field
+        said = note.replace("-", "").replace(" ", "")  # argparse breaks lines at hyphens too
+        assert said in told[flag : flag + 400].replace("-", "").replace(" ", ""), field
 
 
 def test_the_command_without_triton_and_matplotlib_from_a_folder_with_spaces(tmp_path):
