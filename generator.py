@@ -10,6 +10,9 @@ Out: runs/<data>-<preset>-<seed>/ with people.json (who is in which part), gener
 
 Stage 1 optimises one content code an image and one class code a person together with G (latent optimisation); stage 2
 trains the encoders to reproduce those codes from the image. Images are float NCHW in [0, 1], 64 x 64.
+
+Measured (demo, 3,600 rendered faces, two x86-64 cores, 63 minutes): on 840 images of 70 persons never seen y 22.3 dB, u 20.3 dB,
+person from the content code 0.045 (chance 0.014). The preset paper has not been run.
 """
 
 from __future__ import annotations
