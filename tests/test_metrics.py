@@ -248,6 +248,8 @@ def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
     both = metrics.summary(runs)
     assert both["ours"]["clean"]["auroc"] == pytest.approx((a["auroc"] + b["auroc"]) / 2)
     assert both["ours"]["clean"]["range"]["auroc"] == [a["auroc"], b["auroc"]] and both["ours"]["clean"]["runs"] == 2
+    assert "range" not in a and "runs" not in a  # one run has none
+    assert {(r.row, r.col) for r in runs[0].methods["ours"]["clean"].rows} == {(-1, -1)}  # a row without a place
     assert both["ours"]["clean"]["n_targets"] == 12
     lo, hi = both["ours"]["clean"]["interval"]
     assert lo < both["ours"]["clean"]["auroc"] < hi and hi - lo < a["interval"][1] - a["interval"][0]
