@@ -107,6 +107,8 @@ def variants_table() -> str:
 
 FLOORS = {("pgd", "loop as in ART"): 2.0, ("pgd", "loop as in torchattacks"): 1.25, ("step", "anchors cached"): 1.5}
 FLOORS |= {("step", "as in the released code"): 3.0, ("doa", "NumPy loop"): 8.0, ("gaussian_cutout", "NumPy loop, noise inside"): 3.0}
+FLOORS |= {("step", "as in the released code, G too"): 3.0}
+FLOORS |= {(op, "NumPy loop, masks as images"): floor for op, floor in (("doa", 8.0), ("gaussian_cutout", 3.0))}
 FLOORS |= {("patch_local", "10x10"): 1.6, ("patch_local", "20x20"): 1.3}
 
 
