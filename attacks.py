@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -660,6 +661,7 @@ def work(names: Sequence[str], config: Config) -> float:
 
 
 # main
+@functools.cache
 def notes(settings: type) -> dict[str, str]:
     """What the source says beside each of a dataclass's fields: the help of its flag."""
     with contextlib.suppress(OSError):  # no source at hand

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -876,6 +877,7 @@ def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embe
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
+@functools.cache
 def notes(settings: type) -> dict[str, str]:
     """What the source says beside each of a dataclass's fields: the help of its flag."""
     with contextlib.suppress(OSError):  # no source at hand

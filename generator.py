@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -683,6 +684,7 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tupl
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
+@functools.cache
 def notes(settings: type) -> dict[str, str]:
     """What the source says beside each of a dataclass's fields: the help of its flag."""
     with contextlib.suppress(OSError):  # no source at hand
