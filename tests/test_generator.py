@@ -116,7 +116,7 @@ def test_the_penalty_shrinks_content_codes_and_the_noise_moves_the_output():
     losses = []
     for noise in (0.0, 1.0):
         trainer = g.Trainer(g.Config(**{**TINY, "noise": noise}), images, person, g.pyramid_loss)
-        losses.append(float(trainer.stage1(torch.arange(8), 0.0, torch.Generator().manual_seed(0))))
+        losses.append(trainer.stage1(torch.arange(8), 0.0, torch.Generator().manual_seed(0)).item())
     assert losses[0] != losses[1]
 
 
@@ -137,7 +137,7 @@ def test_swap_takes_the_class_from_another_image_and_keeps_the_content_noisy_and
     losses = []
     for noise in (0.0, 1.0):  # the same start, the same partners: only the content's noise differs
         trainer = g.Trainer(dataclasses.replace(config, noise=noise), images, person, g.pyramid_loss)
-        losses.append(float(trainer.stage2(torch.arange(8), 0.0, torch.Generator().manual_seed(0))))
+        losses.append(trainer.stage2(torch.arange(8), 0.0, torch.Generator().manual_seed(0)).item())
     assert losses[0] != losses[1]
 
 
