@@ -83,10 +83,14 @@ def end(started: tuple[int, int]) -> tuple[int, str]:
 
 
 def progress(script: str) -> int:
-    """Checkpoints, or finished targets, so far."""
-    if script in LOGS:
-        return len(LOGS[script].read_text().splitlines()) if LOGS[script].exists() else 0
-    return len(list(ROWS.glob(".*.partial/[0-9]*.json"))) + TARGETS * len(list(ROWS.glob("*.csv")))
+    """Checkpoints, or finished targets, so far. The script goes on meanwhile: what it removes during the look is looked for again."""
+    while True:
+        try:
+            if script in LOGS:
+                return len(LOGS[script].read_text().splitlines()) if LOGS[script].exists() else 0
+            return len(list(ROWS.glob(".*.partial/[0-9]*.json"))) + TARGETS * len(list(ROWS.glob("*.csv")))
+        except FileNotFoundError:  # Python 3.11's glob, where a folder goes between its listing and its opening
+            continue
 
 
 def written() -> dict[Path, int]:
