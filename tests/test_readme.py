@@ -147,7 +147,29 @@ def longer_table() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"table": table, "variants": variants_table, "longer": longer_table, "speed": speed_table, "strength": strength_table, "generator": generator_table, "paper": paper_tables}
+def lfw_table() -> str:
+    """Real photographs: means over the runs under results/lfw as a Markdown table."""
+    folders = sorted((ROOT / "results/lfw").glob("seed-*"))
+    found = metrics.summary([metrics.read_run(run) for run in folders])
+    lines = ["| method, LFW | clean | clean, the attacked pairs | eyeglasses | seeds | targets / genuine / intruders, under eyeglasses |", "|---|---|---|---|---|---|"]
+    for method, attacks in found.items():
+        seeds = [run.name[5:] for run in folders if (run / method / "attacks/eyeglasses.csv").exists()]
+        cells = []
+        for m in (attacks["clean"], attacks["eyeglasses"]):
+            low, high = m["range"]["auroc"] if "range" in m else (m["auroc"], m["auroc"])
+            cells.append(f"**{m['auroc']:.3f}** [{m['interval'][0]:.3f}, {m['interval'][1]:.3f}]<br>{low:.3f} to {high:.3f} / {m['aupr']:.3f}")
+        m = attacks["eyeglasses"]
+        cells.insert(1, f"**{m['clean_same_pairs']:.3f}**")
+        lines.append(f"| {LABELS.get(method, method)} | {' | '.join(cells)} | {', '.join(seeds)} | {m['n_targets']} / {m['n_genuine']} / {m['n_intruders']} |")
+    log = [json.loads(line) for line in (ROOT / "results/lfw/generator.jsonl").read_text().splitlines()]
+    g = json.loads((ROOT / "results/lfw/generator.json").read_text())
+    stages = [sum(row["stage"] == k for row in log) for k in (1, 2)]
+    told = f"Generator: {stages[0]} epochs of stage 1, {stages[1]} of stage 2, {sum(row['seconds'] for row in log) / 60:.0f} minutes; on {g['images']} images of {g['persons']} persons never seen "
+    told += f"{g['psnr_reconstruction']:.1f} dB; person from the content code {g['person_from_content']:.2f}, from the class code {g['person_from_class']:.2f}, chance {g['chance']:.3f}."
+    return "\n".join([*lines, "", told])
+
+
+BLOCKS = {"table": table, "lfw": lfw_table, "variants": variants_table, "longer": longer_table, "speed": speed_table, "strength": strength_table, "generator": generator_table, "paper": paper_tables}
 
 
 def split(text: str, name: str) -> tuple[str, str, str]:
