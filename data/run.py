@@ -1,0 +1,575 @@
+"""A run, for every script: flags, devices and processes, files, and trainings that go on by themselves.
+
+    config, args = run.parse(Config, PRESETS, argv, "Train F.")   # a flag for each field of the dataclass
+    device = run.start(args.device)                               # a GPU if there is one; under torchrun this process's own
+    training = run.Training(folder, made_of, args.overwrite, model=model, adam=adam)
+    run.command("embed.py", main, argv)                           # exit status, one line for an error
+
+What stands here is neither the paper nor one stage's own command. A file is written beside its place, synced and renamed,
+so that a crash leaves the old file or the new one. Checkpoints are read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 2**31 - 1  # of an integer flag
+
+
+class UsageError(ValueError):
+    """Something the user can put right: one line that names the file or flag and says what to do."""
+
+
+# ---- the command line
+
+
+@functools.cache
+def notes(settings: type) -> dict[str, str]:
+    """What the source says beside each of a dataclass's fields: the help of its flag."""
+    with contextlib.suppress(OSError):  # no source at hand
+        source = inspect.getsource(settings)
+        return dict(
+            re.findall(r"^    (\w+): [^\n]*?(?:\n    [)\]] *)?  # (.*)$", source, re.MULTILINE)
+        )
+    return {}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _several(kind: type) -> Callable[[str], tuple]:
+    def values(text: str) -> tuple:
+        return tuple(kind(value.strip()) for value in text.split(",") if value.strip())
+
+    values.__name__ = f"list of {kind.__name__}s"
+    return values
+
+
+def parse(
+    settings: type,
+    presets: dict[str, dict],
+    argv: Sequence[str] | None,
+    about: str,
+    choices: dict[str, tuple] | None = None,
+    preset: str | Callable[[argparse.Namespace], str] = "demo",
+    **more: dict,
+) -> tuple[Any, argparse.Namespace]:
+    """A frozen dataclass made from the command line, and the flags that are not its fields.
+
+    A flag wins over the preset, the preset (field `preset`; by default this one) over the field's default. choices: for a
+    field the words it takes, or (lowest, highest); without them an integer is at least 1, a float at least 0. A tuple is
+    given with commas, one of words also as `all`. more: further flags, name -> arguments of `add_argument`.
+    Always there: --run (by default the settings' own `run`, if they have one), --overwrite, --device.
+    Raises UsageError.
+    """
+    choices, fields = choices or {}, dataclasses.fields(settings)
+    words = {k: v for k, v in choices.items() if isinstance(v[0], str)}
+    parser = _Parser(description=f"{about} In brackets: the paper's value; the demo's.")
+    for field in fields:
+        default, known = field.default, words.get(field.name)
+        demo = presets.get("demo", {}).get(field.name, default)
+        note = notes(settings).get(field.name, "")
+        told = f"{note} [{default!r}{f'; demo: {demo!r}' * (demo != default)}]".replace("%", "%%")
+        how: dict[str, Any] = {"help": told.strip(), "default": argparse.SUPPRESS}
+        if isinstance(default, bool):
+            how["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            how |= {"type": _several(type(default[0])), "metavar": "A,B"}
+        else:
+            how |= {
+                "type": type(default),
+                "choices": known,
+                "metavar": None if known else type(default).__name__,
+            }
+        parser.add_argument(_flag(field.name), **how)
+    usual: dict[str, dict] = {
+        "run": {"type": Path, "help": "folder of the run (default runs/<data>-<preset>-<seed>)"},
+        "overwrite": {
+            "action": "store_true",
+            "help": "start again over what is finished or unfinished",
+        },
+        "device": {"default": "", "help": "cpu, cuda, ... (default: a GPU if there is one)"},
+    }
+    for name, how in (usual | more).items():
+        parser.add_argument(_flag(name), **how)
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
+    if any(f.name == "preset" for f in fields):
+        if "preset" not in given:
+            given["preset"] = preset if isinstance(preset, str) else preset(args)
+        if given["preset"] not in presets:
+            raise UsageError(f"--preset {given['preset']}: choose {', '.join(presets)}")
+    config = settings(**{**presets.get(given.get("preset", ""), {}), **given})
+    config = dataclasses.replace(
+        config, **{k: _checked(config, k, choices.get(k)) for k in (f.name for f in fields)}
+    )
+    args.run = args.run or getattr(config, "run", None)
+    return config, args
+
+
+def _checked(config: Any, name: str, known: tuple | None) -> Any:
+    """The value of a field; UsageError naming the flag unless it is within its bounds, or its words are known."""
+    value, flag = getattr(config, name), _flag(name)
+    default = type(config).__dataclass_fields__[name].default
+    if isinstance(value, list):  # what argparse makes of --flag=--
+        raise UsageError(f"{flag}: give a value")
+    several = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and isinstance(default[0], str):
+        if known and value == ("all",):
+            return known
+        for word in value or ("",):
+            if known and word not in known:
+                raise UsageError(
+                    f"{flag} {word}: choose all or some of {', '.join(known) or '(none found)'}"
+                )
+        return value
+    told = ",".join(map(str, several))
+    if isinstance(value, tuple) and len(value) != len(default):
+        raise UsageError(f"{flag} {told}: give {len(default)} numbers")
+    if isinstance(value, (bool, str)):
+        return value
+    whole = isinstance(default[0] if isinstance(default, tuple) else default, int)
+    low, high = known or ((1, LARGEST) if whole else (0, 1e9))
+    if not all(low <= v <= high for v in several):
+        raise UsageError(
+            f"{flag} {told}: give {'numbers' if len(several) > 1 else 'a number'} from {low} to {high}"
+        )
+    return value
+
+
+def command(
+    name: str, work: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> int:
+    """work(argv) and its exit status; an error of the user, the disk or the numbers becomes one line on stderr, rank 0's.
+
+    0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a name that the console has no letters for ends no run
+    try:
+        return work(argv) or 0
+    except UsageError as error:
+        status, line = 2, str(error)
+    except OSError as error:
+        status = 2
+        line = f"{error.filename or 'files'}: {error.strerror or error}: fix that and run the same command again"
+    except FloatingPointError as error:
+        status, line = 1, str(error)
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted; the same command goes on from the last checkpoint"
+    if world() > 1:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # torchrun's, which follows, needs no line of its own
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{name}: {line}", file=sys.stderr)
+    return status
+
+
+def then(stage: str, argv: Sequence[str]) -> int:
+    """The command of another stage, by name, in this process: its exit status."""
+    return importlib.import_module(stage).main(argv)
+
+
+# ---- devices and processes: torchrun starts one process for each
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share(flag: str, whole: int) -> int:
+    """This process's part of a batch; UsageError unless torchrun's processes divide it."""
+    if whole % world():
+        raise UsageError(
+            f"{flag} {whole}: must divide by torchrun's {world()} processes: give a multiple of {world()}"
+        )
+    return whole // world()
+
+
+def _ended(why: object) -> None:
+    """One line and the end, whatever this process was doing."""
+    why = " ".join(str(why).split())[:120]
+    line = f"process {rank()} of {world()} stops, as another one or torchrun has ended ({why}); the same command goes on\n"
+    os.write(2, f"{Path(sys.argv[0]).name}: {line}".encode())
+    os._exit(1)
+
+
+def _together(collective: Callable, *args: object) -> None:
+    try:
+        collective(*args)
+    except RuntimeError as error:
+        _ended(error)
+
+
+def barrier() -> None:
+    """Wait for the other processes; nothing without torchrun."""
+    if world() > 1:
+        _together(torch.distributed.barrier)
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others, which find what it wrote, or fail as it did."""
+    if rank():
+        barrier()
+    try:
+        yield
+    finally:
+        if not rank():
+            barrier()
+
+
+def start(device: str = "") -> torch.device:
+    """The device asked for, else a GPU if there is one; under torchrun this process's own, once it is one of the group.
+
+    From here on rank 0 alone prints. Raises UsageError for a device that torch cannot use.
+    """
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UsageError(
+            f"--device {device}: cannot be used here ({reason}): cpu, or a device torch sees"
+        ) from None
+    if world() > 1 and found.type == "cuda":
+        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if found.index >= (there := torch.cuda.device_count()):
+            raise UsageError(
+                f"torchrun: this machine has {there} GPUs: start no more processes on it"
+            )
+        torch.cuda.set_device(found)
+    if world() > 1 and not torch.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, lambda *_: _ended("SIGTERM"))
+        if rank():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        backend = "nccl" if found.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
+    return found
+
+
+def average_gradients(optimiser: torch.optim.Optimizer) -> None:
+    """From now on each step of the optimiser takes the mean of the processes' gradients, all in one message."""
+
+    def mean(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        grads = [
+            p.grad
+            for group in optimiser.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        flat = torch.cat([g.flatten() for g in grads])
+        _together(torch.distributed.all_reduce, flat)
+        for g, found in zip(grads, (flat / world()).split([g.numel() for g in grads])):
+            g.copy_(found.view_as(g))
+
+    if world() > 1:
+        optimiser.register_step_pre_hook(mean)
+
+
+def step_seed(seed: int, step: int, spread: int = 1_000_003) -> int:
+    """Seed of a step's random numbers: it depends on seed, step and rank alone, so that no random state is saved."""
+    return seed * spread + step + rank() * 2_000_000_011
+
+
+# ---- files
+
+
+def write(
+    path: str | os.PathLike[str], content: bytes | str | dict | Callable[[Any], object]
+) -> None:
+    """Bytes, text, a dict as JSON, or what content(file) writes: beside `path`, synced, then renamed. Raises UsageError."""
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=1) + "\n"
+    raw = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        with open(beside, "wb") as file:
+            raw(file) if callable(raw) else file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise UsageError(
+            f"{path}: cannot be written ({reason}): free some space, or name another place"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of path left beside it, once nobody has written to it for a minute."""
+    for beside in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - beside.stat().st_mtime > 60:
+                beside.unlink()
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
+    """Whatever goes wrong while a file is read and understood becomes one line: the file, the reason, the advice."""
+    try:
+        yield
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file: {advice}") from None
+    except Exception as error:  # noqa: BLE001  torch.load raises many kinds for a file that is not a checkpoint
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UsageError(f"{path}: cannot be read ({reason}): {advice}") from None
+
+
+def read_json(
+    path: str | os.PathLike[str], advice: str = "restore it, or make it again with --overwrite"
+) -> dict:
+    """A JSON file's object. Raises UsageError."""
+    with reading(path, advice):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not an object")  # noqa: TRY004
+        return content
+
+
+def save(path: str | os.PathLike[str], kind: str, **content: object) -> None:
+    """A checkpoint that says what it is. Raises UsageError."""
+    write(path, lambda file: torch.save({"kind": kind, **content}, file))
+
+
+def load(path: str | os.PathLike[str], kind: str) -> dict:
+    """A checkpoint of this project on the CPU, read with weights_only. Raises UsageError if missing, broken, of another kind."""
+    with reading(path, "restore the file, train it again, or name another --run"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("kind") != kind:
+            raise ValueError(f"not a checkpoint of kind {kind!r}")
+        return content
+
+
+def fingerprint(*parts: Tensor | str | os.PathLike[str] | None) -> str:
+    """Sixteen hexadecimal digits that another value, or another file's content, changes.
+
+    Of rendered faces take the factors: how their pixels are rounded depends on the number of threads.
+    """
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            for some in part.split(4096):
+                found.update(some.cpu().contiguous().numpy().tobytes())
+        elif part is not None:
+            found.update(Path(part).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def differences(old: dict, new: dict) -> str:
+    """The entries in which two records differ, as text; empty if they agree. Nested ones by their own names."""
+
+    def flat(record: dict) -> dict:
+        inner = [
+            flat(v) if isinstance(v, dict) else {k: v}
+            for k, v in json.loads(json.dumps(record)).items()
+        ]
+        return {k: v for part in inner for k, v in part.items()}
+
+    a, b = flat(old), flat(new)
+    return ", ".join(
+        f"{k} ({a.get(k)} before, {b.get(k)} now)" for k in sorted({*a, *b}) if a.get(k) != b.get(k)
+    )
+
+
+def commit() -> str:
+    """Of this checkout, with -dirty where a tracked file was changed; "unknown" outside one."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=7",
+        "--exclude=*",
+    ]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            git, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    return "unknown"
+
+
+def record(device: torch.device) -> dict[str, str]:
+    """Device, versions and commit, to stand beside every result."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} x{torch.get_num_threads()}"
+    name += f", {world()} processes" * (world() > 1)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"device": name, **versions, "commit": commit()}
+
+
+class Training:
+    """A training in a folder of its own that goes on by itself: log.jsonl, training.ckpt until it ends, result.json then.
+
+    made_of: what must be the same to go on (settings, persons, images, ...), a dict for JSON; parts: what has a state_dict.
+    After a stop the same command goes on from the last checkpoint, bit for bit if a step's random numbers depend on
+    `step_seed` alone. Raises UsageError, naming the difference, where another training is in the folder; overwrite starts
+    again. `step` counts, `seconds` it took, `best` is the caller's to keep, `result` is there once it is `done`.
+    """
+
+    def __init__(
+        self, folder: Path, made_of: dict, overwrite: bool = False, unit: str = "step", **parts: Any
+    ) -> None:
+        self.folder, self.made_of, self.unit, self.parts = Path(folder), made_of, unit, parts
+        self.step, self.seconds, self.best, self.result = 0, 0.0, -math.inf, {}
+        self.log_file, self.checkpoint = self.folder / "log.jsonl", self.folder / "training.ckpt"
+        ended, unfinished = self.folder / "result.json", self.checkpoint.exists()
+        finished = ended.exists() and not unfinished
+        barrier()  # every process has looked before rank 0 writes
+        if unfinished and not overwrite:
+            self._go_on()
+        elif finished and not overwrite:
+            self.result = read_json(ended)
+            self._same(self.result.get("made_of"), ended)
+        elif rank() == 0:
+            if finished or unfinished:  # what is there counts as unfinished from here on
+                self._save()
+            write(self.log_file, "")
+        self._begun, self._before, self._first = time.time(), self.seconds, self.step
+        self._values: list[dict[str, float]] = []
+
+    @property
+    def done(self) -> bool:
+        return bool(self.result)
+
+    def _same(self, made_of: object, path: Path) -> None:
+        if not isinstance(made_of, dict):
+            raise UsageError(
+                f"{path}: does not say what was trained: use --overwrite, or another --run"
+            )
+        if differs := differences(made_of, self.made_of):
+            raise UsageError(
+                f"{path}: another training: {differs}: use those again, --overwrite, or another --run"
+            )
+
+    def _go_on(self) -> None:
+        state = load(self.checkpoint, "training")
+        self._same(state.get("made_of"), self.checkpoint)
+        with reading(self.checkpoint, "it does not hold this training: use --overwrite"):
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step, self.seconds, self.best = (
+                int(state["step"]),
+                float(state["seconds"]),
+                float(state["best"]),
+            )
+        if rank() == 0:
+            write(self.log_file, "".join(f"{line}\n" for line in self._lines()))
+            if (now := commit()) != state["commit"]:
+                print(
+                    f"WARNING: {self.folder}: begun at commit {state['commit']}, now {now}",
+                    file=sys.stderr,
+                )
+        print(f"{self.folder}: goes on at {self.unit} {self.step}", flush=True)
+
+    def _lines(self) -> Iterator[str]:
+        """The log's lines that are whole and not beyond the checkpoint."""
+        held = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+        for line in held.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)[self.unit] <= self.step:
+                    yield line
+
+    def _save(self) -> None:
+        state = {
+            "made_of": self.made_of,
+            "commit": commit(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        save(self.checkpoint, "training", **state, best=self.best, **states)
+
+    def count(self, **values: float) -> None:
+        """A step is done; its values wait for the log."""
+        self.step += 1
+        self._values.append(values)
+
+    def log(self, steps: int, **values: float) -> None:
+        """A line of the log with the means of what was counted since the last one, then a checkpoint; rank 0's alone."""
+        counted, self._values = self._values, []
+        if rank():
+            return
+        self.seconds = self._before + time.time() - self._begun
+        means = {
+            k: sum(v[k] for v in counted) / len(counted) for k in (counted[0] if counted else ())
+        }
+        line = {self.unit: self.step, **means, **values, "seconds": self.seconds}
+        with open(
+            self.log_file, "a"
+        ) as file:  # before the checkpoint: what goes on drops the lines beyond it
+            file.write(json.dumps(line) + "\n")
+        self._save()
+        left = (
+            (self.seconds - self._before)
+            / max(self.step - self._first, 1)
+            * (steps - self.step)
+            / 60
+        )
+        told = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in {**means, **values}.items())
+        print(f"{self.unit} {self.step}/{steps}  {told}  left {left:.1f} min", flush=True)
+
+    def end(self, **result: object) -> None:
+        """The result is written and the checkpoint goes; rank 0's alone."""
+        each = self.seconds / max(self.step, 1)
+        self.result = {
+            "made_of": self.made_of,
+            "seconds": self.seconds,
+            f"seconds_per_{self.unit}": each,
+            **result,
+        }
+        if rank() == 0:
+            write(self.folder / "result.json", self.result)
+            self.checkpoint.unlink(missing_ok=True)
+        barrier()
