@@ -1,12 +1,15 @@
-"""A run, for every script: flags, devices and processes, files, and trainings that go on by themselves.
+"""A run, for every script: flags, devices and processes, files, and trainings that go on by
+themselves.
 
-    config, args = run.parse(Config, PRESETS, argv, "Train F.")   # a flag for each field of the dataclass
-    device = run.start(args.device)                               # a GPU if there is one; under torchrun this process's own
-    training = run.Training(folder, made_of, args.overwrite, model=model, adam=adam)
-    run.command("embed.py", main, argv)                           # exit status, one line for an error
+    config, args = run.parse(Config, PRESETS, argv, "Train F.")   # a flag for each field of the
+    dataclass device = run.start(args.device)                               # a GPU if there is one;
+    under torchrun this process's own training = run.Training(folder, made_of, args.overwrite,
+    model=model, adam=adam) run.command("embed.py", main, argv)                           # exit
+    status, one line for an error
 
-What stands here is neither the paper nor one stage's own command. A file is written beside its place, synced and renamed,
-so that a crash leaves the old file or the new one. Checkpoints are read with `weights_only`.
+What stands here is neither the paper nor one stage's own command. A file is written beside its
+place, synced and renamed, so that a crash leaves the old file or the new one. Checkpoints are read
+with `weights_only`.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ LARGEST = 2**31 - 1  # of an integer flag
 
 
 class UsageError(ValueError):
-    """Something the user can put right: one line that names the file or flag and says what to do."""
+    """Something the user can put right: one line that names the file or flag and says what to
+    do."""
 
 
 # ---- the command line
@@ -86,11 +90,11 @@ def parse(
 ) -> tuple[Any, argparse.Namespace]:
     """A frozen dataclass made from the command line, and the flags that are not its fields.
 
-    A flag wins over the preset, the preset (field `preset`; by default this one) over the field's default. choices: for a
-    field the words it takes, or (lowest, highest); without them an integer is at least 1, a float at least 0. A tuple is
-    given with commas, one of words also as `all`. more: further flags, name -> arguments of `add_argument`.
-    Always there: --run (by default the settings' own `run`, if they have one), --overwrite, --device.
-    Raises UsageError.
+    A flag wins over the preset, the preset (field `preset`; by default this one) over the field's
+    default. choices: for a field the words it takes, or (lowest, highest); without them an integer
+    is at least 1, a float at least 0. A tuple is given with commas, one of words also as `all`.
+    more: further flags, name -> arguments of `add_argument`. Always there: --run (by default the
+    settings' own `run`, if they have one), --overwrite, --device. Raises UsageError.
     """
     choices, fields = choices or {}, dataclasses.fields(settings)
     words = {k: v for k, v in choices.items() if isinstance(v[0], str)}
@@ -138,7 +142,8 @@ def parse(
 
 
 def _checked(config: Any, name: str, known: tuple | None) -> Any:
-    """The value of a field; UsageError naming the flag unless it is within its bounds, or its words are known."""
+    """The value of a field; UsageError naming the flag unless it is within its bounds, or its words
+    are known."""
     value, flag = getattr(config, name), _flag(name)
     default = type(config).__dataclass_fields__[name].default
     if isinstance(value, list):  # what argparse makes of --flag=--
@@ -170,7 +175,8 @@ def _checked(config: Any, name: str, known: tuple | None) -> Any:
 def command(
     name: str, work: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """work(argv) and its exit status; an error of the user, the disk or the numbers becomes one line on stderr, rank 0's.
+    """work(argv) and its exit status; an error of the user, the disk or the numbers becomes one
+    line on stderr, rank 0's.
 
     0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C.
     """
@@ -247,7 +253,8 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others, which find what it wrote, or fail as it did."""
+    """Rank 0 goes through the block before the others, which find what it wrote, or fail as it
+    did."""
     if rank():
         barrier()
     try:
@@ -258,7 +265,8 @@ def rank_0_first() -> Iterator[None]:
 
 
 def start(device: str = "") -> torch.device:
-    """The device asked for, else a GPU if there is one; under torchrun this process's own, once it is one of the group.
+    """The device asked for, else a GPU if there is one; under torchrun this process's own, once it
+    is one of the group.
 
     From here on rank 0 alone prints. Raises UsageError for a device that torch cannot use.
     """
@@ -287,7 +295,8 @@ def start(device: str = "") -> torch.device:
 
 
 def average_gradients(optimiser: torch.optim.Optimizer) -> None:
-    """From now on each step of the optimiser takes the mean of the processes' gradients, all in one message."""
+    """From now on each step of the optimiser takes the mean of the processes' gradients, all in one
+    message."""
 
     def mean(optimiser: torch.optim.Optimizer, *_: object) -> None:
         grads = [
@@ -306,7 +315,8 @@ def average_gradients(optimiser: torch.optim.Optimizer) -> None:
 
 
 def step_seed(seed: int, step: int, spread: int = 1_000_003) -> int:
-    """Seed of a step's random numbers: it depends on seed, step and rank alone, so that no random state is saved."""
+    """Seed of a step's random numbers: it depends on seed, step and rank alone, so that no random
+    state is saved."""
     return seed * spread + step + rank() * 2_000_000_011
 
 
@@ -316,7 +326,8 @@ def step_seed(seed: int, step: int, spread: int = 1_000_003) -> int:
 def write(
     path: str | os.PathLike[str], content: bytes | str | dict | Callable[[Any], object]
 ) -> None:
-    """Bytes, text, a dict as JSON, or what content(file) writes: beside `path`, synced, then renamed. Raises UsageError."""
+    """Bytes, text, a dict as JSON, or what content(file) writes: beside `path`, synced, then
+    renamed. Raises UsageError."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     if isinstance(content, dict):
@@ -342,7 +353,8 @@ def write(
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of path left beside it, once nobody has written to it for a minute."""
+    """Remove what killed writers of path left beside it, once nobody has written to it for a
+    minute."""
     for beside in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - beside.stat().st_mtime > 60:
@@ -351,7 +363,8 @@ def sweep(path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read and understood becomes one line: the file, the reason, the advice."""
+    """Whatever goes wrong while a file is read and understood becomes one line: the file, the
+    reason, the advice."""
     try:
         yield
     except (UsageError, KeyboardInterrupt):
@@ -380,7 +393,8 @@ def save(path: str | os.PathLike[str], kind: str, **content: object) -> None:
 
 
 def load(path: str | os.PathLike[str], kind: str) -> dict:
-    """A checkpoint of this project on the CPU, read with weights_only. Raises UsageError if missing, broken, of another kind."""
+    """A checkpoint of this project on the CPU, read with weights_only. Raises UsageError if
+    missing, broken, of another kind."""
     with reading(path, "restore the file, train it again, or name another --run"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("kind") != kind:
@@ -391,7 +405,8 @@ def load(path: str | os.PathLike[str], kind: str) -> dict:
 def fingerprint(*parts: Tensor | str | os.PathLike[str] | None) -> str:
     """Sixteen hexadecimal digits that another value, or another file's content, changes.
 
-    Of rendered faces take the factors: how their pixels are rounded depends on the number of threads.
+    Of rendered faces take the factors: how their pixels are rounded depends on the number of
+    threads.
     """
     found = hashlib.sha256()
     for part in parts:
@@ -404,7 +419,8 @@ def fingerprint(*parts: Tensor | str | os.PathLike[str] | None) -> str:
 
 
 def differences(old: dict, new: dict) -> str:
-    """The entries in which two records differ, as text; empty if they agree. Nested ones by their own names."""
+    """The entries in which two records differ, as text; empty if they agree. Nested ones by their
+    own names."""
 
     def flat(record: dict) -> dict:
         inner = [
@@ -450,12 +466,14 @@ def record(device: torch.device) -> dict[str, str]:
 
 
 class Training:
-    """A training in a folder of its own that goes on by itself: log.jsonl, training.ckpt until it ends, result.json then.
+    """A training in a folder of its own that goes on by itself: log.jsonl, training.ckpt until it
+    ends, result.json then.
 
-    made_of: what must be the same to go on (settings, persons, images, ...), a dict for JSON; parts: what has a state_dict.
-    After a stop the same command goes on from the last checkpoint, bit for bit if a step's random numbers depend on
-    `step_seed` alone. Raises UsageError, naming the difference, where another training is in the folder; overwrite starts
-    again. `step` counts, `seconds` it took, `best` is the caller's to keep, `result` is there once it is `done`.
+    made_of: what must be the same to go on (settings, persons, images, ...), a dict for JSON;
+    parts: what has a state_dict. After a stop the same command goes on from the last checkpoint,
+    bit for bit if a step's random numbers depend on `step_seed` alone. Raises UsageError, naming
+    the difference, where another training is in the folder; overwrite starts again. `step` counts,
+    `seconds` it took, `best` is the caller's to keep, `result` is there once it is `done`.
     """
 
     def __init__(
@@ -537,7 +555,8 @@ class Training:
         self._values.append(values)
 
     def log(self, steps: int, **values: float) -> None:
-        """A line of the log with the means of what was counted since the last one, then a checkpoint; rank 0's alone."""
+        """A line of the log with the means of what was counted since the last one, then a
+        checkpoint; rank 0's alone."""
         counted, self._values = self._values, []
         if rank():
             return
