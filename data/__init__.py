@@ -14,18 +14,14 @@ counted on stderr. Measured on LFW, 7,487 photographs, two CPU cores: 9.5 s the 
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import hashlib
 import io
 import json
 import os
 import re
-import secrets
 import stat
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,6 +33,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL import __version__ as pillow_version
+
+from . import run
+from .run import UsageError as DataError
 
 try:
     from tqdm import tqdm
@@ -69,10 +68,6 @@ TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 QUARTER_TURNS = tuple(TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
-
-
-class DataError(ValueError):
-    """What the user gave cannot be used; the message is one line that names the file or setting and what to do."""
 
 
 class _Skip(Exception):
@@ -130,15 +125,21 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     """
     crop = _check_crop(crop)
     if crop is None:
-        crop = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}.get((width, height), "centre")
+        crop = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}.get(
+            (width, height), "centre"
+        )
     if crop == "lfw":
         if width != height:
-            raise DataError(f"crop lfw needs a square image, this one is {width}x{height}; use crop centre")
+            raise DataError(
+                f"crop lfw needs a square image, this one is {width}x{height}; use crop centre"
+            )
         k = width / 250
         return 57 * k, 39 * k, 196 * k, 178 * k
     if crop == "celeba":
         if abs(width * 218 - height * 178) > 218:  # off by more than a column
-            raise DataError(f"crop celeba needs the shape 178x218, this image is {width}x{height}; use crop centre")
+            raise DataError(
+                f"crop celeba needs the shape 178x218, this image is {width}x{height}; use crop centre"
+            )
         kx, ky = width / 178, height / 218
         return 25 * kx, 45 * ky, 153 * kx, 173 * ky
     if crop == "centre":
@@ -170,7 +171,9 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
     if not raw:
         raise _Skip("empty file")
     Image.init()
-    with Image.open(io.BytesIO(raw), formats=[name for name in Image.ID if name not in UNUSED_FORMATS]) as image:
+    with Image.open(
+        io.BytesIO(raw), formats=[name for name in Image.ID if name not in UNUSED_FORMATS]
+    ) as image:
         W, H = image.size
         if W * H > MAX_PIXELS:
             raise _Skip(f"{W}x{H} pixels is too large (limit {MAX_PIXELS // 10**6} megapixels)")
@@ -178,7 +181,9 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
             if "progressive" in image.info and raw.count(b"\xff\xda") * W * H > MAX_SCAN_PIXELS:
                 raise _Skip("progressive JPEG with too many scans")
             shrink = min(W, H) // (4 * SIZE)
-            if shrink > 1:  # let the decoder halve large photographs, never below four times the size needed
+            if (
+                shrink > 1
+            ):  # let the decoder halve large photographs, never below four times the size needed
                 image.draft(None, (W // shrink, H // shrink))
         if image.format == "JPEG2000" and len(raw) > MAX_JPEG2000_BYTES:
             raise _Skip(f"JPEG 2000 of more than {MAX_JPEG2000_BYTES >> 20} MiB")
@@ -197,10 +202,17 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
             raise _Skip(f"{W}x{H} pixels is too small")
         left, top, right, bottom = crop_box(W, H, crop)
         kx, ky = upright.width / W, upright.height / H
-        box = (left * kx, top * ky, min(right * kx, upright.width), min(bottom * ky, upright.height))
+        box = (
+            left * kx,
+            top * ky,
+            min(right * kx, upright.width),
+            min(bottom * ky, upright.height),
+        )
         small = _eight_bit(upright).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
         if small.mode == "RGBA":
-            small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert("RGB")
+            small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert(
+                "RGB"
+            )
         return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))  # (3, 64, 64)
 
 
@@ -256,14 +268,19 @@ def _reason(error: BaseException) -> str:
 
 def _printable(text: str) -> str:
     """One safe line: everything unprintable (line ends, undecodable bytes) and the backslash are escaped."""
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
 
 
 def _check_crop(crop: str | None) -> str | None:
     if crop in (None, "", "auto"):
         return None
     if crop not in CROPS:
-        raise DataError(f"unknown crop {crop!r}: choose {', '.join(CROPS)}, or leave it out to go by the image's size")
+        raise DataError(
+            f"unknown crop {crop!r}: choose {', '.join(CROPS)}, or leave it out to go by the image's size"
+        )
     return crop
 
 
@@ -274,7 +291,9 @@ def _say(text: str) -> None:
 # ---- many images
 
 
-def _decode_all(paths: Sequence[str], crop: str | None, progress: bool) -> tuple[np.ndarray, list[str | None]]:
+def _decode_all(
+    paths: Sequence[str], crop: str | None, progress: bool
+) -> tuple[np.ndarray, list[str | None]]:
     """Files -> uint8 (kept, 3, 64, 64) in one array that is allocated once, and per file None or why it was skipped."""
     images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
     reasons: list[str | None] = [None] * len(paths)
@@ -293,11 +312,17 @@ def _decode_all(paths: Sequence[str], crop: str | None, progress: bool) -> tuple
     show = progress and len(paths) >= 500
     if show and tqdm is None:
         _say(f"decoding {len(paths)} images (install tqdm to see a progress bar)")
-    bar = tqdm(total=len(paths), desc="decoding", unit="image", disable=None) if show and tqdm is not None else None
+    bar = (
+        tqdm(total=len(paths), desc="decoding", unit="image", disable=None)
+        if show and tqdm is not None
+        else None
+    )
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, _cores())) as pool:
         _quiet_pillow()
         try:
-            for done in as_completed([pool.submit(work, i, min(i + 32, len(paths))) for i in range(0, len(paths), 32)]):
+            for done in as_completed(
+                [pool.submit(work, i, min(i + 32, len(paths))) for i in range(0, len(paths), 32)]
+            ):
                 if bar is not None:
                     bar.update(done.result())
         finally:
@@ -346,7 +371,9 @@ def load(
         raise DataError(f"unknown data {name!r}: choose {', '.join(DATA_SETS)}")
     if name == "synthetic":
         if root or crop:
-            raise DataError("synthetic faces take no root and no crop: for photographs choose folder or celeba")
+            raise DataError(
+                "synthetic faces take no root and no crop: for photographs choose folder or celeba"
+            )
         return _load_synthetic(cache, progress, options)
     if options:
         raise DataError(f"{name} takes no option {', '.join(sorted(options))}")
@@ -357,9 +384,13 @@ def load(
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
     except (OSError, ValueError) as error:
-        raise DataError(f"{_printable(root)}: cannot be read ({_reason(error)}); check the root") from None
+        raise DataError(
+            f"{_printable(root)}: cannot be read ({_reason(error)}); check the root"
+        ) from None
     if not is_folder:
-        raise DataError(f"{_printable(root)}: is not a folder; give the folder that holds the images as root")
+        raise DataError(
+            f"{_printable(root)}: is not a folder; give the folder that holds the images as root"
+        )
 
     if name == "folder":
         entries, refused = _list_folder(root)
@@ -394,11 +425,18 @@ def _from_files(
 ) -> Faces:
     if not files:
         why = f" ({refused[0]})" if refused else ""
-        raise DataError(f"{_printable(root)}: no images{why}; expected one folder a person with images in it")
+        raise DataError(
+            f"{_printable(root)}: no images{why}; expected one folder a person with images in it"
+        )
     images, reasons = _decode_all([os.path.join(root, file) for file in files], crop, progress)
-    skipped = [*refused, *(f"{_printable(file)}: {why}" for file, why in zip(files, reasons) if why is not None)]
+    skipped = [
+        *refused,
+        *(f"{_printable(file)}: {why}" for file, why in zip(files, reasons) if why is not None),
+    ]
     if not len(images):
-        raise DataError(f"{_printable(root)}: none of its {len(files)} files is a readable image ({skipped[-1]})")
+        raise DataError(
+            f"{_printable(root)}: none of its {len(files)} files is a readable image ({skipped[-1]})"
+        )
     kept = [i for i, why in enumerate(reasons) if why is None]
     names = sorted({people[i] for i in kept})
     index = {person: k for k, person in enumerate(names)}
@@ -457,22 +495,40 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
             elif stat.S_ISREG(about.st_mode):
                 entries.append((path, (about.st_size, about.st_mtime_ns, about.st_mode)))
                 if len(entries) > MAX_FILES:
-                    raise DataError(f"{_printable(root)}: holds more than {MAX_FILES} files; give the folder of faces")
+                    raise DataError(
+                        f"{_printable(root)}: holds more than {MAX_FILES} files; give the folder of faces"
+                    )
             else:
                 refused.append(f"{_printable(path)}: not a regular file")
     return sorted(entries), sorted(refused)
 
 
-def _folder_people(root: str, files: Sequence[str], refused: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def _folder_people(
+    root: str, files: Sequence[str], refused: Sequence[str]
+) -> tuple[list[str], list[str], list[str]]:
     """Files that can be photographs, the person of each, and what was refused."""
     nested = [file for file in files if os.sep in file]
     if nested:
         tops = {file.split(os.sep)[0] for file in nested}
-        depth = int(len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested))  # an archive unpacked one folder too deep
-        loose = [f"{_printable(file)}: lies beside the persons' folders" for file in files if os.sep not in file]
-        return nested, [_printable(file.split(os.sep)[depth]) for file in nested], [*refused, *loose]
+        depth = int(
+            len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested)
+        )  # an archive unpacked one folder too deep
+        loose = [
+            f"{_printable(file)}: lies beside the persons' folders"
+            for file in files
+            if os.sep not in file
+        ]
+        return (
+            nested,
+            [_printable(file.split(os.sep)[depth]) for file in nested],
+            [*refused, *loose],
+        )
     stems = [os.path.splitext(file)[0] for file in files]
-    return list(files), [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems], list(refused)
+    return (
+        list(files),
+        [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems],
+        list(refused),
+    )
 
 
 # ---- celeba
@@ -484,13 +540,19 @@ def _list_celeba(root: str) -> list[Entry]:
     try:
         about = os.stat(identity_file)
     except OSError as error:
-        raise DataError(f"{_printable(identity_file)}: {_reason(error)}; put CelebA's identity file there") from None
+        raise DataError(
+            f"{_printable(identity_file)}: {_reason(error)}; put CelebA's identity file there"
+        ) from None
     if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_TEXT_BYTES:
-        raise DataError(f"{_printable(identity_file)}: is not a text file of lines like '000001.jpg 2880'")
+        raise DataError(
+            f"{_printable(identity_file)}: is not a text file of lines like '000001.jpg 2880'"
+        )
     places = ("img_align_celeba/img_align_celeba", "img_align_celeba")
     folder = next((place for place in places if os.path.isdir(os.path.join(root, place))), None)
     if folder is None:
-        raise DataError(f"{_printable(root)}: has no folder img_align_celeba; unpack img_align_celeba.zip there")
+        raise DataError(
+            f"{_printable(root)}: has no folder img_align_celeba; unpack img_align_celeba.zip there"
+        )
     images: list[Entry] = []
     try:
         with os.scandir(os.path.join(root, folder)) as scan:
@@ -503,11 +565,15 @@ def _list_celeba(root: str) -> list[Entry]:
                     facts = (about_image.st_size, about_image.st_mtime_ns, about_image.st_mode)
                     images.append((f"{folder}/{child.name}", facts))
     except OSError as error:
-        raise DataError(f"{_printable(folder)}: cannot be read ({_reason(error)}); check its permissions") from None
+        raise DataError(
+            f"{_printable(folder)}: cannot be read ({_reason(error)}); check its permissions"
+        ) from None
     return [(IDENTITY_FILE, (about.st_size, about.st_mtime_ns, about.st_mode)), *sorted(images)]
 
 
-def read_identities(path: str | os.PathLike[str], present: Sequence[str] | None = None) -> dict[str, str]:
+def read_identities(
+    path: str | os.PathLike[str], present: Sequence[str] | None = None
+) -> dict[str, str]:
     """identity_CelebA.txt -> {"000001.jpg": "02880", ...}, in the file's order.
 
     Lines "name identity", identity a whole number; one or two header lines, blank lines, commas and CRLF are tolerated.
@@ -522,24 +588,39 @@ def read_identities(path: str | os.PathLike[str], present: Sequence[str] | None 
         raise DataError(f"{shown}: {_reason(error)}; put CelebA's identity file there") from None
     there = None if present is None else frozenset(present)
     identities: dict[str, str] = {}
-    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
+    for number, line in enumerate(
+        text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1
+    ):
         words = line.replace(",", " ").split()
-        if not words or (number <= 2 and not identities and "." not in words[0]):  # blank, or a header
+        if not words or (
+            number <= 2 and not identities and "." not in words[0]
+        ):  # blank, or a header
             continue
         where = f"{shown}, line {number}"
-        if len(words) != 2 or not re.fullmatch(r"[0-9]{1,9}", words[1]) or "/" in words[0] or "\\" in words[0]:
+        if (
+            len(words) != 2
+            or not re.fullmatch(r"[0-9]{1,9}", words[1])
+            or "/" in words[0]
+            or "\\" in words[0]
+        ):
             raise DataError(
                 f"{where}: {_printable(line)[:60]!r} is not like '000001.jpg 2880'; mend or remove the line"
             )
         image, identity = words[0], f"{int(words[1]):05d}"
         if image in identities:
-            raise DataError(f"{where}: image {_printable(image)[:60]} is listed a second time; remove one of the lines")
+            raise DataError(
+                f"{where}: image {_printable(image)[:60]} is listed a second time; remove one of the lines"
+            )
         if there is not None and image not in there:
             hint = "unpack all of img_align_celeba.zip, or remove the line"
-            raise DataError(f"{where}: image {_printable(image)[:60]} is not in img_align_celeba; {hint}")
+            raise DataError(
+                f"{where}: image {_printable(image)[:60]} is not in img_align_celeba; {hint}"
+            )
         identities[image] = identity
     if not identities:
-        raise DataError(f"{shown}: holds no line like '000001.jpg 2880'; put CelebA's identity file there")
+        raise DataError(
+            f"{shown}: holds no line like '000001.jpg 2880'; put CelebA's identity file there"
+        )
     return identities
 
 
@@ -556,7 +637,9 @@ def _celeba_people(root: str, files: Sequence[str]) -> tuple[list[str], list[str
 # ---- synthetic
 
 
-def _load_synthetic(cache: str | os.PathLike[str] | None, progress: bool, options: dict[str, int]) -> Faces:
+def _load_synthetic(
+    cache: str | os.PathLike[str] | None, progress: bool, options: dict[str, int]
+) -> Faces:
     from . import synthetic
 
     settings = {"persons": 370, "images_per_person": 12, "seed": 0}
@@ -565,7 +648,9 @@ def _load_synthetic(cache: str | os.PathLike[str] | None, progress: bool, option
             raise DataError(f"synthetic takes no option {key!r}: there are {', '.join(settings)}")
         least = 0 if key == "seed" else 1
         if type(value) is not int or value < least:
-            raise DataError(f"synthetic: {key} must be a whole number of at least {least}, not {value!r}")
+            raise DataError(
+                f"synthetic: {key} must be a whole number of at least {least}, not {value!r}"
+            )
     settings.update(options)
     persons, per_person, seed = settings.values()
     if persons > 100_000:
@@ -576,7 +661,8 @@ def _load_synthetic(cache: str | os.PathLike[str] | None, progress: bool, option
     faces = _read_cache(store, signature)
     if faces is None:
         images, person, identity, content = (
-            torch.as_tensor(made) for made in synthetic.synthetic_faces(persons, per_person, seed, progress)
+            torch.as_tensor(made)
+            for made in synthetic.synthetic_faces(persons, per_person, seed, progress)
         )
         counts = [0] * persons
         files = []
@@ -601,7 +687,9 @@ def _load_synthetic(cache: str | os.PathLike[str] | None, progress: bool, option
 
 def _digest(content: Any) -> str:
     """sha256 of the canonical JSON of content."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")
+    ).hexdigest()
 
 
 def _cache_path(cache: str | os.PathLike[str] | None, name: str, key: Any) -> Path | None:
@@ -612,7 +700,7 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
     """The cached faces; None where there are none, they are out of date or the file is broken (zip checks its CRC)."""
     if store is None:
         return None
-    _sweep(store)
+    run.sweep(store)
     if not store.is_file():
         return None
     try:
@@ -621,14 +709,24 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
             if about["signature"] != signature:
                 return None
             images, person = held["images"], held["person"]
-            extra = {key: torch.from_numpy(held[key]) for key in ("identity", "content") if key in held}
+            extra = {
+                key: torch.from_numpy(held[key]) for key in ("identity", "content") if key in held
+            }
         names, files, skipped = (tuple(about[key]) for key in ("names", "files", "skipped"))
         N = len(files)
         fits = images.dtype == np.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
         fits = fits and person.dtype == np.int64 and person.shape == (N,)
         if not fits or person.min() < 0 or person.max() >= len(names):
             raise ValueError("arrays do not fit together")
-        return Faces(torch.from_numpy(images), torch.from_numpy(person), names, files, skipped, about["data"], **extra)
+        return Faces(
+            torch.from_numpy(images),
+            torch.from_numpy(person),
+            names,
+            files,
+            skipped,
+            about["data"],
+            **extra,
+        )
     except Exception as error:  # noqa: BLE001  a broken cache costs time, never the run
         _say(f"cache {_printable(str(store))} is broken ({_reason(error)}), built anew")
         return None
@@ -648,34 +746,9 @@ def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
         if getattr(faces, key) is not None:
             arrays[key] = getattr(faces, key).numpy()
     try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(store, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
-    except OSError as error:
-        _say(
-            f"cache {_printable(str(store))} cannot be written ({_reason(error)}); the next load takes as long as this"
-        )
-
-
-def _sweep(path: Path) -> None:
-    """Remove what killed writers of path left beside it, once nobody has written to it for a minute."""
-    for beside in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - beside.stat().st_mtime > 60:
-                beside.unlink()
-
-
-def _write_atomically(path: Path, write: Any) -> None:
-    """write(file) into a file beside path, synced, then renamed: path is the old file or the whole new one."""
-    _sweep(path)
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        run.write(store, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+    except DataError as error:
+        _say(f"the next load takes as long as this one: cache {_printable(str(error))}")
 
 
 # ---- persons
@@ -714,7 +787,10 @@ def split_persons(
         if value is not None and value < 0:
             raise DataError(f"{key} persons: {value} is negative; give 0 or more")
     counts = image_counts(faces).tolist()
-    keys = [hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest() for name in faces.names]
+    keys = [
+        hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
+        for name in faces.names
+    ]
     order = sorted(range(len(counts)), key=lambda k: keys[k])
 
     enough = [k for k in order if counts[k] >= max(min_target_images, 2)]
@@ -731,13 +807,17 @@ def split_persons(
             f"{len(counts)} persons have two or more images; lower the number of validation or target persons"
         )
     held = targets | set(pairs[:validation])
-    rest = [k for k in reversed(order) if k not in held]  # from the far end, so that validation seldom shifts train
+    rest = [
+        k for k in reversed(order) if k not in held
+    ]  # from the far end, so that validation seldom shifts train
     if len(rest) < (1 if train is None else train):
         raise DataError(
             f"{'no' if train is None else train} train persons: {len(rest)} of the {len(counts)} persons are left "
             f"beside {target} targets and {validation} for validation; lower one of the numbers, or add persons"
         )
-    return Split(tuple(sorted(rest[:train])), tuple(sorted(pairs[:validation])), tuple(sorted(targets)), seed)
+    return Split(
+        tuple(sorted(rest[:train])), tuple(sorted(pairs[:validation])), tuple(sorted(targets)), seed
+    )
 
 
 PARTS = ("train", "validation", "target")
@@ -752,27 +832,36 @@ def write_manifest(path: str | os.PathLike[str], faces: Faces, split: Split) -> 
     content: dict[str, Any] = {"data": faces.data, "images": len(faces), "seed": split.seed}
     for part in PARTS:
         content[part] = sorted(faces.names[k] for k in getattr(split, part))
-    text = json.dumps({**content, "sha256": _digest(content)}, indent=1).encode("ascii")
-    try:
-        _write_atomically(Path(path), lambda file: file.write(text + b"\n"))
-    except OSError as error:
-        raise DataError(f"{_printable(os.fspath(path))}: cannot be written ({_reason(error)})") from None
+    run.write(path, {**content, "sha256": _digest(content)})
 
 
 def open_split(
-    path: str | os.PathLike[str], faces: Faces, train: int | None, validation: int, target: int, seed: int, anew: bool = False
+    path: str | os.PathLike[str],
+    faces: Faces,
+    train: int | None,
+    validation: int,
+    target: int,
+    seed: int,
+    overwrite: bool = False,
 ) -> Split:
-    """`read_manifest` of the manifest at path; where there is none, or anew, `split_persons`, written there with its folder."""
-    if Path(path).exists() and not anew:
+    """`read_manifest` of the manifest at path; where there is none, or with overwrite, `split_persons`, written there."""
+    if Path(path).exists() and not overwrite:
         held = read_manifest(path, faces)
-        asked = {"split seed": (held.seed, seed), "validation persons": (len(held.validation), validation), "target persons": (len(held.target), target)}
+        asked = {
+            "split seed": (held.seed, seed),
+            "validation persons": (len(held.validation), validation),
+            "target persons": (len(held.target), target),
+        }
         if train is not None:
             asked["train persons"] = (len(held.train), train)
-        if differs := [f"{key} ({a} there, {b} asked for)" for key, (a, b) in asked.items() if a != b]:
-            raise DataError(f"{_printable(os.fspath(path))}: is another split: {', '.join(differs)}; ask for that one, or give another --run")
+        if differs := [
+            f"{key} ({a} there, {b} asked for)" for key, (a, b) in asked.items() if a != b
+        ]:
+            raise DataError(
+                f"{_printable(os.fspath(path))}: is another split: {', '.join(differs)}; ask for that one, or give another --run"
+            )
         return held
     split = split_persons(faces, train, validation, target, seed)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_manifest(path, faces, split)
     return split
 
@@ -789,21 +878,37 @@ def read_manifest(path: str | os.PathLike[str], faces: Faces) -> Split:
         with open(path, "rb") as file:
             held = json.loads(file.read(MAX_TEXT_BYTES).decode("utf-8"))
     except OSError as error:
-        raise DataError(f"{shown}: cannot be read ({_reason(error)}); give the folder of a finished run") from None
+        raise DataError(
+            f"{shown}: cannot be read ({_reason(error)}); give the folder of a finished run"
+        ) from None
     except (ValueError, RecursionError):
         raise DataError(f"{shown}: is not valid JSON; restore it or start a new run") from None
-    numbers = isinstance(held, dict) and all(type(held.get(key)) is int for key in ("seed", "images"))
-    if not numbers or not isinstance(held.get("data"), str) or not isinstance(held.get("sha256"), str):
+    numbers = isinstance(held, dict) and all(
+        type(held.get(key)) is int for key in ("seed", "images")
+    )
+    if (
+        not numbers
+        or not isinstance(held.get("data"), str)
+        or not isinstance(held.get("sha256"), str)
+    ):
         raise DataError(f"{shown}: is not a manifest of persons; restore it or start a new run")
     for part in PARTS:
-        if not isinstance(held.get(part), list) or not all(isinstance(name, str) for name in held[part]):
-            raise DataError(f"{shown}: {part!r} is not a list of names; restore it or start a new run")
+        if not isinstance(held.get(part), list) or not all(
+            isinstance(name, str) for name in held[part]
+        ):
+            raise DataError(
+                f"{shown}: {part!r} is not a list of names; restore it or start a new run"
+            )
     if _digest({key: value for key, value in held.items() if key != "sha256"}) != held["sha256"]:
-        raise DataError(f"{shown}: its sha256 does not fit, it was changed by hand; restore it or start a new run")
+        raise DataError(
+            f"{shown}: its sha256 does not fit, it was changed by hand; restore it or start a new run"
+        )
     people = [name for part in PARTS for name in held[part]]
     if len(people) != len(set(people)):
         twice = next(name for name in people if people.count(name) > 1)
-        raise DataError(f"{shown}: person {_printable(twice)[:60]} stands in it twice; start a new run")
+        raise DataError(
+            f"{shown}: person {_printable(twice)[:60]} stands in it twice; start a new run"
+        )
     index = {name: k for k, name in enumerate(faces.names)}
     absent = sorted(name for name in people if name not in index)
     if absent:
@@ -816,5 +921,40 @@ def read_manifest(path: str | os.PathLike[str], faces: Faces) -> Split:
             f"{shown}: was written for {held['images']} images, this data has {len(faces)}; "
             f"use the data of that run or start a new run"
         )
-    train, validation, target = (tuple(sorted(index[name] for name in held[part])) for part in PARTS)
+    train, validation, target = (
+        tuple(sorted(index[name] for name in held[part])) for part in PARTS
+    )
     return Split(train, validation, target, held["seed"])
+
+
+def open_run(
+    config: Any, folder: str | os.PathLike[str], overwrite: bool = False
+) -> tuple[Faces, Split]:
+    """The faces and the split of a run, by a script's config; a new run gets its people.json.
+
+    config: its fields data, root, crop, synthetic_persons, synthetic_images, train_persons (0: all
+    that are left), validation_persons, target_persons, split_seed, seed, preset. overwrite: the
+    persons are drawn again. Rank 0 writes run.json: what to load the same faces with.
+    Raises DataError.
+    """
+    options = {}
+    if config.data == "synthetic":
+        options = {
+            "persons": config.synthetic_persons,
+            "images_per_person": config.synthetic_images,
+        }
+    faces = load(config.data, config.root or None, crop=config.crop or None, **options)
+    parts = config.train_persons or None, config.validation_persons, config.target_persons
+    manifest = Path(folder) / "people.json"
+    split = open_split(manifest, faces, *parts, config.split_seed, overwrite)
+    record = {
+        "data": config.data,
+        "root": str(Path(config.root).resolve()) if config.root else "",
+        "crop": config.crop,
+        "preset": config.preset,
+        "seed": config.seed,
+        "options": options,
+    }
+    if run.rank() == 0:
+        run.write(Path(folder) / "run.json", record)
+    return faces, split
