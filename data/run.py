@@ -554,12 +554,12 @@ class Training:
         self.step += 1
         self._values.append(values)
 
-    def log(self, steps: int, **values: float) -> None:
+    def log(self, steps: int, **values: float) -> dict[str, float]:
         """A line of the log with the means of what was counted since the last one, then a
         checkpoint; rank 0's alone."""
         counted, self._values = self._values, []
         if rank():
-            return
+            return {}
         self.seconds = self._before + time.time() - self._begun
         means = {
             k: sum(v[k] for v in counted) / len(counted) for k in (counted[0] if counted else ())
@@ -578,6 +578,7 @@ class Training:
         )
         told = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in {**means, **values}.items())
         print(f"{self.unit} {self.step}/{steps}  {told}  left {left:.1f} min", flush=True)
+        return line
 
     def end(self, **result: object) -> None:
         """The result is written and the checkpoint goes; rank 0's alone."""
