@@ -1,15 +1,17 @@
-"""Faces for every stage: loaders, person-disjoint splits and their manifest (paper Sec. 4 and App. A).
+"""Faces for every stage: loaders, person-disjoint splits and their manifest (Sec. 4 and App. A).
 
-    faces = data.load("synthetic")                              # the embedded rendered faces, needs nothing
-    faces = data.load("folder", root="lfw")                     # one folder a person: LFW, or photographs of your own
-    faces = data.load("celeba", root="celeba")                  # img_align_celeba/ and identity_CelebA.txt
+    faces = data.load("synthetic")                      # the rendered faces: needs nothing
+    faces = data.load("folder", root="lfw")             # one folder a person: LFW, or photographs
+    faces = data.load("celeba", root="celeba")          # img_align_celeba/ and identity_CelebA.txt
     split = data.split_persons(faces, train=2000, validation=100, target=30, seed=0)
     data.write_manifest("people.json", faces, split)
+    faces, split = data.open_run(config, folder)        # what a script calls: all of the above
 
-In: image files. Out: `Faces` with images uint8 (N, 3, 64, 64), RGB, in CelebA's frame: eye centres on average at row
-33.4, columns 22.3 and 41.2. All errors a user can cause are `DataError`, one line that names the file or setting and
-what to do. An image that cannot be used never stops a load: it is skipped, named with its reason in `Faces.skipped` and
-counted on stderr. Measured on LFW, 7,487 photographs, two CPU cores: 9.5 s the first time, 0.6 s from the cache, n = 1.
+In: image files. Out: `Faces` with images uint8 (N, 3, 64, 64), RGB, in CelebA's frame: eye centres
+on average at row 33.4, columns 22.3 and 41.2. All errors a user can cause are `DataError`, one line
+that names the file or setting and what to do. An image that cannot be used never stops a load: it
+is skipped, named with its reason in `Faces.skipped` and counted on stderr. Measured on LFW, 7,487
+photographs, two CPU cores: 9.5 s the first time, 0.6 s from the cache, n = 1.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ from .run import UsageError as DataError
 
 try:
     from tqdm import tqdm
-except ImportError:  # the bar is a comfort: without tqdm one line says that decoding has begun
+except ImportError:  # the bar is a comfort
     tqdm = None
 
+File = str | os.PathLike[str]  # a path
 SIZE = 64  # side of every image, pixels (App. A)
 CROPS = ("lfw", "centre", "celeba", "none")
 DATA_SETS = ("synthetic", "folder", "celeba")
@@ -51,11 +54,13 @@ MIN_SIDE = 8  # pixels; anything smaller shows no face
 MAX_SCAN_PIXELS = 2_500_000_000  # progressive JPEG: scans x pixels, a bound on decoding time
 MAX_JPEG2000_BYTES = 12 * 2**20  # some 0.2 s a MiB: a bound on decoding time
 IDENTITY_FILE = "identity_CelebA.txt"
+PUT_IDENTITIES = "put CelebA's identity file there"
 MAX_DEPTH = 8  # folders below the root
 MAX_FILES = 2_000_000  # below one root; more is a whole disk given by mistake
 MAX_TEXT_BYTES = 64 * 2**20  # identity file or manifest
 CACHE_VERSION = 1
-# Left out: EPS and WMF call other programs, FITS unpacks gzip without a bound, the rest hold no pixels Pillow decodes
+# Left out: EPS and WMF call other programs, FITS unpacks gzip without a bound, the rest hold no
+# pixels Pillow decodes
 UNUSED_FORMATS = frozenset({"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
 NOT_PHOTOGRAPHS = frozenset({"thumbs.db", "desktop.ini"})
 TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
@@ -80,11 +85,12 @@ class Faces:
 
     images   torch uint8 (N, 3, 64, 64), RGB, 0..255
     person   torch int64 (N,), index into names
-    names    person index -> name, sorted, every person has at least one image; unprintable characters are escaped
+    names    person index -> name, sorted, each has an image; unprintable characters are escaped
     files    N sources: path relative to the root, or "person-00003/0007" for rendered faces
     skipped  files that were not used, "path: reason"
     data     which loader made them: "synthetic", "folder" or "celeba"
-    identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); columns in data.synthetic
+    identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); their columns
+             are named in data.synthetic
     """
 
     images: torch.Tensor
@@ -102,7 +108,7 @@ class Faces:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint person indices, ascending: train, validation, target; and the seed that drew them."""
+    """Disjoint person indices, ascending: train, validation, target; the seed that drew them."""
 
     train: tuple[int, ...]
     validation: tuple[int, ...]
@@ -114,10 +120,10 @@ class Split:
 
 
 def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, float, float, float]:
-    """The square (left, top, right, bottom), in pixels, that brings an upright image to CelebA's frame.
+    """The square (left, top, right, bottom), in pixels, that brings an image to CelebA's frame.
 
     crop: "lfw"     left 57, top 39, side 139 of 250 x 250; other square sizes in proportion
-          "celeba"  rows 45-172, columns 25-152 of 178 x 218; other sizes of that shape in proportion
+          "celeba"  rows 45-172, columns 25-152 of 178 x 218; other sizes of that shape too
           "centre"  the largest centred square
           "none"    the whole image, squeezed to a square if it is not one
           None      by size: 250 x 250 lfw, 178 x 218 celeba, 64 x 64 none, otherwise centre
@@ -125,21 +131,17 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     """
     crop = _check_crop(crop)
     if crop is None:
-        crop = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}.get(
-            (width, height), "centre"
-        )
+        by_size = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}
+        crop = by_size.get((width, height), "centre")
+    this = f"this image is {width}x{height}; use crop centre"
     if crop == "lfw":
         if width != height:
-            raise DataError(
-                f"crop lfw needs a square image, this one is {width}x{height}; use crop centre"
-            )
+            raise DataError(f"crop lfw needs a square image, {this}")
         k = width / 250
         return 57 * k, 39 * k, 196 * k, 178 * k
     if crop == "celeba":
         if abs(width * 218 - height * 178) > 218:  # off by more than a column
-            raise DataError(
-                f"crop celeba needs the shape 178x218, this image is {width}x{height}; use crop centre"
-            )
+            raise DataError(f"crop celeba needs the shape 178x218, {this}")
         kx, ky = width / 178, height / 218
         return 25 * kx, 45 * ky, 153 * kx, 173 * ky
     if crop == "centre":
@@ -149,11 +151,12 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     return 0, 0, width, height
 
 
-def load_image(path: str | os.PathLike[str], crop: str | None = None) -> torch.Tensor:
+def load_image(path: File, crop: str | None = None) -> torch.Tensor:
     """One photograph, decoded as the loaders do: torch uint8 (3, 64, 64), RGB.
 
-    Upright by its EXIF orientation; first frame of an animation; transparency over white; grey, palette, CMYK and
-    16-bit become 8-bit RGB; colour profiles are ignored; antialiased (bicubic). crop: see `crop_box`.
+    Upright by its EXIF orientation; first frame of an animation; transparency over white; grey,
+    palette, CMYK and 16-bit become 8-bit RGB; colour profiles are ignored; antialiased (bicubic).
+    crop: see `crop_box`.
     Raises DataError naming the file and the reason.
     """
     crop = _check_crop(crop)
@@ -162,18 +165,17 @@ def load_image(path: str | os.PathLike[str], crop: str | None = None) -> torch.T
         try:
             pixels = _decode(_read_bytes(os.fspath(path)), crop)
         except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
-            raise DataError(f"{_printable(os.fspath(path))}: {_reason(error)}") from None
+            raise _wrong(path, _reason(error)) from None
     return torch.from_numpy(pixels)
 
 
 def _decode(raw: bytes, crop: str | None) -> np.ndarray:
-    """An image file's bytes -> uint8 (3, 64, 64). Raises whatever Pillow raises, or _Skip; memory stays below 1 GB."""
+    """An image file's bytes -> uint8 (3, 64, 64), below 1 GB. Raises what Pillow does, or _Skip."""
     if not raw:
         raise _Skip("empty file")
     Image.init()
-    with Image.open(
-        io.BytesIO(raw), formats=[name for name in Image.ID if name not in UNUSED_FORMATS]
-    ) as image:
+    formats = [name for name in Image.ID if name not in UNUSED_FORMATS]
+    with Image.open(io.BytesIO(raw), formats=formats) as image:
         W, H = image.size
         if W * H > MAX_PIXELS:
             raise _Skip(f"{W}x{H} pixels is too large (limit {MAX_PIXELS // 10**6} megapixels)")
@@ -181,9 +183,7 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
             if "progressive" in image.info and raw.count(b"\xff\xda") * W * H > MAX_SCAN_PIXELS:
                 raise _Skip("progressive JPEG with too many scans")
             shrink = min(W, H) // (4 * SIZE)
-            if (
-                shrink > 1
-            ):  # let the decoder halve large photographs, never below four times the size needed
+            if shrink > 1:  # the decoder halves large photographs, to four times the size or more
                 image.draft(None, (W // shrink, H // shrink))
         if image.format == "JPEG2000" and len(raw) > MAX_JPEG2000_BYTES:
             raise _Skip(f"JPEG 2000 of more than {MAX_JPEG2000_BYTES >> 20} MiB")
@@ -202,22 +202,18 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
             raise _Skip(f"{W}x{H} pixels is too small")
         left, top, right, bottom = crop_box(W, H, crop)
         kx, ky = upright.width / W, upright.height / H
-        box = (
-            left * kx,
-            top * ky,
-            min(right * kx, upright.width),
-            min(bottom * ky, upright.height),
-        )
+        right, bottom = min(right * kx, upright.width), min(bottom * ky, upright.height)
+        box = (left * kx, top * ky, right, bottom)
         small = _eight_bit(upright).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
         if small.mode == "RGBA":
-            small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small).convert(
-                "RGB"
-            )
+            white = Image.new("RGBA", small.size, "white")
+            small = Image.alpha_composite(white, small).convert("RGB")
         return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))  # (3, 64, 64)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, or RGBA where there is transparency. 16-bit grey is scaled by 1/257, wider grey by its range."""
+    """Any mode -> RGB, or RGBA where there is transparency. 16-bit grey is scaled by 1/257, wider
+    grey by its range."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -247,7 +243,8 @@ def _read_bytes(path: str) -> bytes:
 
 
 def _quiet_pillow() -> None:
-    """Inside `warnings.catch_warnings`: Pillow's remarks are dropped, its decompression-bomb warning is an error."""
+    """Inside `warnings.catch_warnings`: Pillow's remarks are dropped, a decompression bomb's is an
+    error."""
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
 
@@ -267,20 +264,26 @@ def _reason(error: BaseException) -> str:
 
 
 def _printable(text: str) -> str:
-    """One safe line: everything unprintable (line ends, undecodable bytes) and the backslash are escaped."""
-    return "".join(
-        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
+    """One safe line: the unprintable (line ends, raw bytes) and the backslash are escaped."""
+    safe = (c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in text)
+    return "".join(safe)
+
+
+def _short(text: str) -> str:
+    return _printable(text)[:60]
+
+
+def _wrong(path: File, what: str) -> DataError:
+    """The error for a file or folder."""
+    return DataError(f"{_printable(os.fspath(path))}: {what}")
 
 
 def _check_crop(crop: str | None) -> str | None:
     if crop in (None, "", "auto"):
         return None
     if crop not in CROPS:
-        raise DataError(
-            f"unknown crop {crop!r}: choose {', '.join(CROPS)}, or leave it out to go by the image's size"
-        )
+        advice = f"choose {', '.join(CROPS)}, or leave it out to go by the image's size"
+        raise DataError(f"unknown crop {crop!r}: {advice}")
     return crop
 
 
@@ -291,79 +294,69 @@ def _say(text: str) -> None:
 # ---- many images
 
 
-def _decode_all(
-    paths: Sequence[str], crop: str | None, progress: bool
-) -> tuple[np.ndarray, list[str | None]]:
-    """Files -> uint8 (kept, 3, 64, 64) in one array that is allocated once, and per file None or why it was skipped."""
+def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.ndarray, list]:
+    """Files -> uint8 (kept, 3, 64, 64), allocated once, and per file None or why it was skipped."""
     images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
     reasons: list[str | None] = [None] * len(paths)
     stop = threading.Event()
 
-    def work(start: int, end: int) -> int:
-        for i in range(start, end):
+    def work(some: range) -> None:
+        for i in some:
             if stop.is_set():
                 break
             try:
                 images[i] = _decode(_read_bytes(paths[i]), crop)
-            except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
+            except Exception as error:  # noqa: BLE001  as in load_image
                 reasons[i] = _reason(error)
-        return end - start
 
-    show = progress and len(paths) >= 500
-    if show and tqdm is None:
-        _say(f"decoding {len(paths)} images (install tqdm to see a progress bar)")
-    bar = (
-        tqdm(total=len(paths), desc="decoding", unit="image", disable=None)
-        if show and tqdm is not None
-        else None
-    )
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, _cores())) as pool:
+    chunks = [range(i, min(i + 32, len(paths))) for i in range(0, len(paths), 32)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, cores or 1)) as pool:
         _quiet_pillow()
         try:
-            for done in as_completed(
-                [pool.submit(work, i, min(i + 32, len(paths))) for i in range(0, len(paths), 32)]
-            ):
-                if bar is not None:
-                    bar.update(done.result())
+            done = as_completed([pool.submit(work, chunk) for chunk in chunks])
+            if tqdm is not None and progress and len(paths) >= 500:
+                done = tqdm(
+                    done, "decoding", len(chunks), unit="image", unit_scale=32, disable=None
+                )
+            for _ in done:
+                pass
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            if bar is not None:
-                bar.close()
-    kept = 0
-    for i, reason in enumerate(reasons):
-        if reason is None:
-            if kept < i:
-                images[kept] = images[i]
-            kept += 1
-    return images[:kept], reasons
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    for k, i in enumerate(kept):
+        if k < i:
+            images[k] = images[i]
+    return images[: len(kept)], reasons
 
 
 def load(
     name: str,
-    root: str | os.PathLike[str] | None = None,
+    root: File | None = None,
     *,
     crop: str | None = None,
-    cache: str | os.PathLike[str] | None = "runs/cache",
+    cache: File | None = "runs/cache",
     progress: bool = True,
     **options: int,
 ) -> Faces:
-    """Load a data set (protocol.md "Data") -> Faces.
+    """Load a data set -> Faces.
 
-    name     "synthetic"  rendered heads; options persons=370, images_per_person=12, seed=0; takes no root and no crop
-             "folder"     root/person/.../image, the person is the first folder; or flat root/person_0001.jpg, the
-                          person is the name before the trailing _number or -number. Any format Pillow reads, told by
-                          content, except those that would run other programs (EPS, WMF). Hidden files are ignored.
-             "celeba"     root/img_align_celeba/ and root/identity_CelebA.txt; names are the identities, five digits
+    name     "synthetic"  rendered heads; options persons=370, images_per_person=12, seed=0; takes
+                          no root and no crop
+             "folder"     root/person/.../image, the person is the first folder; or flat
+                          root/person_0001.jpg, the person is the name before the trailing _number
+                          or -number. Any format Pillow reads, told by content, except those that
+                          would run other programs (EPS, WMF). Hidden files are ignored.
+             "celeba"     root/img_align_celeba/ and root/identity_CelebA.txt; names are the
+                          identities, five digits
     crop     see `crop_box`; None goes by the image's size (celeba: "celeba")
-    cache    folder for decoded images, one file a (root, crop), used while every file's path, size, time and mode are
-             as they were and rebuilt otherwise; None reads the images every time; one that cannot be written only warns
+    cache    folder for decoded images, one file a (root, crop), used while every file's path, size,
+             time and mode are as they were and rebuilt otherwise; None reads the images every time;
+             one that cannot be written only warns
     progress a bar while 500 or more images are decoded
-    Raises DataError: unknown name, crop or option, missing or empty folder, no readable image, bad identity file.
+    Raises DataError: unknown name, crop or option, missing or empty folder, no readable image, bad
+    identity file.
     """
     crop = _check_crop(crop)
     root = os.fspath(root) if root is not None else ""
@@ -371,26 +364,19 @@ def load(
         raise DataError(f"unknown data {name!r}: choose {', '.join(DATA_SETS)}")
     if name == "synthetic":
         if root or crop:
-            raise DataError(
-                "synthetic faces take no root and no crop: for photographs choose folder or celeba"
-            )
+            raise DataError("synthetic faces take no root and no crop: choose folder or celeba")
         return _load_synthetic(cache, progress, options)
     if options:
         raise DataError(f"{name} takes no option {', '.join(sorted(options))}")
     if not root:
         raise DataError(f"{name} needs a root: the folder that holds the images")
-    if name == "celeba":
-        crop = crop or "celeba"
+    crop = crop or ("celeba" if name == "celeba" else None)
     try:
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{_printable(root)}: cannot be read ({_reason(error)}); check the root"
-        ) from None
+        raise _wrong(root, f"cannot be read ({_reason(error)}); check the root") from None
     if not is_folder:
-        raise DataError(
-            f"{_printable(root)}: is not a folder; give the folder that holds the images as root"
-        )
+        raise _wrong(root, "is not a folder; give the folder that holds the images as root")
 
     if name == "folder":
         entries, refused = _list_folder(root)
@@ -401,53 +387,41 @@ def load(
     store = _cache_path(cache, name, [os.path.realpath(root), crop])
     faces = _read_cache(store, signature)
     if faces is None:
+        found = [file for file, _ in entries]
         if name == "folder":
-            files, people, refused = _folder_people(root, [file for file, _ in entries], refused)
+            listed = _folder_people(found, refused)
         else:
-            files, people, refused = _celeba_people(root, [file for file, _ in entries[1:]])
-        faces = _from_files(name, root, files, people, refused, crop, progress)
+            listed = _celeba_people(root, found[1:])
+        faces = _from_files(name, root, listed, crop, progress)
         _write_cache(store, signature, faces)
     if faces.skipped:
-        more = f"; and {len(faces.skipped) - 3} more" if len(faces.skipped) > 3 else ""
+        told = [*faces.skipped[:3]]
+        if len(faces.skipped) > 3:
+            told.append(f"and {len(faces.skipped) - 3} more")
         total = len(faces) + len(faces.skipped)
-        _say(f"{len(faces.skipped)} of {total} files skipped: {'; '.join(faces.skipped[:3])}{more}")
+        _say(f"{len(faces.skipped)} of {total} files skipped: {'; '.join(told)}")
     return faces
 
 
-def _from_files(
-    name: str,
-    root: str,
-    files: Sequence[str],
-    people: Sequence[str],
-    refused: Sequence[str],
-    crop: str | None,
-    progress: bool,
-) -> Faces:
+Listed = tuple[list[str], list[str], list[str]]  # files, the person of each, what was refused
+
+
+def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress: bool) -> Faces:
+    files, people, refused = listed
     if not files:
         why = f" ({refused[0]})" if refused else ""
-        raise DataError(
-            f"{_printable(root)}: no images{why}; expected one folder a person with images in it"
-        )
+        raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
     images, reasons = _decode_all([os.path.join(root, file) for file in files], crop, progress)
-    skipped = [
-        *refused,
-        *(f"{_printable(file)}: {why}" for file, why in zip(files, reasons) if why is not None),
-    ]
+    skipped = [f"{_printable(file)}: {why}" for file, why in zip(files, reasons) if why is not None]
+    skipped = [*refused, *skipped]
     if not len(images):
-        raise DataError(
-            f"{_printable(root)}: none of its {len(files)} files is a readable image ({skipped[-1]})"
-        )
+        raise _wrong(root, f"none of its {len(files)} files is a readable image ({skipped[-1]})")
     kept = [i for i, why in enumerate(reasons) if why is None]
     names = sorted({people[i] for i in kept})
     index = {person: k for k, person in enumerate(names)}
-    return Faces(
-        images=torch.from_numpy(images),
-        person=torch.tensor([index[people[i]] for i in kept], dtype=torch.int64),
-        names=tuple(names),
-        files=tuple(_printable(files[i]) for i in kept),
-        skipped=tuple(skipped),
-        data=name,
-    )
+    person = torch.tensor([index[people[i]] for i in kept], dtype=torch.int64)
+    used = tuple(_printable(files[i]) for i in kept)
+    return Faces(torch.from_numpy(images), person, tuple(names), used, tuple(skipped), name)
 
 
 # ---- folder
@@ -457,7 +431,8 @@ Entry = tuple[str, tuple[int, int, int]]  # path relative to the root, (size, mt
 
 
 def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
-    """Every regular file below root, sorted by path, and what was refused. Links are followed, no folder twice."""
+    """Every regular file below root, sorted by path, and what was refused. Links are followed, no
+    folder twice."""
     entries: list[Entry] = []
     refused: list[str] = []
     about = os.stat(root)
@@ -470,9 +445,8 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
                 children = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
             if not folder:
-                raise DataError(
-                    f"{_printable(root)}: cannot be read ({_reason(error)}); check its permissions"
-                ) from None
+                what = f"cannot be read ({_reason(error)}); check its permissions"
+                raise _wrong(root, what) from None
             refused.append(f"{_printable(folder)}: {_reason(error)}")
             continue
         for child in children:
@@ -495,40 +469,26 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
             elif stat.S_ISREG(about.st_mode):
                 entries.append((path, (about.st_size, about.st_mtime_ns, about.st_mode)))
                 if len(entries) > MAX_FILES:
-                    raise DataError(
-                        f"{_printable(root)}: holds more than {MAX_FILES} files; give the folder of faces"
-                    )
+                    what = f"holds more than {MAX_FILES} files; give the folder of faces"
+                    raise _wrong(root, what)
             else:
                 refused.append(f"{_printable(path)}: not a regular file")
     return sorted(entries), sorted(refused)
 
 
-def _folder_people(
-    root: str, files: Sequence[str], refused: Sequence[str]
-) -> tuple[list[str], list[str], list[str]]:
-    """Files that can be photographs, the person of each, and what was refused."""
+def _folder_people(files: list[str], refused: list[str]) -> Listed:
+    """The files that can be photographs, and whose they are."""
     nested = [file for file in files if os.sep in file]
-    if nested:
-        tops = {file.split(os.sep)[0] for file in nested}
-        depth = int(
-            len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested)
-        )  # an archive unpacked one folder too deep
-        loose = [
-            f"{_printable(file)}: lies beside the persons' folders"
-            for file in files
-            if os.sep not in file
-        ]
-        return (
-            nested,
-            [_printable(file.split(os.sep)[depth]) for file in nested],
-            [*refused, *loose],
-        )
-    stems = [os.path.splitext(file)[0] for file in files]
-    return (
-        list(files),
-        [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems],
-        list(refused),
-    )
+    if not nested:
+        stems = [os.path.splitext(file)[0] for file in files]
+        return files, [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems], refused
+    tops = {file.split(os.sep)[0] for file in nested}
+    # an archive unpacked one folder too deep
+    depth = int(len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested))
+    people = [_printable(file.split(os.sep)[depth]) for file in nested]
+    loose = [_printable(file) for file in files if os.sep not in file]
+    beside = [f"{file}: lies beside the persons' folders" for file in loose]
+    return nested, people, [*refused, *beside]
 
 
 # ---- celeba
@@ -540,91 +500,56 @@ def _list_celeba(root: str) -> list[Entry]:
     try:
         about = os.stat(identity_file)
     except OSError as error:
-        raise DataError(
-            f"{_printable(identity_file)}: {_reason(error)}; put CelebA's identity file there"
-        ) from None
+        raise _wrong(identity_file, f"{_reason(error)}; {PUT_IDENTITIES}") from None
     if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_TEXT_BYTES:
-        raise DataError(
-            f"{_printable(identity_file)}: is not a text file of lines like '000001.jpg 2880'"
-        )
+        raise _wrong(identity_file, "is not a text file of lines like '000001.jpg 2880'")
     places = ("img_align_celeba/img_align_celeba", "img_align_celeba")
     folder = next((place for place in places if os.path.isdir(os.path.join(root, place))), None)
     if folder is None:
-        raise DataError(
-            f"{_printable(root)}: has no folder img_align_celeba; unpack img_align_celeba.zip there"
-        )
-    images: list[Entry] = []
-    try:
-        with os.scandir(os.path.join(root, folder)) as scan:
-            for child in scan:
-                try:
-                    about_image = child.stat()
-                except OSError:  # a broken link counts as absent
-                    continue
-                if stat.S_ISREG(about_image.st_mode) and not child.name.startswith("."):
-                    facts = (about_image.st_size, about_image.st_mtime_ns, about_image.st_mode)
-                    images.append((f"{folder}/{child.name}", facts))
-    except OSError as error:
-        raise DataError(
-            f"{_printable(folder)}: cannot be read ({_reason(error)}); check its permissions"
-        ) from None
-    return [(IDENTITY_FILE, (about.st_size, about.st_mtime_ns, about.st_mode)), *sorted(images)]
+        raise _wrong(root, "has no folder img_align_celeba; unpack img_align_celeba.zip there")
+    inside, _ = _list_folder(os.path.join(root, folder))
+    images = [(f"{folder}/{file}", facts) for file, facts in inside if os.sep not in file]
+    return [(IDENTITY_FILE, (about.st_size, about.st_mtime_ns, about.st_mode)), *images]
 
 
-def read_identities(
-    path: str | os.PathLike[str], present: Sequence[str] | None = None
-) -> dict[str, str]:
+def read_identities(path: File, present: Sequence[str] | None = None) -> dict[str, str]:
     """identity_CelebA.txt -> {"000001.jpg": "02880", ...}, in the file's order.
 
-    Lines "name identity", identity a whole number; one or two header lines, blank lines, commas and CRLF are tolerated.
-    present: the image names there are. Raises DataError naming file, line number and what to do: malformed line, image
-    listed twice, image that is absent, no line at all.
+    Lines "name identity", identity a whole number; one or two header lines, blank lines, commas and
+    CRLF are tolerated. present: the image names there are. Raises DataError naming file, line
+    number and what to do: malformed line, image listed twice, image that is absent, no line at all.
     """
-    shown = _printable(os.fspath(path))
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_TEXT_BYTES).decode("utf-8-sig", errors="replace")
     except OSError as error:
-        raise DataError(f"{shown}: {_reason(error)}; put CelebA's identity file there") from None
-    there = None if present is None else frozenset(present)
+        raise _wrong(path, f"{_reason(error)}; {PUT_IDENTITIES}") from None
+    there, shown = None if present is None else frozenset(present), _printable(os.fspath(path))
     identities: dict[str, str] = {}
-    for number, line in enumerate(
-        text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1
-    ):
+    for number, line in enumerate(re.split(r"\r\n?|\n", text), start=1):
         words = line.replace(",", " ").split()
-        if not words or (
-            number <= 2 and not identities and "." not in words[0]
-        ):  # blank, or a header
+        header = number <= 2 and not identities and bool(words) and "." not in words[0]
+        if not words or header:
             continue
         where = f"{shown}, line {number}"
-        if (
-            len(words) != 2
-            or not re.fullmatch(r"[0-9]{1,9}", words[1])
-            or "/" in words[0]
-            or "\\" in words[0]
-        ):
-            raise DataError(
-                f"{where}: {_printable(line)[:60]!r} is not like '000001.jpg 2880'; mend or remove the line"
-            )
-        image, identity = words[0], f"{int(words[1]):05d}"
+        found = re.fullmatch(r"([^/\\ ]+) ([0-9]{1,9})", " ".join(words))
+        if not found:
+            like = f"{_short(line)!r} is not like '000001.jpg 2880'"
+            raise DataError(f"{where}: {like}; correct or remove the line")
+        image, identity = found.groups()
         if image in identities:
-            raise DataError(
-                f"{where}: image {_printable(image)[:60]} is listed a second time; remove one of the lines"
-            )
+            what = "is listed a second time; remove one of the lines"
+            raise DataError(f"{where}: image {_short(image)} {what}")
         if there is not None and image not in there:
-            hint = "unpack all of img_align_celeba.zip, or remove the line"
-            raise DataError(
-                f"{where}: image {_printable(image)[:60]} is not in img_align_celeba; {hint}"
-            )
-        identities[image] = identity
+            what = "is not in img_align_celeba; unpack all of its zip, or remove the line"
+            raise DataError(f"{where}: image {_short(image)} {what}")
+        identities[image] = f"{int(identity):05d}"
     if not identities:
-        raise DataError(
-            f"{shown}: holds no line like '000001.jpg 2880'; put CelebA's identity file there"
-        )
+        raise _wrong(path, f"holds no line like '000001.jpg 2880'; {PUT_IDENTITIES}")
     return identities
 
 
-def _celeba_people(root: str, files: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def _celeba_people(root: str, files: list[str]) -> Listed:
     """Images that have an identity, the person of each, and the images that have none."""
     by_name = {file.rsplit("/", 1)[1]: file for file in files}
     identities = read_identities(os.path.join(root, IDENTITY_FILE), list(by_name))
@@ -637,9 +562,7 @@ def _celeba_people(root: str, files: Sequence[str]) -> tuple[list[str], list[str
 # ---- synthetic
 
 
-def _load_synthetic(
-    cache: str | os.PathLike[str] | None, progress: bool, options: dict[str, int]
-) -> Faces:
+def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int]) -> Faces:
     from . import synthetic
 
     settings = {"persons": 370, "images_per_person": 12, "seed": 0}
@@ -648,9 +571,8 @@ def _load_synthetic(
             raise DataError(f"synthetic takes no option {key!r}: there are {', '.join(settings)}")
         least = 0 if key == "seed" else 1
         if type(value) is not int or value < least:
-            raise DataError(
-                f"synthetic: {key} must be a whole number of at least {least}, not {value!r}"
-            )
+            must = f"must be a whole number of at least {least}"
+            raise DataError(f"synthetic: {key} {must}, not {value!r}")
     settings.update(options)
     persons, per_person, seed = settings.values()
     if persons > 100_000:
@@ -660,24 +582,12 @@ def _load_synthetic(
     store = _cache_path(cache, "synthetic", [settings])
     faces = _read_cache(store, signature)
     if faces is None:
-        images, person, identity, content = (
-            torch.as_tensor(made)
-            for made in synthetic.synthetic_faces(persons, per_person, seed, progress)
-        )
-        counts = [0] * persons
-        files = []
-        for k in person.tolist():
-            files.append(f"person-{k:05d}/{counts[k]:04d}")
-            counts[k] += 1
-        faces = Faces(
-            images=images,
-            person=person.to(torch.int64),
-            names=tuple(f"person-{k:05d}" for k in range(persons)),
-            files=tuple(files),
-            data="synthetic",
-            identity=identity,
-            content=content,
-        )
+        made = synthetic.synthetic_faces(persons, per_person, seed, progress)
+        images, person, identity, content = map(torch.as_tensor, made)
+        names = tuple(f"person-{k:05d}" for k in range(persons))
+        files = tuple(f"{name}/{i:04d}" for name in names for i in range(per_person))
+        factors = {"identity": identity, "content": content}
+        faces = Faces(images, person.to(torch.int64), names, files, data="synthetic", **factors)
         _write_cache(store, signature, faces)
     return faces
 
@@ -685,19 +595,22 @@ def _load_synthetic(
 # ---- cache: one .npz a data set, read without pickle
 
 
+ARRAYS = ("images", "person", "identity", "content")
+
+
 def _digest(content: Any) -> str:
     """sha256 of the canonical JSON of content."""
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")
-    ).hexdigest()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def _cache_path(cache: str | os.PathLike[str] | None, name: str, key: Any) -> Path | None:
+def _cache_path(cache: File | None, name: str, key: Any) -> Path | None:
     return None if cache is None or cache == "" else Path(cache) / f"{name}-{_digest(key)[:16]}.npz"
 
 
 def _read_cache(store: Path | None, signature: str) -> Faces | None:
-    """The cached faces; None where there are none, they are out of date or the file is broken (zip checks its CRC)."""
+    """The cached faces; None where there are none, they are out of date or the file is broken (zip
+    checks its CRC)."""
     if store is None:
         return None
     run.sweep(store)
@@ -708,27 +621,18 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
             about = json.loads(held["about"].tobytes())
             if about["signature"] != signature:
                 return None
-            images, person = held["images"], held["person"]
-            extra = {
-                key: torch.from_numpy(held[key]) for key in ("identity", "content") if key in held
-            }
+            keys = [key for key in ARRAYS if key in held]
+            arrays: Any = {key: torch.from_numpy(held[key]) for key in keys}
+        images, person = arrays["images"], arrays["person"]
         names, files, skipped = (tuple(about[key]) for key in ("names", "files", "skipped"))
         N = len(files)
-        fits = images.dtype == np.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
-        fits = fits and person.dtype == np.int64 and person.shape == (N,)
+        fits = images.dtype == torch.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
+        fits = fits and person.dtype == torch.int64 and person.shape == (N,)
         if not fits or person.min() < 0 or person.max() >= len(names):
             raise ValueError("arrays do not fit together")
-        return Faces(
-            torch.from_numpy(images),
-            torch.from_numpy(person),
-            names,
-            files,
-            skipped,
-            about["data"],
-            **extra,
-        )
+        return Faces(names=names, files=files, skipped=skipped, data=about["data"], **arrays)
     except Exception as error:  # noqa: BLE001  a broken cache costs time, never the run
-        _say(f"cache {_printable(str(store))} is broken ({_reason(error)}), built anew")
+        _say(f"cache {_printable(str(store))} is broken ({_reason(error)}), made again")
         return None
 
 
@@ -737,14 +641,9 @@ def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
         return
     about = {key: getattr(faces, key) for key in ("names", "files", "skipped", "data")}
     text = json.dumps({**about, "signature": signature}).encode("ascii")
-    arrays = {
-        "about": np.frombuffer(text, dtype=np.uint8),
-        "images": faces.images.numpy(),
-        "person": faces.person.numpy(),
-    }
-    for key in ("identity", "content"):
-        if getattr(faces, key) is not None:
-            arrays[key] = getattr(faces, key).numpy()
+    tensors = {key: getattr(faces, key) for key in ARRAYS}
+    arrays = {key: tensor.numpy() for key, tensor in tensors.items() if tensor is not None}
+    arrays["about"] = np.frombuffer(text, dtype=np.uint8)
     try:
         run.write(store, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
     except DataError as error:
@@ -776,58 +675,56 @@ def split_persons(
 
     target      persons with at least min_target_images images
     validation  persons with at least two images
-    train       the rest, or that many of the rest (None: all of it); persons with a single image are among them: latent
-                optimisation uses them, real positive pairs need two (`image_counts`)
-    The order of the draw is sha256(seed, name): it depends on no folder order, hash seed or library version. Changing
-    train changes neither targets nor validation persons, and more train persons contain fewer; validation persons do
-    not change the targets; new people in the data replace at most as many of the drawn as they are.
+    train       the rest, or that many of it (None: all of it); persons with a single image are
+                among them: latent optimisation uses them, real positive pairs need two
+    The order of the draw is sha256(seed, name): it depends on no folder order, hash seed or library
+    version. Changing train changes neither targets nor validation persons, and more train persons
+    contain fewer; validation persons do not change the targets; new persons in the data replace at
+    most as many of the drawn as they are.
     Raises DataError saying how many persons there are and what to lower.
     """
     for key, value in (("train", train), ("validation", validation), ("target", target)):
         if value is not None and value < 0:
             raise DataError(f"{key} persons: {value} is negative; give 0 or more")
     counts = image_counts(faces).tolist()
-    keys = [
-        hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
-        for name in faces.names
-    ]
-    order = sorted(range(len(counts)), key=lambda k: keys[k])
+    keys = [f"{seed}:{name}".encode("utf-8", "surrogatepass") for name in faces.names]
+    order = sorted(range(len(keys)), key=lambda k: hashlib.sha256(keys[k]).digest())
+    least, of_all = max(min_target_images, 2), f"of the {len(counts)} persons"
 
-    enough = [k for k in order if counts[k] >= max(min_target_images, 2)]
+    enough = [k for k in order if counts[k] >= least]
     if len(enough) < target:
         raise DataError(
-            f"{target} target persons asked for, but {len(enough)} of the {len(counts)} persons have at least "
-            f"{max(min_target_images, 2)} images; lower the number of target persons or the images they need"
+            f"{target} target persons asked for, but {len(enough)} {of_all} have at least {least} "
+            f"images; lower the number of target persons or the images they need"
         )
     targets = set(enough[:target])
     pairs = [k for k in order if counts[k] >= 2 and k not in targets]
     if len(pairs) < validation:
         raise DataError(
-            f"{validation} validation persons asked for, but beside the {target} targets {len(pairs)} of the "
-            f"{len(counts)} persons have two or more images; lower the number of validation or target persons"
+            f"{validation} validation persons asked for, but beside the {target} targets "
+            f"{len(pairs)} {of_all} have two or more images; lower the number of either"
         )
-    held = targets | set(pairs[:validation])
-    rest = [
-        k for k in reversed(order) if k not in held
-    ]  # from the far end, so that validation seldom shifts train
+    held_out = set(pairs[:validation])
+    # from the far end, so that validation seldom shifts train
+    rest = [k for k in reversed(order) if k not in targets and k not in held_out]
     if len(rest) < (1 if train is None else train):
         raise DataError(
-            f"{'no' if train is None else train} train persons: {len(rest)} of the {len(counts)} persons are left "
-            f"beside {target} targets and {validation} for validation; lower one of the numbers, or add persons"
+            f"{'no' if train is None else train} train persons: {len(rest)} {of_all} are left "
+            f"beside {target} targets and {validation} for validation; lower one, or add persons"
         )
-    return Split(
-        tuple(sorted(rest[:train])), tuple(sorted(pairs[:validation])), tuple(sorted(targets)), seed
-    )
+    drawn = [tuple(sorted(part)) for part in (rest[:train], held_out, targets)]
+    return Split(drawn[0], drawn[1], drawn[2], seed)
 
 
 PARTS = ("train", "validation", "target")
 
 
-def write_manifest(path: str | os.PathLike[str], faces: Faces, split: Split) -> None:
-    """Write people.json atomically: {"data", "images", "seed", "train", "validation", "target", "sha256"}.
+def write_manifest(path: File, faces: Faces, split: Split) -> None:
+    """Write people.json atomically.
 
-    The parts are sorted person names; images is how many the data has; sha256 is taken over the canonical JSON (sorted
-    keys, no spaces, ASCII) of all other entries. Raises DataError where the file cannot be written.
+    It holds data, images (how many the data has), seed, the sorted person names of the parts, and
+    sha256 over the canonical JSON (sorted keys, no spaces, ASCII) of all other entries. Raises
+    DataError where the file cannot be written.
     """
     content: dict[str, Any] = {"data": faces.data, "images": len(faces), "seed": split.seed}
     for part in PARTS:
@@ -836,100 +733,73 @@ def write_manifest(path: str | os.PathLike[str], faces: Faces, split: Split) -> 
 
 
 def open_split(
-    path: str | os.PathLike[str],
-    faces: Faces,
-    train: int | None,
-    validation: int,
-    target: int,
-    seed: int,
-    overwrite: bool = False,
+    path: File, faces: Faces, sizes: tuple[int | None, int, int], seed: int, overwrite: bool = False
 ) -> Split:
-    """`read_manifest` of the manifest at path; where there is none, or with overwrite, `split_persons`, written there."""
+    """`read_manifest` of path; `split_persons`, written there, if it is absent or with overwrite.
+
+    sizes: how many train (None: any), validation and target persons. Raises DataError also where
+    the manifest is of another split than the one asked for.
+    """
     if Path(path).exists() and not overwrite:
         held = read_manifest(path, faces)
-        asked = {
-            "split seed": (held.seed, seed),
-            "validation persons": (len(held.validation), validation),
-            "target persons": (len(held.target), target),
-        }
-        if train is not None:
-            asked["train persons"] = (len(held.train), train)
-        if differs := [
-            f"{key} ({a} there, {b} asked for)" for key, (a, b) in asked.items() if a != b
-        ]:
-            raise DataError(
-                f"{_printable(os.fspath(path))}: is another split: {', '.join(differs)}; ask for that one, or give another --run"
-            )
+        there = {"split seed": held.seed}
+        there |= {f"{part} persons": len(getattr(held, part)) for part in PARTS}
+        pairs = zip(there.items(), (seed, *sizes))
+        differs = [f"{k} ({a} there, {b} asked for)" for (k, a), b in pairs if b not in (None, a)]
+        if differs:
+            told = f"is another split: {', '.join(differs)}"
+            raise _wrong(path, f"{told}; ask for that one, or give another --run")
         return held
-    split = split_persons(faces, train, validation, target, seed)
+    split = split_persons(faces, *sizes, seed)
     write_manifest(path, faces, split)
     return split
 
 
-def read_manifest(path: str | os.PathLike[str], faces: Faces) -> Split:
+def read_manifest(path: File, faces: Faces) -> Split:
     """The Split that `write_manifest` wrote, as indices into these faces.
 
-    Raises DataError: unreadable or malformed file, a hash that does not fit, a person named twice or in two parts,
-    persons that are absent from faces, or another number of images (rows name images by index: the data must be the
-    same).
+    Raises DataError: unreadable or malformed file, a hash that does not fit, a person named twice
+    or in two parts, persons that are absent from faces, or another number of images (rows name
+    images by index: the data must be the same).
     """
-    shown = _printable(os.fspath(path))
     try:
         with open(path, "rb") as file:
             held = json.loads(file.read(MAX_TEXT_BYTES).decode("utf-8"))
     except OSError as error:
-        raise DataError(
-            f"{shown}: cannot be read ({_reason(error)}); give the folder of a finished run"
-        ) from None
+        what = f"cannot be read ({_reason(error)}); give the folder of a finished run"
+        raise _wrong(path, what) from None
     except (ValueError, RecursionError):
-        raise DataError(f"{shown}: is not valid JSON; restore it or start a new run") from None
-    numbers = isinstance(held, dict) and all(
-        type(held.get(key)) is int for key in ("seed", "images")
-    )
-    if (
-        not numbers
-        or not isinstance(held.get("data"), str)
-        or not isinstance(held.get("sha256"), str)
+        raise _wrong(path, "is not valid JSON; restore it or start a new run") from None
+    kinds = {"seed": int, "images": int, "data": str, "sha256": str}
+    if not isinstance(held, dict) or any(
+        type(held.get(k)) is not kind for k, kind in kinds.items()
     ):
-        raise DataError(f"{shown}: is not a manifest of persons; restore it or start a new run")
+        raise _wrong(path, "is not a manifest of persons; restore it or start a new run")
     for part in PARTS:
-        if not isinstance(held.get(part), list) or not all(
-            isinstance(name, str) for name in held[part]
-        ):
-            raise DataError(
-                f"{shown}: {part!r} is not a list of names; restore it or start a new run"
-            )
+        names = held.get(part)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _wrong(path, f"{part!r} is not a list of names; restore it or start a new run")
     if _digest({key: value for key, value in held.items() if key != "sha256"}) != held["sha256"]:
-        raise DataError(
-            f"{shown}: its sha256 does not fit, it was changed by hand; restore it or start a new run"
-        )
+        what = "its sha256 does not fit, it was changed by hand"
+        raise _wrong(path, f"{what}; restore it or start a new run")
     people = [name for part in PARTS for name in held[part]]
     if len(people) != len(set(people)):
         twice = next(name for name in people if people.count(name) > 1)
-        raise DataError(
-            f"{shown}: person {_printable(twice)[:60]} stands in it twice; start a new run"
-        )
+        raise _wrong(path, f"person {_short(twice)} stands in it twice; start a new run")
     index = {name: k for k, name in enumerate(faces.names)}
+    that = f"use the data of that run ({_short(held['data'])}) or start a new run"
     absent = sorted(name for name in people if name not in index)
     if absent:
-        raise DataError(
-            f"{shown}: {len(absent)} of its {len(people)} persons are not in this data, {_printable(absent[0])[:60]} "
-            f"is one; use the data of that run ({_printable(held['data'])[:60]}) or start a new run"
-        )
+        what = f"{len(absent)} of its {len(people)} persons are not in this data"
+        raise _wrong(path, f"{what}, {_short(absent[0])} is one; {that}")
     if held["images"] != len(faces):
-        raise DataError(
-            f"{shown}: was written for {held['images']} images, this data has {len(faces)}; "
-            f"use the data of that run or start a new run"
-        )
-    train, validation, target = (
-        tuple(sorted(index[name] for name in held[part])) for part in PARTS
-    )
-    return Split(train, validation, target, held["seed"])
+        what = f"was written for {held['images']} images, this data has {len(faces)}"
+        raise _wrong(path, f"{what}; {that}")
+    parts = [tuple(sorted(index[name] for name in held[part])) for part in PARTS]
+    return Split(parts[0], parts[1], parts[2], held["seed"])
 
 
-def open_run(
-    config: Any, folder: str | os.PathLike[str], overwrite: bool = False
-) -> tuple[Faces, Split]:
+def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces, Split]:
     """The faces and the split of a run, by a script's config; a new run gets its people.json.
 
     config: its fields data, root, crop, synthetic_persons, synthetic_images, train_persons (0: all
@@ -937,24 +807,14 @@ def open_run(
     persons are drawn again. Rank 0 writes run.json: what to load the same faces with.
     Raises DataError.
     """
-    options = {}
-    if config.data == "synthetic":
-        options = {
-            "persons": config.synthetic_persons,
-            "images_per_person": config.synthetic_images,
-        }
+    rendered = {"persons": config.synthetic_persons, "images_per_person": config.synthetic_images}
+    options = rendered if config.data == "synthetic" else {}
     faces = load(config.data, config.root or None, crop=config.crop or None, **options)
-    parts = config.train_persons or None, config.validation_persons, config.target_persons
-    manifest = Path(folder) / "people.json"
-    split = open_split(manifest, faces, *parts, config.split_seed, overwrite)
-    record = {
-        "data": config.data,
-        "root": str(Path(config.root).resolve()) if config.root else "",
-        "crop": config.crop,
-        "preset": config.preset,
-        "seed": config.seed,
-        "options": options,
-    }
+    sizes = config.train_persons or None, config.validation_persons, config.target_persons
+    overwrite = overwrite and run.rank() == 0  # the other processes find what it drew
+    split = open_split(Path(folder) / "people.json", faces, sizes, config.split_seed, overwrite)
+    record = {key: getattr(config, key) for key in ("data", "root", "crop", "preset", "seed")}
+    record |= {"root": config.root and str(Path(config.root).resolve()), "options": options}
     if run.rank() == 0:
         run.write(Path(folder) / "run.json", record)
     return faces, split
