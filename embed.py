@@ -187,12 +187,16 @@ def gaussian_cutout(
     images (B, C, H, W). Returns images, boxes and bool (B,), which are erased.
     """
     images, erased = images.clone(), (boxes[:, 2] * boxes[:, 3]) > 0
-    for b, (top, left, h, w) in enumerate(boxes.tolist()):
-        part = images[b, :, top : top + h, left : left + w]
-        if fill == "uniform":
-            part.uniform_(generator=generator)
-        else:
-            part.normal_(0.5, 0.25, generator=generator).clamp_(0, 1)
+    drawn = [(b, *box) for b, box in enumerate(boxes.tolist()) if box[2] and box[3]]
+    C, device = images.shape[1], images.device
+    flat = torch.empty(sum(C * h * w for *_, h, w in drawn), device=device)
+    if fill == "uniform":
+        flat.uniform_(generator=generator)
+    else:
+        flat.normal_(0.5, 0.25, generator=generator).clamp_(0, 1)
+    for b, top, left, h, w in drawn:
+        inside, flat = flat[: C * h * w], flat[C * h * w :]
+        images[b, :, top : top + h, left : left + w] = inside.view(C, h, w)
     return images, boxes, erased
 
 

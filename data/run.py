@@ -28,6 +28,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +42,8 @@ import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1  # of an integer flag
+HERE = Path(__file__).parent
+File = str | os.PathLike[str]
 
 
 class UsageError(ValueError):
@@ -48,7 +51,7 @@ class UsageError(ValueError):
     do."""
 
 
-# ---- the command line
+# the command line
 
 
 @functools.cache
@@ -110,18 +113,12 @@ def parse(
         elif isinstance(default, tuple):
             how |= {"type": _several(type(default[0])), "metavar": "A,B"}
         else:
-            how |= {
-                "type": type(default),
-                "choices": known,
-                "metavar": None if known else type(default).__name__,
-            }
+            kind = type(default)
+            how |= {"type": kind, "choices": known, "metavar": None if known else kind.__name__}
         parser.add_argument(_flag(field.name), **how)
     usual: dict[str, dict] = {
         "run": {"type": Path, "help": "folder of the run (default runs/<data>-<preset>-<seed>)"},
-        "overwrite": {
-            "action": "store_true",
-            "help": "start again over what is finished or unfinished",
-        },
+        "overwrite": {"action": "store_true", "help": "start again over what is there"},
         "device": {"default": "", "help": "cpu, cuda, ... (default: a GPU if there is one)"},
     }
     for name, how in (usual | more).items():
@@ -134,16 +131,14 @@ def parse(
         if given["preset"] not in presets:
             raise UsageError(f"--preset {given['preset']}: choose {', '.join(presets)}")
     config = settings(**{**presets.get(given.get("preset", ""), {}), **given})
-    config = dataclasses.replace(
-        config, **{k: _checked(config, k, choices.get(k)) for k in (f.name for f in fields)}
-    )
+    checked = {f.name: _checked(config, f.name, choices.get(f.name)) for f in fields}
+    config = dataclasses.replace(config, **checked)
     args.run = args.run or getattr(config, "run", None)
     return config, args
 
 
 def _checked(config: Any, name: str, known: tuple | None) -> Any:
-    """The value of a field; UsageError naming the flag unless it is within its bounds, or its words
-    are known."""
+    """The value of a field; UsageError naming the flag unless it is within its bounds or words."""
     value, flag = getattr(config, name), _flag(name)
     default = type(config).__dataclass_fields__[name].default
     if isinstance(value, list):  # what argparse makes of --flag=--
@@ -154,9 +149,7 @@ def _checked(config: Any, name: str, known: tuple | None) -> Any:
             return known
         for word in value or ("",):
             if known and word not in known:
-                raise UsageError(
-                    f"{flag} {word}: choose all or some of {', '.join(known) or '(none found)'}"
-                )
+                raise UsageError(f"{flag} {word}: choose all or some of {', '.join(known)}")
         return value
     told = ",".join(map(str, several))
     if isinstance(value, tuple) and len(value) != len(default):
@@ -166,40 +159,34 @@ def _checked(config: Any, name: str, known: tuple | None) -> Any:
     whole = isinstance(default[0] if isinstance(default, tuple) else default, int)
     low, high = known or ((1, LARGEST) if whole else (0, 1e9))
     if not all(low <= v <= high for v in several):
-        raise UsageError(
-            f"{flag} {told}: give {'numbers' if len(several) > 1 else 'a number'} from {low} to {high}"
-        )
+        numbers = "numbers" if len(several) > 1 else "a number"
+        raise UsageError(f"{flag} {told}: give {numbers} from {low} to {high}")
     return value
 
 
-def command(
-    name: str, work: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
-) -> int:
-    """work(argv) and its exit status; an error of the user, the disk or the numbers becomes one
-    line on stderr, rank 0's.
+def command(name: str, work: Callable, argv: Sequence[str] | None = None) -> int:
+    """work(argv) and its exit status; what the user, the disk or the numbers did is one line.
 
-    0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C.
+    0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C. Rank 0 speaks.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a name that the console has no letters for ends no run
+            # a name that the console has no letters for ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work(argv) or 0
     except UsageError as error:
         status, line = 2, str(error)
     except OSError as error:
-        status = 2
-        line = f"{error.filename or 'files'}: {error.strerror or error}: fix that and run the same command again"
+        status, what = 2, error.strerror or error
+        line = f"{error.filename or 'files'}: {what}: fix that and run the same command again"
     except FloatingPointError as error:
         status, line = 1, str(error)
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command goes on from the last checkpoint"
     if world() > 1:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # torchrun's, which follows, needs no line of its own
+        # torchrun's, which follows, needs no line of its own
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name}: {line}", file=sys.stderr)
     return status
@@ -210,7 +197,7 @@ def then(stage: str, argv: Sequence[str]) -> int:
     return importlib.import_module(stage).main(argv)
 
 
-# ---- devices and processes: torchrun starts one process for each
+# devices and processes: torchrun starts one process for each
 
 
 def rank() -> int:
@@ -224,17 +211,16 @@ def world() -> int:
 def share(flag: str, whole: int) -> int:
     """This process's part of a batch; UsageError unless torchrun's processes divide it."""
     if whole % world():
-        raise UsageError(
-            f"{flag} {whole}: must divide by torchrun's {world()} processes: give a multiple of {world()}"
-        )
+        told = f"must divide by torchrun's {world()} processes: give a multiple of {world()}"
+        raise UsageError(f"{flag} {whole}: {told}")
     return whole // world()
 
 
 def _ended(why: object) -> None:
     """One line and the end, whatever this process was doing."""
     why = " ".join(str(why).split())[:120]
-    line = f"process {rank()} of {world()} stops, as another one or torchrun has ended ({why}); the same command goes on\n"
-    os.write(2, f"{Path(sys.argv[0]).name}: {line}".encode())
+    line = f"process {rank()} of {world()} stops, as another one or torchrun has ended ({why})"
+    os.write(2, f"{Path(sys.argv[0]).name}: {line}; the same command goes on\n".encode())
     os._exit(1)
 
 
@@ -253,8 +239,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others, which find what it wrote, or fail as it
-    did."""
+    """Rank 0 goes through the block before the others, which find what it wrote, or fail too."""
     if rank():
         barrier()
     try:
@@ -265,25 +250,21 @@ def rank_0_first() -> Iterator[None]:
 
 
 def start(device: str = "") -> torch.device:
-    """The device asked for, else a GPU if there is one; under torchrun this process's own, once it
-    is one of the group.
+    """The device asked for, else a GPU if there is one; under torchrun this process's own.
 
-    From here on rank 0 alone prints. Raises UsageError for a device that torch cannot use.
+    There it joins the group, and from here on rank 0 alone prints. Raises UsageError.
     """
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UsageError(
-            f"--device {device}: cannot be used here ({reason}): cpu, or a device torch sees"
-        ) from None
+        told = f"cannot be used here ({reason}): give cpu, or a device torch sees"
+        raise UsageError(f"--device {device}: {told}") from None
     if world() > 1 and found.type == "cuda":
         found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if found.index >= (there := torch.cuda.device_count()):
-            raise UsageError(
-                f"torchrun: this machine has {there} GPUs: start no more processes on it"
-            )
+            raise UsageError(f"torchrun: this machine has {there} GPUs: start no more processes")
         torch.cuda.set_device(found)
     if world() > 1 and not torch.distributed.is_initialized():
         signal.signal(signal.SIGTERM, lambda *_: _ended("SIGTERM"))
@@ -295,16 +276,11 @@ def start(device: str = "") -> torch.device:
 
 
 def average_gradients(optimiser: torch.optim.Optimizer) -> None:
-    """From now on each step of the optimiser takes the mean of the processes' gradients, all in one
-    message."""
+    """Each step of the optimiser takes the mean of the processes' gradients, in one message."""
 
     def mean(optimiser: torch.optim.Optimizer, *_: object) -> None:
-        grads = [
-            p.grad
-            for group in optimiser.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
+        weights = [p for group in optimiser.param_groups for p in group["params"]]
+        grads = [p.grad for p in weights if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         _together(torch.distributed.all_reduce, flat)
         for g, found in zip(grads, (flat / world()).split([g.numel() for g in grads])):
@@ -315,19 +291,15 @@ def average_gradients(optimiser: torch.optim.Optimizer) -> None:
 
 
 def step_seed(seed: int, step: int, spread: int = 1_000_003) -> int:
-    """Seed of a step's random numbers: it depends on seed, step and rank alone, so that no random
-    state is saved."""
+    """Of a step's random numbers: of seed, step and rank alone, so no random state is saved."""
     return seed * spread + step + rank() * 2_000_000_011
 
 
-# ---- files
+# files
 
 
-def write(
-    path: str | os.PathLike[str], content: bytes | str | dict | Callable[[Any], object]
-) -> None:
-    """Bytes, text, a dict as JSON, or what content(file) writes: beside `path`, synced, then
-    renamed. Raises UsageError."""
+def write(path: File, content: bytes | str | dict | Callable[[Any], object]) -> None:
+    """Bytes, text, a dict as JSON, or what content(file) writes. Raises UsageError."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     if isinstance(content, dict):
@@ -344,17 +316,15 @@ def write(
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        raise UsageError(
-            f"{path}: cannot be written ({reason}): free some space, or name another place"
-        ) from None
+        told = f"cannot be written ({reason}): free some space, or name another place"
+        raise UsageError(f"{path}: {told}") from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of path left beside it, once nobody has written to it for a
-    minute."""
+    """Remove what killed writers of path left beside it, once a minute old."""
     for beside in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - beside.stat().st_mtime > 60:
@@ -362,23 +332,20 @@ def sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read and understood becomes one line: the file, the
-    reason, the advice."""
+def reading(path: File, advice: str) -> Iterator[None]:
+    """Whatever goes wrong while a file is read becomes one line: file, reason, advice."""
     try:
         yield
     except (UsageError, KeyboardInterrupt):
         raise
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file: {advice}") from None
-    except Exception as error:  # noqa: BLE001  torch.load raises many kinds for a file that is not a checkpoint
+    except Exception as error:  # noqa: BLE001  torch.load raises many kinds
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UsageError(f"{path}: cannot be read ({reason}): {advice}") from None
 
 
-def read_json(
-    path: str | os.PathLike[str], advice: str = "restore it, or make it again with --overwrite"
-) -> dict:
+def read_json(path: File, advice: str = "restore it, or use --overwrite") -> dict:
     """A JSON file's object. Raises UsageError."""
     with reading(path, advice):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -387,14 +354,13 @@ def read_json(
         return content
 
 
-def save(path: str | os.PathLike[str], kind: str, **content: object) -> None:
+def save(path: File, kind: str, **content: object) -> None:
     """A checkpoint that says what it is. Raises UsageError."""
     write(path, lambda file: torch.save({"kind": kind, **content}, file))
 
 
-def load(path: str | os.PathLike[str], kind: str) -> dict:
-    """A checkpoint of this project on the CPU, read with weights_only. Raises UsageError if
-    missing, broken, of another kind."""
+def load(path: File, kind: str) -> dict:
+    """A checkpoint, on the CPU. Raises UsageError if missing, broken, or of another kind."""
     with reading(path, "restore the file, train it again, or name another --run"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("kind") != kind:
@@ -402,12 +368,8 @@ def load(path: str | os.PathLike[str], kind: str) -> dict:
         return content
 
 
-def fingerprint(*parts: Tensor | str | os.PathLike[str] | None) -> str:
-    """Sixteen hexadecimal digits that another value, or another file's content, changes.
-
-    Of rendered faces take the factors: how their pixels are rounded depends on the number of
-    threads.
-    """
+def fingerprint(*parts: Tensor | File | None) -> str:
+    """Sixteen hexadecimal digits that another value, or another file's content, changes."""
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -419,38 +381,26 @@ def fingerprint(*parts: Tensor | str | os.PathLike[str] | None) -> str:
 
 
 def differences(old: dict, new: dict) -> str:
-    """The entries in which two records differ, as text; empty if they agree. Nested ones by their
-    own names."""
+    """The entries in which two records differ, as text; empty if they agree."""
 
     def flat(record: dict) -> dict:
-        inner = [
-            flat(v) if isinstance(v, dict) else {k: v}
-            for k, v in json.loads(json.dumps(record)).items()
-        ]
+        plain = json.loads(json.dumps(record))  # tuples become lists
+        inner = [flat(v) if isinstance(v, dict) else {k: v} for k, v in plain.items()]
         return {k: v for part in inner for k, v in part.items()}
 
     a, b = flat(old), flat(new)
-    return ", ".join(
-        f"{k} ({a.get(k)} before, {b.get(k)} now)" for k in sorted({*a, *b}) if a.get(k) != b.get(k)
-    )
+    names = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    return ", ".join(f"{k} ({a.get(k)} before, {b.get(k)} now)" for k in names)
 
 
+@functools.cache
 def commit() -> str:
     """Of this checkout, with -dirty where a tracked file was changed; "unknown" outside one."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=7",
-        "--exclude=*",
-    ]
+    git = f"git -C {shlex.quote(str(HERE))} describe --always --dirty --abbrev=7 --exclude=*"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(
-            git, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        return subprocess.check_output(
+            shlex.split(git), text=True, stderr=subprocess.DEVNULL, timeout=10
+        ).strip()
     return "unknown"
 
 
@@ -466,8 +416,7 @@ def record(device: torch.device) -> dict[str, str]:
 
 
 class Training:
-    """A training in a folder of its own that goes on by itself: log.jsonl, training.ckpt until it
-    ends, result.json then.
+    """A training that goes on by itself: log.jsonl, training.ckpt until it ends, then result.json.
 
     made_of: what must be the same to go on (settings, persons, images, ...), a dict for JSON;
     parts: what has a state_dict. After a stop the same command goes on from the last checkpoint,
@@ -503,13 +452,10 @@ class Training:
 
     def _same(self, made_of: object, path: Path) -> None:
         if not isinstance(made_of, dict):
-            raise UsageError(
-                f"{path}: does not say what was trained: use --overwrite, or another --run"
-            )
+            raise UsageError(f"{path}: does not say what was trained: use --overwrite")
         if differs := differences(made_of, self.made_of):
-            raise UsageError(
-                f"{path}: another training: {differs}: use those again, --overwrite, or another --run"
-            )
+            advice = "use those again, --overwrite, or another --run"
+            raise UsageError(f"{path}: another training: {differs}: {advice}")
 
     def _go_on(self) -> None:
         state = load(self.checkpoint, "training")
@@ -517,18 +463,13 @@ class Training:
         with reading(self.checkpoint, "it does not hold this training: use --overwrite"):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.step, self.seconds, self.best = (
-                int(state["step"]),
-                float(state["seconds"]),
-                float(state["best"]),
-            )
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.best = float(state["best"])
         if rank() == 0:
             write(self.log_file, "".join(f"{line}\n" for line in self._lines()))
             if (now := commit()) != state["commit"]:
-                print(
-                    f"WARNING: {self.folder}: begun at commit {state['commit']}, now {now}",
-                    file=sys.stderr,
-                )
+                told = f"WARNING: {self.folder}: begun at commit {state['commit']}, now {now}"
+                print(told, file=sys.stderr)
         print(f"{self.folder}: goes on at {self.unit} {self.step}", flush=True)
 
     def _lines(self) -> Iterator[str]:
@@ -540,14 +481,9 @@ class Training:
                     yield line
 
     def _save(self) -> None:
-        state = {
-            "made_of": self.made_of,
-            "commit": commit(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
+        numbers = {k: getattr(self, k) for k in ("made_of", "step", "seconds", "best")}
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        save(self.checkpoint, "training", **state, best=self.best, **states)
+        save(self.checkpoint, "training", commit=commit(), **numbers, **states)
 
     def count(self, **values: float) -> None:
         """A step is done; its values wait for the log."""
@@ -555,27 +491,20 @@ class Training:
         self._values.append(values)
 
     def log(self, steps: int, **values: float) -> dict[str, float]:
-        """A line of the log with the means of what was counted since the last one, then a
-        checkpoint; rank 0's alone."""
+        """The means of what was counted since the last line, then a checkpoint; rank 0's alone."""
         counted, self._values = self._values, []
         if rank():
             return {}
         self.seconds = self._before + time.time() - self._begun
-        means = {
-            k: sum(v[k] for v in counted) / len(counted) for k in (counted[0] if counted else ())
-        }
+        names = counted[0] if counted else ()
+        means = {k: sum(v[k] for v in counted) / len(counted) for k in names}
         line = {self.unit: self.step, **means, **values, "seconds": self.seconds}
-        with open(
-            self.log_file, "a"
-        ) as file:  # before the checkpoint: what goes on drops the lines beyond it
+        # before the checkpoint: what goes on drops the lines beyond it
+        with open(self.log_file, "a") as file:
             file.write(json.dumps(line) + "\n")
         self._save()
-        left = (
-            (self.seconds - self._before)
-            / max(self.step - self._first, 1)
-            * (steps - self.step)
-            / 60
-        )
+        each = (self.seconds - self._before) / max(self.step - self._first, 1)
+        left = each * (steps - self.step) / 60
         told = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in {**means, **values}.items())
         print(f"{self.unit} {self.step}/{steps}  {told}  left {left:.1f} min", flush=True)
         return line
