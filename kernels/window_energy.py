@@ -1,7 +1,7 @@
-"""Sum of squared gradient in every window, Sec. 3.1: what DOA (Wu et al. 2020) ranks patch places by.
+"""Sum of squared gradient in every window, Sec. 3.1: DOA's rank of places (Wu et al. 2020).
 
-One pass: the gradient is read once and squared and added over channels on chip; the sums over windows are two small matrix products with
-0/1 matrices, columns then rows. Only (B, P) floats are written.
+One pass: the gradient is read once, squared and added over channels on chip; the sums over windows
+are two small products with 0/1 matrices, columns then rows. Only (B, P) floats are written.
 """
 
 from __future__ import annotations
@@ -15,16 +15,28 @@ from .place_patches import positions
 
 @jit
 def _kernel(
-    out, grad,
-    NH, NW,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_H x BLOCK_W positions of one image: walks over the pixels they see in tiles of ROWS x COLS."""
+    out,
+    grad,
+    NH,
+    NW,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """BLOCK_H x BLOCK_W positions of one image: walks over their pixels in tiles ROWS x COLS."""
     b = tl.program_id(0).to(tl.int64)
     first_h, first_w = tl.program_id(1) * BLOCK_H, tl.program_id(2) * BLOCK_W
     ph, pw = first_h + tl.arange(0, BLOCK_H), first_w + tl.arange(0, BLOCK_W)
-    top, left = tl.minimum(ph * STRIDE, H - PH), tl.minimum(pw * STRIDE, W - PW)  # the last position is flush
+    # the last position is flush
+    top, left = tl.minimum(ph * STRIDE, H - PH), tl.minimum(pw * STRIDE, W - PW)
     start_h, start_w = tl.minimum(first_h * STRIDE, H - PH), tl.minimum(first_w * STRIDE, W - PW)
     stop_h = tl.minimum((first_h + BLOCK_H - 1) * STRIDE, H - PH) + PH
     stop_w = tl.minimum((first_w + BLOCK_W - 1) * STRIDE, W - PW) + PW
@@ -41,10 +53,12 @@ def _kernel(
                 at = b * (C * H * W) + (pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel)
                 g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
                 energy += g * g
-            cols = (col[:, None] >= left[None, :]) & (col[:, None] < left[None, :] + PW)  # (COLS, BLOCK_W)
-            by_column += tl.dot(energy, cols.to(tl.float32), input_precision="ieee")
-        rows = (row[None, :] >= top[:, None]) & (row[None, :] < top[:, None] + PH)  # (BLOCK_H, ROWS)
-        total += tl.dot(rows.to(tl.float32), by_column, input_precision="ieee")
+            cols = col[:, None] - left[None, :]  # (COLS, BLOCK_W)
+            cols = ((cols >= 0) & (cols < PW)).to(tl.float32)
+            by_column += tl.dot(energy, cols, input_precision="ieee")
+        rows = row[None, :] - top[:, None]  # (BLOCK_H, ROWS)
+        rows = ((rows >= 0) & (rows < PH)).to(tl.float32)
+        total += tl.dot(rows, by_column, input_precision="ieee")
     at = b * NH * NW + ph[:, None] * NW + pw[None, :]
     tl.store(out + at, total, mask=(ph < NH)[:, None] & (pw < NW)[None, :])
 
@@ -66,8 +80,8 @@ def window_energy(grad: Tensor, h: int, w: int, stride: int = 1) -> Tensor:
     """Sum over channels and an h x w window of grad^2, at each of `positions(H, W, h, w, stride)`.
 
     grad:    (B, C, H, W), float32, float16 or bfloat16, contiguous or channels_last
-    returns  float32 (B, P), in the order of `positions`, flush edges included; sums in float32 (without a kernel a GPU's TF32
-             setting applies)
+    returns  float32 (B, P), in the order of `positions`, flush edges included; sums in float32
+             (without a kernel a GPU's TF32 setting applies)
     Raises ValueError for another shape, dtype or layout, or a window larger than the image.
     """
     op = "window_energy: "
@@ -81,12 +95,14 @@ def window_energy(grad: Tensor, h: int, w: int, stride: int = 1) -> Tensor:
 
     NH, NW = (-(-n // stride) + 1 for n in (H - h, W - w))
     out = torch.empty(B, NH * NW, device=grad.device)
-    # tl.dot needs sides of at least 16; at most 64, so that the sums stay in registers. A 64x64 image is one tile, read once.
-    rows, cols, block_h, block_w = (min(64, max(16, triton.next_power_of_2(n))) for n in (H, W, NH, NW))
+    # tl.dot needs sides of at least 16; at most 64, so that the sums stay in registers
+    rows, cols, block_h, block_w = (
+        min(64, max(16, triton.next_power_of_2(n))) for n in (H, W, NH, NW)
+    )
+    sizes = {"C": C, "H": H, "W": W, "PH": h, "PW": w, "STRIDE": stride}
+    tiles = {"ROWS": min(32, rows), "COLS": cols, "BLOCK_H": block_h, "BLOCK_W": block_w}
+    last = layout is torch.channels_last
     with torch.cuda.device_of(grad):
-        _kernel[(B, triton.cdiv(NH, block_h), triton.cdiv(NW, block_w))](
-            out, grad, NH, NW,
-            C=C, H=H, W=W, PH=h, PW=w, STRIDE=stride, ROWS=min(32, rows), COLS=cols, BLOCK_H=block_h, BLOCK_W=block_w,
-            CHANNELS_LAST=layout is torch.channels_last,
-        )  # fmt: skip
+        grid = (B, triton.cdiv(NH, block_h), triton.cdiv(NW, block_w))
+        _kernel[grid](out, grad, NH, NW, **sizes, **tiles, CHANNELS_LAST=last)
     return out

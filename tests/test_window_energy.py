@@ -31,15 +31,11 @@ def loop(grad, h, w, stride):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, size, stride", CASES)
 def test_equals_reference_and_loop(shape, size, stride, dtype, layout, device):
-    grad = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        .to(device, dtype)
-        .contiguous(memory_format=layout)
-    )
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    grad = grad.to(device, dtype).contiguous(memory_format=layout)
     exact = loop(grad.cpu(), *size, stride)
-    rounding = 2.0**-24 * (
-        shape[1] + shape[2] + shape[3]
-    )  # relative: a sum of squares, each added up so many times at most
+    # relative: a sum of squares, each added up so many times at most
+    rounding = 2.0**-24 * sum(shape[1:])
     for op in (window_energy, window_energy_ref):
         got = op(grad, *size, stride)
         assert got.dtype == torch.float32 and got.shape == exact.shape
@@ -47,7 +43,11 @@ def test_equals_reference_and_loop(shape, size, stride, dtype, layout, device):
 
 
 def test_whole_numbers_are_exact_and_a_planted_square_wins(device):
-    grad = torch.randint(-3, 4, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).float().to(device)
+    grad = (
+        torch.randint(-3, 4, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+        .float()
+        .to(device)
+    )
     assert torch.equal(window_energy(grad, 20, 20, 5), window_energy_ref(grad, 20, 20, 5))
     assert torch.equal(window_energy(grad, 20, 20, 5).cpu().double(), loop(grad.cpu(), 20, 20, 5))
     planted = torch.zeros(1, 3, 64, 64, device=device)
@@ -75,8 +75,12 @@ def test_the_reference_runs_outside_the_interpreter_and_for_an_empty_batch(launc
     [
         pytest.param((torch.rand(3, 8, 8), 2, 2), r"grad must have shape \(B, C, H, W\)", id="3d"),
         pytest.param((torch.rand(1, 3, 8, 8).double(), 2, 2), "grad must be float32", id="double"),
-        pytest.param((torch.rand(1, 3, 8, 16)[..., ::2], 2, 2), "contiguous or channels_last", id="strided"),
-        pytest.param((torch.rand(1, 3, 8, 8), 9, 2), "a 9x2 window with stride 1 does not fit", id="window"),
+        pytest.param(
+            (torch.rand(1, 3, 8, 16)[..., ::2], 2, 2), "contiguous or channels_last", id="strided"
+        ),
+        pytest.param(
+            (torch.rand(1, 3, 8, 8), 9, 2), "a 9x2 window with stride 1 does not fit", id="window"
+        ),
         pytest.param((torch.rand(1, 3, 8, 8), 2, 2, 0), "stride 0", id="stride"),
     ],
 )
