@@ -586,8 +586,8 @@ def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int])
         images, person, identity, content = map(torch.as_tensor, made)
         names = tuple(f"person-{k:05d}" for k in range(persons))
         files = tuple(f"{name}/{i:04d}" for name in names for i in range(per_person))
-        factors = {"identity": identity, "content": content}
-        faces = Faces(images, person.to(torch.int64), names, files, data="synthetic", **factors)
+        person = person.to(torch.int64)
+        faces = Faces(images, person, names, files, (), "synthetic", identity, content)
         _write_cache(store, signature, faces)
     return faces
 
