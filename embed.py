@@ -729,6 +729,7 @@ def sampler_of(faces, persons: Sequence[int], device: torch.device) -> Sampler:
 
 def generator_file(config: Config, folder: Path) -> Path | None:
     """The run's generator; for the demo on rendered faces the one in data/. None for real pairs."""
+    import generator
     from data import run
 
     path = folder / "generator.pt"
@@ -741,12 +742,13 @@ def generator_file(config: Config, folder: Path) -> Path | None:
             run.write(path, shipped.read_bytes())
             print(f"generator: the demo's own, from data/{shipped.name}")
     if not path.exists():
+        preset = "demo" if config.preset == "demo" else "paper"
+        usual = generator.Config(**{**generator.PRESETS[preset], "preset": preset})
         names = ("data", "root", "crop", "seed", "split_seed", "train_persons")
         names += ("validation_persons", "target_persons", "synthetic_persons", "synthetic_images")
-        flags = {n: getattr(config, n) for n in names if getattr(config, n) != ""}
-        told = " ".join(f"--{n.replace('_', '-')} {v}" for n, v in flags.items())
-        preset = "demo" if config.preset == "demo" else "paper"
-        command = f"python generator.py --preset {preset} {told} --run {folder}"
+        flags = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
+        told = "".join(f" --{n.replace('_', '-')} {v}" for n, v in flags.items())
+        command = f"python generator.py --preset {preset}{told} --run {folder}"
         raise run.UsageError(f"{path}: no generator in this run yet: {command}")
     return path
 
@@ -771,6 +773,32 @@ def generated(config: Config, path: Path, faces, split, people: Sampler) -> Gene
     return Generated(lord.generator, z_cl, z_co, copies)
 
 
+def samplers(config: Config, faces, split, device: torch.device) -> tuple[Sampler, Sampler]:
+    """The persons that F is trained on, and the held-out ones of the validation."""
+    from data import run
+
+    if config.persons > len(split.train):
+        told = f"--persons {config.persons}: there are only {len(split.train)} train persons"
+        raise run.UsageError(f"{told}: ask for fewer")
+    people = sampler_of(faces, split.train[: config.persons or None], device)
+    if not config.generated and not len(people.several):
+        told = "needs train persons with two images or more, there is none"
+        raise run.UsageError(f"--method {config.method}: {told}: give more photographs")
+    return people, sampler_of(faces, split.validation, device)
+
+
+def new_embedding(config: Config, device: torch.device) -> Embedding:
+    """F at its start: random, or VGG16's weights."""
+    from data import run
+
+    torch.manual_seed(config.seed)
+    embed = Embedding(config.width, config.dim, config.standardise)
+    if config.weights:
+        with run.reading(config.weights, "--weights: name a torchvision VGG16, with --width 1"):
+            embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
+    return embed.to(device)
+
+
 def train(argv: Sequence[str] | None) -> int:
     """`python embed.py`: F by one method, then its evaluation."""
     import data
@@ -780,28 +808,15 @@ def train(argv: Sequence[str] | None) -> int:
     device, folder = run.start(args.device), args.run / config.name
     if args.verify:
         return verify(config, args, device)
-    own = dataclasses.replace(config, batch=run.share("--batch", config.batch))
+    share = dataclasses.replace(config, batch=run.share("--batch", config.batch))
     with run.rank_0_first():
         faces, split = data.open_run(config, args.run)
-    if config.persons > len(split.train):
-        told = f"--persons {config.persons}: there are only {len(split.train)} train persons"
-        raise run.UsageError(f"{told}: ask for fewer")
-    persons = split.train[: config.persons or None]
-    people, held_out = (sampler_of(faces, p, device) for p in (persons, split.validation))
-    if not config.generated and not len(people.several):
-        told = "needs train persons with two images or more, there is none"
-        raise run.UsageError(f"--method {config.method}: {told}: give more photographs")
-
-    torch.manual_seed(config.seed)
-    embed = Embedding(config.width, config.dim, config.standardise)
-    if config.weights:
-        with run.reading(config.weights, "--weights: name a torchvision VGG16, with --width 1"):
-            embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
-    embed = embed.to(device)
-    fused = device.type == "cuda"
-    adam = torch.optim.Adam(embed.parameters(), lr=config.lr, amsgrad=config.amsgrad, fused=fused)
+    people, held_out = samplers(config, faces, split, device)
+    embed, file = new_embedding(config, device), generator_file(config, args.run)
+    adam = torch.optim.Adam(
+        embed.parameters(), lr=config.lr, amsgrad=config.amsgrad, fused=device.type == "cuda"
+    )
     run.average_gradients(adam)
-    file = generator_file(config, args.run)
     # of rendered faces the factors: how a pixel is rounded depends on the number of threads
     images = people.images if faces.identity is None else faces.identity
     made_of = {
@@ -815,7 +830,7 @@ def train(argv: Sequence[str] | None) -> int:
         print(f"{folder} is trained already (--overwrite trains it again)")
         return 0 if args.no_evaluation else evaluate(config, args)
     made = generated(config, file, faces, split, people) if file else None
-    told = f"{len(people.images)} images of {len(persons)} persons"
+    told = f"{len(people.images)} images of {len(people.count)} persons"
     print(f"{config.name}: {told}, {config.steps} steps of {config.batch} on {device}", flush=True)
 
     rng = torch.Generator(device)
@@ -824,13 +839,11 @@ def train(argv: Sequence[str] | None) -> int:
         rng.manual_seed(run.step_seed(config.seed, step))
         adam.param_groups[0]["lr"] = cosine(config.lr, config.lr_end, step / config.steps)
         try:
-            found = train_step(own, embed, adam, people, made, rng, config.alpha(step))
+            found = train_step(share, embed, adam, people, made, rng, config.alpha(step))
         except FloatingPointError as error:
-            what, index = error.args
-            pick = torch.isin(faces.person, torch.tensor(persons)).nonzero()[:, 0]
-            where = pick[index.cpu()].tolist()
-            told = f"images {where} of the data, the first is {faces.files[where[0]]}"
-            raise FloatingPointError(f"step {step + 1}: {what}; {told}") from None
+            raise not_finite(
+                error, training, faces, split.train[: config.persons or None]
+            ) from None
         training.count(**found)
         if training.step % config.validate_every and training.step < config.steps:
             continue
@@ -841,25 +854,32 @@ def train(argv: Sequence[str] | None) -> int:
             keep = found["val_auroc"] > training.best
             training.best = max(found["val_auroc"], training.best)
         if keep and run.rank() == 0:
-            about = {
-                "config": made_of["config"],
-                "people": made_of["people"],
-                "commit": run.commit(),
-            }
-            state = {"step": training.step, "model": embed.state_dict()}
+            about = {"config": made_of["config"], "people": made_of["people"]}
+            state = {"commit": run.commit(), "step": training.step, "model": embed.state_dict()}
             run.save(folder / "embedding.pt", "embedding", **about, **state)
         line = training.log(config.steps, **found)
         if collapsed(line.get("d_negative", math.inf), config):
             told = f"mean negative distance {line['d_negative']:.3g}"
             print(f"WARNING: {told}: F has become a constant (try --hinge distance, a lower --lr)")
     run.barrier()
-    delta = genuine_threshold(
-        load_embedding(folder / "embedding.pt", device), held_out.images, held_out.person
-    )
+    judged = load_embedding(folder / "embedding.pt", device)
+    delta = genuine_threshold(judged, held_out.images, held_out.person)
     selected = "best" if config.early_stopping else "last"
     training.end(threshold=delta, selected=selected, **run.record(device))
     print(f"wrote {folder}/embedding.pt, log.jsonl, result.json")
     return 0 if args.no_evaluation else evaluate(config, args)
+
+
+def not_finite(error: FloatingPointError, training, faces, persons) -> FloatingPointError:
+    """The error of `train_step` with its step, its photographs, and what is left."""
+    what, index = error.args
+    pick = torch.isin(faces.person, torch.tensor(persons)).nonzero()[:, 0]
+    where = pick[index.cpu()].tolist()
+    told = f"images {where} of the data, the first is {faces.files[where[0]]}"
+    left = training.checkpoint if training.checkpoint.exists() else "none yet"
+    return FloatingPointError(
+        f"step {training.step + 1}: {what}; {told}; last good checkpoint: {left}"
+    )
 
 
 def evaluate(config: Config, args) -> int:
