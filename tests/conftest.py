@@ -1,4 +1,5 @@
-"""Without a GPU the kernels run in the Triton interpreter: it must be chosen before Triton is first imported."""
+"""Without a GPU the kernels run in the Triton interpreter: it must be chosen before Triton is first
+imported."""
 
 import contextlib
 import importlib
@@ -12,7 +13,15 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
-OPS = ("masked_step", "gaussian_cutout", "place_patches", "window_energy", "tanh_perturb", "augment", "adain")
+OPS = (
+    "masked_step",
+    "gaussian_cutout",
+    "place_patches",
+    "window_energy",
+    "tanh_perturb",
+    "augment",
+    "adain",
+)
 
 
 def triton_version() -> tuple[int, ...]:
@@ -24,16 +33,19 @@ def triton_version() -> tuple[int, ...]:
 
 @pytest.fixture(autouse=True)
 def kernel_mode(request, monkeypatch):
-    """In tests/test_<op>.py: kernels run, and torch.empty comes filled with NaN. Elsewhere, also in subprocesses: the references
-    run, since the interpreter is slow."""
+    """In tests/test_<op>.py: kernels run, and torch.empty comes filled with NaN. Elsewhere, also in
+    subprocesses: the references run, since the interpreter is slow."""
     if request.module.__name__.split("test_")[-1] not in OPS:
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         yield
         return
-    if not torch.cuda.is_available() and triton_version() < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton's interpreter before 3.7 fails on NumPy 2.4 (a loop to a bound known at run time): pip install 'numpy<2.4'")
+    numpy_is_new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+    if not torch.cuda.is_available() and triton_version() < (3, 7) and numpy_is_new:
+        why = "Triton's interpreter before 3.7 fails on NumPy 2.4 (a loop to a bound of run time)"
+        pytest.skip(f"{why}: pip install 'numpy<2.4'")
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # its fill_uninitialized_memory is on by default
+    # its fill_uninitialized_memory is on by default
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
 
@@ -45,7 +57,7 @@ def device() -> str:
 
 @pytest.fixture
 def launched(monkeypatch, request):
-    """Names of the kernels the test launched, in order, with their constexpr arguments: (name, {constexpr: value})."""
+    """The kernels the test launched, in order, as (name, {constexpr: value})."""
     module = importlib.import_module("kernels." + request.module.__name__.split("test_")[-1])
     calls = []
 
@@ -67,15 +79,18 @@ def launched(monkeypatch, request):
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Bit for bit, except that the interpreter truncates to bfloat16 where a GPU rounds: there one bfloat16 step (2^-7) is allowed."""
-    if got.dtype != torch.bfloat16 or got.is_cuda or got.dtype != want.dtype or got.shape != want.shape:
+    """Bit for bit, except that the interpreter truncates to bfloat16 where a GPU rounds: there one
+    bfloat16 step (2^-7) is allowed."""
+    alike = got.dtype == want.dtype and got.shape == want.shape
+    if got.dtype != torch.bfloat16 or got.is_cuda or not alike:
         return torch.equal(got, want)
     return bool(((got.float() - want.float()).abs() <= 2.0**-7 * want.float().abs()).all())
 
 
 @pytest.fixture
 def interrupted_at(monkeypatch):
-    """interrupted_at(owner, name, n): Ctrl-C at the n-th call of owner.name, within the block; gives the list of calls made."""
+    """interrupted_at(owner, name, n): Ctrl-C at the n-th call of owner.name, within the block; it
+    gives the list of calls made."""
 
     @contextlib.contextmanager
     def block(owner, name, n):

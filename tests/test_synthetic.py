@@ -10,11 +10,28 @@ import pytest
 import torch
 
 from data import synthetic
-from data.synthetic import CONTENT_FACTORS, IDENTITY_FACTORS, render, sample_content, sample_identity, synthetic_faces
+from data.synthetic import (
+    CONTENT_FACTORS,
+    IDENTITY_FACTORS,
+    render,
+    sample_content,
+    sample_identity,
+    synthetic_faces,
+)
 
 ID, CO = list(IDENTITY_FACTORS), list(CONTENT_FACTORS)
-HUES = ("fill_hue", "clothes_hue", "background_hue", "blob_a_hue", "blob_b_hue")  # circles: -1 and 1 are one colour
-BACKDROP = [j for j, name in enumerate(CO) if name.startswith(("background", "gradient", "blob", "edge", "clothes"))]
+HUES = (
+    "fill_hue",
+    "clothes_hue",
+    "background_hue",
+    "blob_a_hue",
+    "blob_b_hue",
+)  # circles: -1 and 1 are one colour
+BACKDROP = [
+    j
+    for j, name in enumerate(CO)
+    if name.startswith(("background", "gradient", "blob", "edge", "clothes"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +58,9 @@ def test_factors_are_many_and_documented():
         assert text and "\n" not in text
 
 
-@pytest.mark.parametrize("sample, names", [(sample_identity, ID), (sample_content, CO)], ids=["identity", "content"])
+@pytest.mark.parametrize(
+    "sample, names", [(sample_identity, ID), (sample_content, CO)], ids=["identity", "content"]
+)
 def test_samples_are_seeded_and_spread(sample, names):
     factors = sample(400, 3)
     assert factors.shape == (400, len(names)) and factors.dtype == torch.float32
@@ -57,7 +76,9 @@ def test_samples_are_seeded_and_spread(sample, names):
 def test_nobody_is_a_double(seed):
     identity = sample_identity(370, seed)
     apart = torch.cdist(identity, identity) + 99 * torch.eye(370)
-    assert apart.min() > 2.0  # two persons drawn at random are 5.4 apart, and opposite in one factor is 2
+    assert (
+        apart.min() > 2.0
+    )  # two persons drawn at random are 5.4 apart, and opposite in one factor is 2
     # The factors seen first: no two persons share skin, hair colour, width of face, jaw and nose.
     first = identity[:, [ID.index(name) for name in synthetic._SPREAD]]
     assert (torch.cdist(first, first) + 99 * torch.eye(370)).min() > 0.15
@@ -75,8 +96,12 @@ def test_persons_look_different_in_one_content():
 
 def test_shapes_types_and_range(small):
     images, person, identity, content = small
-    assert images.shape == (16, 3, 64, 64) and images.dtype == torch.uint8 and images.is_contiguous()
-    assert person.dtype == torch.int64 and person.tolist() == [k for k in range(4) for _ in range(4)]
+    assert (
+        images.shape == (16, 3, 64, 64) and images.dtype == torch.uint8 and images.is_contiguous()
+    )
+    assert person.dtype == torch.int64 and person.tolist() == [
+        k for k in range(4) for _ in range(4)
+    ]
     assert identity.shape == (4, len(ID)) and content.shape == (16, len(CO))
     assert torch.equal(identity, sample_identity(4, 0))
     assert images.float().std((1, 2, 3)).min() > 10  # none is blank
@@ -91,7 +116,8 @@ def test_same_seed_same_faces(small):
 
 
 def test_faces_stay_what_the_shipped_generator_was_trained_on():
-    """Mean grey in 4 x 4 squares of four faces. Should this fail, the renderer changed: train the generator anew."""
+    """Mean grey in 4 x 4 squares of four faces. Should this fail, the renderer changed: the shipped
+    generator must be trained again."""
     recorded = torch.tensor(
         [
             [112, 78, 108, 148, 88, 133, 130, 143, 109, 132, 127, 136, 130, 107, 122, 127],
@@ -100,7 +126,9 @@ def test_faces_stay_what_the_shipped_generator_was_trained_on():
             [180, 75, 58, 181, 155, 147, 133, 141, 152, 205, 145, 153, 168, 149, 126, 204],
         ]
     )
-    made = torch.nn.functional.avg_pool2d(render(sample_identity(4, 0), sample_content(4, 0)).float(), 16)
+    made = torch.nn.functional.avg_pool2d(
+        render(sample_identity(4, 0), sample_content(4, 0)).float(), 16
+    )
     assert (made.mean(1).flatten(1) - recorded).abs().max() < 1.5
 
 
@@ -115,13 +143,18 @@ def test_same_faces_in_another_process(small):
         "import hashlib; from data.synthetic import synthetic_faces as made; "
         "print(hashlib.sha256(made(4, 4, 0, False)[0].numpy()).hexdigest())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.strip() == hashlib.sha256(small[0].numpy()).hexdigest(), done.stderr
 
 
 def test_truth_of_a_transfer(small):
-    """The person of x with the content of t: if it is rendered, it is that person in that content."""
+    """The person of x with the content of t: rendered, it is that person in that content."""
     images, person, identity, content = small
     x, t = torch.arange(16), torch.arange(16).roll(5)
     truth = render(identity[person[t]], content[t])
@@ -130,7 +163,7 @@ def test_truth_of_a_transfer(small):
     strangers = person[x] != person[t]
     centre = (slice(None), slice(24, 56), slice(20, 44))
     assert difference(u, images[t])[centre].flatten(1).mean(1)[strangers].min() > 4
-    # In front of the same background: the upper corners differ by hair alone, most are as they were.
+    # In front of the same background: the upper corners differ by hair alone, most by nothing.
     assert difference(u, images[t])[:, 2:12, [1, 62]].median() < 2
 
 
@@ -143,23 +176,30 @@ def test_other_sizes_show_the_same_frame(size):
 
 
 def eyes(**factors: float) -> torch.Tensor:
-    """(row, column) of the left and right eye: centres of what changes when the gaze goes from side to side."""
-    change = sum(difference(render(*plain(gaze_x=g, **factors)), render(*plain(**factors)))[0] for g in (-1.0, 1.0))
+    """(row, column) of the left and right eye: centres of what changes with the gaze."""
+    change = sum(
+        difference(render(*plain(gaze_x=g, **factors)), render(*plain(**factors)))[0]
+        for g in (-1.0, 1.0)
+    )
     change = (change - 0.1 * change.max()).clamp(min=0)
     grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij"))
     middle = int((grid[1] * change).sum() / change.sum() + 0.5)
     sides = [(slice(None), slice(0, middle)), (slice(None), slice(middle, 64))]
-    return torch.stack([(grid[:, r, c] * change[r, c]).sum((1, 2)) / change[r, c].sum() for r, c in sides])
+    return torch.stack(
+        [(grid[:, r, c] * change[r, c]).sum((1, 2)) / change[r, c].sum() for r, c in sides]
+    )
 
 
 def test_eyes_stand_where_aligned_photographs_have_them():
     assert (eyes() - torch.tensor([[33.4, 22.3], [33.4, 41.2]])).abs().max() < 0.5
 
 
-@pytest.mark.parametrize("turn", [
-    {"yaw": 0.6}, {"yaw": -0.6}, {"yaw": 1.0}, {"pitch": 1.0}, {"pitch": -1.0}, {"roll": 1.0}, {"roll": -1.0},
-    {"face_width": -1.0}, {"face_length": 1.0}, {"eye_spacing": 1.0}, {"yaw": -0.7, "pitch": 0.7, "roll": 0.7},
-], ids=str)  # fmt: skip
+TURNS = [{"yaw": 0.6}, {"yaw": -0.6}, {"yaw": 1.0}, {"pitch": 1.0}, {"pitch": -1.0}, {"roll": 1.0}]
+TURNS += [{"roll": -1.0}, {"face_width": -1.0}, {"face_length": 1.0}, {"eye_spacing": 1.0}]
+TURNS += [{"yaw": -0.7, "pitch": 0.7, "roll": 0.7}]
+
+
+@pytest.mark.parametrize("turn", TURNS, ids=str)
 def test_alignment_holds_when_the_head_turns(turn):
     found = eyes(**turn)
     assert (found.mean(0) - torch.tensor([33.4, 31.75])).abs().max() < 1.0
@@ -172,10 +212,13 @@ def test_alignment_holds_when_the_head_turns(turn):
 
 
 def test_turning_left_mirrors_turning_right():
-    """In even light the middle person is symmetric; the axis stands at column 31.75, a quarter pixel off centre."""
+    """In even light the middle person is symmetric; its axis is column 31.75, not 31.5."""
     right, left = render(*plain(yaw=0.5)), render(*plain(yaw=-0.5))
     middle = (slice(None), slice(4, 60), slice(6, 58))
-    assert difference(right, left.flip(3))[middle].mean() < 0.4 * difference(right, left)[middle].mean()
+    assert (
+        difference(right, left.flip(3))[middle].mean()
+        < 0.4 * difference(right, left)[middle].mean()
+    )
 
 
 def test_identity_changes_the_face_and_leaves_the_background():
@@ -197,10 +240,13 @@ def test_background_and_clothes_leave_the_face():
 
 
 def sweep(names: list[str], which: int) -> dict[str, float]:
-    """Largest change of a pixel's channel when each factor goes through its range; three persons, fair to dark."""
+    """Largest change of a pixel's channel while a factor goes through its range; three persons."""
     ends = []
     for sign in (-1, 1):
-        factors = [sample_identity(3, 3).repeat(len(names), 1), sample_content(3, 8).repeat(len(names), 1)]
+        factors = [
+            sample_identity(3, 3).repeat(len(names), 1),
+            sample_content(3, 8).repeat(len(names), 1),
+        ]
         for j, name in enumerate(names):
             factors[which][3 * j : 3 * j + 3, j] = sign * (0.4 if name in HUES else 1.0)
         ends.append(render(*factors).float())
