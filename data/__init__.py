@@ -389,9 +389,9 @@ def load(
     if faces is None:
         found = [file for file, _ in entries]
         if name == "folder":
-            listed = _folder_people(found, refused)
+            listed = _folder_persons(found, refused)
         else:
-            listed = _celeba_people(root, found[1:])
+            listed = _celeba_persons(root, found[1:])
         faces = _from_files(name, root, listed, crop, progress)
         _write_cache(store, signature, faces)
     if faces.skipped:
@@ -407,7 +407,7 @@ Listed = tuple[list[str], list[str], list[str]]  # files, the person of each, wh
 
 
 def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress: bool) -> Faces:
-    files, people, refused = listed
+    files, persons, refused = listed
     if not files:
         why = f" ({refused[0]})" if refused else ""
         raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
@@ -417,9 +417,9 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
     if not len(images):
         raise _wrong(root, f"none of its {len(files)} files is a readable image ({skipped[-1]})")
     kept = [i for i, why in enumerate(reasons) if why is None]
-    names = sorted({people[i] for i in kept})
+    names = sorted({persons[i] for i in kept})
     index = {person: k for k, person in enumerate(names)}
-    person = torch.tensor([index[people[i]] for i in kept], dtype=torch.int64)
+    person = torch.tensor([index[persons[i]] for i in kept], dtype=torch.int64)
     used = tuple(_printable(files[i]) for i in kept)
     return Faces(torch.from_numpy(images), person, tuple(names), used, tuple(skipped), name)
 
@@ -476,7 +476,7 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
     return sorted(entries), sorted(refused)
 
 
-def _folder_people(files: list[str], refused: list[str]) -> Listed:
+def _folder_persons(files: list[str], refused: list[str]) -> Listed:
     """The files that can be photographs, and whose they are."""
     nested = [file for file in files if os.sep in file]
     if not nested:
@@ -485,10 +485,10 @@ def _folder_people(files: list[str], refused: list[str]) -> Listed:
     tops = {file.split(os.sep)[0] for file in nested}
     # an archive unpacked one folder too deep
     depth = int(len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested))
-    people = [_printable(file.split(os.sep)[depth]) for file in nested]
+    persons = [_printable(file.split(os.sep)[depth]) for file in nested]
     loose = [_printable(file) for file in files if os.sep not in file]
     beside = [f"{file}: lies beside the persons' folders" for file in loose]
-    return nested, people, [*refused, *beside]
+    return nested, persons, [*refused, *beside]
 
 
 # ---- celeba
@@ -549,7 +549,7 @@ def read_identities(path: File, present: Sequence[str] | None = None) -> dict[st
     return identities
 
 
-def _celeba_people(root: str, files: list[str]) -> Listed:
+def _celeba_persons(root: str, files: list[str]) -> Listed:
     """Images that have an identity, the person of each, and the images that have none."""
     by_name = {file.rsplit("/", 1)[1]: file for file in files}
     identities = read_identities(os.path.join(root, IDENTITY_FILE), list(by_name))
@@ -782,15 +782,15 @@ def read_manifest(path: File, faces: Faces) -> Split:
     if _digest({key: value for key, value in held.items() if key != "sha256"}) != held["sha256"]:
         what = "its sha256 does not fit, it was changed by hand"
         raise _wrong(path, f"{what}; restore it or start a new run")
-    people = [name for part in PARTS for name in held[part]]
-    if len(people) != len(set(people)):
-        twice = next(name for name in people if people.count(name) > 1)
+    persons = [name for part in PARTS for name in held[part]]
+    if len(persons) != len(set(persons)):
+        twice = next(name for name in persons if persons.count(name) > 1)
         raise _wrong(path, f"person {_short(twice)} stands in it twice; start a new run")
     index = {name: k for k, name in enumerate(faces.names)}
     that = f"use the data of that run ({_short(held['data'])}) or start a new run"
-    absent = sorted(name for name in people if name not in index)
+    absent = sorted(name for name in persons if name not in index)
     if absent:
-        what = f"{len(absent)} of its {len(people)} persons are not in this data"
+        what = f"{len(absent)} of its {len(persons)} persons are not in this data"
         raise _wrong(path, f"{what}, {_short(absent[0])} is one; {that}")
     if held["images"] != len(faces):
         what = f"was written for {held['images']} images, this data has {len(faces)}"

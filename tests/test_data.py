@@ -744,8 +744,8 @@ class Config:
 
 
 def test_open_run(folder, tmp_path, monkeypatch):
-    """The split is drawn once, kept, refused for other numbers, drawn again with overwrite; run.json
-    says what to load the same faces with."""
+    """The split is drawn once, kept, refused for other numbers, drawn again with overwrite;
+    run.json says what to load the same faces with."""
     assert data.DataError is data.run.UsageError
     monkeypatch.chdir(tmp_path)
     config, run = Config(root="faces"), tmp_path / "run"
