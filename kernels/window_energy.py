@@ -53,12 +53,12 @@ def _kernel(
                 at = b * (C * H * W) + (pixel * C + c if CHANNELS_LAST else c * (H * W) + pixel)
                 g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
                 energy += g * g
-            cols = col[:, None] - left[None, :]  # (COLS, BLOCK_W)
-            cols = ((cols >= 0) & (cols < PW)).to(tl.float32)
-            by_column += tl.dot(energy, cols, input_precision="ieee")
-        rows = row[None, :] - top[:, None]  # (BLOCK_H, ROWS)
-        rows = ((rows >= 0) & (rows < PH)).to(tl.float32)
-        total += tl.dot(rows, by_column, input_precision="ieee")
+            cols = col[:, None] >= left[None, :]  # (COLS, BLOCK_W)
+            cols = cols & (col[:, None] < left[None, :] + PW)
+            by_column += tl.dot(energy, cols.to(tl.float32), input_precision="ieee")
+        rows = row[None, :] >= top[:, None]  # (BLOCK_H, ROWS)
+        rows = rows & (row[None, :] < top[:, None] + PH)
+        total += tl.dot(rows.to(tl.float32), by_column, input_precision="ieee")
     at = b * NH * NW + ph[:, None] * NW + pw[None, :]
     tl.store(out + at, total, mask=(ph < NH)[:, None] & (pw < NW)[None, :])
 
