@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What a machine with a GPU is for, in order: tests, bench, where a full-width step's time goes, every method, attack and figure.
-#     OUT=folder tests/gpu_session.sh [embed.py's flags for the last part, default --preset demo]
-# A call stops at LIMIT seconds (default 540); a part that has ended leaves its mark in runs/gpu (<part>.done or <part>.failed, remove it
-# to run the part again): call again until it says done. Tests that need no GPU are left to pytest.
-# runs/gpu keeps logs, bench.csv and run/ (resumable); at the end of each call all but the checkpoints goes to $OUT/gpu.tgz.
-# Flags such as: --preset paper --data celeba --root CELEBA
+# What a machine with a GPU is for, in order: tests, bench, where a full-width step's time goes, the
+# experiments.
+#     OUT=folder tests/gpu_session.sh [methods of results/reproduce.sh]
+# A call stops at LIMIT seconds (default 540); a part that has ended leaves its mark in runs/gpu
+# (<part>.done or <part>.failed, remove it to run the part again): call again until it says done.
+# Tests that need no GPU are left to pytest. runs/gpu keeps logs and bench.csv; at the end of each
+# call these go to $OUT/gpu.tgz, with the rows of the runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to the folder for the results}"
 out=runs/gpu
 mkdir -p "$out" "$OUT"
-trap 'tar -C "$out" --exclude="*.ckpt" --exclude="*.pt" -czf "$OUT/gpu.tgz" .' EXIT
+trap 'tar --exclude="*.ckpt" --exclude="*.pt" -czf "$OUT/gpu.tgz" runs' EXIT
 export PYTHONUNBUFFERED=1
-[ $# -gt 0 ] || set -- --preset demo
 python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 2
 
 part() { # name, command: once; again only if the limit stopped it
@@ -30,13 +30,16 @@ part() { # name, command: once; again only if the limit stopped it
   esac
 }
 
-for name in masked_step gaussian_cutout augment window_energy place_patches tanh_perturb adain patch_local embed attacks generator; do
+ops="masked_step gaussian_cutout augment window_energy place_patches tanh_perturb adain patch_local"
+for name in $ops embed attacks generator; do
   part "test_$name" python3 -m pytest -q "tests/test_$name.py"
 done
 part bench python3 -m tests.bench --out "$out/bench.csv"
-for method in ours doa; do # F at full width, 128 quadruplets, 10 inner steps; the demo's G
-  part "profile-$method" python3 embed.py --profile --method "$method" --width 1 --batch 128 --attack-steps 10 --autocast --run "$out/profile"
+full="--width 1 --batch 128 --attack-steps 10 --autocast" # F as in the paper; the demo's G
+for method in ours doa; do
+  # shellcheck disable=SC2086
+  part "profile-$method" python3 -m tests.bench --profile --method "$method" $full --run "$out/profile"
 done
-part all python3 embed.py --all "$@" --run "$out/run"
+part reproduce bash results/reproduce.sh "$@" # every command in it goes on by itself
 cat "$out"/*.failed 2> /dev/null && { echo "done, but for these"; exit 1; }
 echo done
