@@ -38,7 +38,8 @@ part bench python3 -m tests.bench --out "$out/bench.csv"
 full="--width 1 --batch 128 --attack-steps 10 --autocast" # F as in the paper; the demo's G
 for method in ours doa; do
   # shellcheck disable=SC2086
-  part "profile-$method" python3 -m tests.bench --profile --method "$method" $full --run "$out/profile"
+  part "profile-$method" \
+    python3 -m tests.bench --profile --method "$method" $full --run "$out/profile"
 done
 part reproduce bash results/reproduce.sh "$@" # every command in it goes on by itself
 cat "$out"/*.failed 2> /dev/null && { echo "done, but for these"; exit 1; }
