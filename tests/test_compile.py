@@ -46,7 +46,7 @@ def cases(quick=False):
         return torch.zeros(shape, requires_grad=True)
 
     boxes, alpha = torch.tensor([[3, 4, 20, 20]] * 2), torch.ones(2)
-    places, mask = positions(64, 64, 20, 20, 5), torch.ones(64, 64)
+    places = positions(64, 64, 20, 20, 5)
     moves = {"flips": alpha > 0, "shifts": boxes[:, :2], "boxes": boxes}
     last = torch.channels_last
     for dtype in (torch.bfloat16,) if quick else (torch.float32, torch.float16, torch.bfloat16):
@@ -54,7 +54,10 @@ def cases(quick=False):
             if quick and layout is last:
                 continue
             x = torch.zeros(2, 3, 64, 64, dtype=dtype).contiguous(memory_format=layout)
-            u = x.byte().contiguous(memory_format=layout)
+            u, under = (
+                x.byte().contiguous(memory_format=layout),
+                x[:, :, 0].repeat(1, 1, 2)[..., :107],
+            )
             name = f"{str(dtype)[6:]} {str(layout)[6:].removesuffix('_format')}"
 
             def patch(*shape, dtype=dtype):
@@ -69,7 +72,7 @@ def cases(quick=False):
                 "gaussian": partial(gaussian_cutout, x, boxes=boxes),
                 "shared": partial(backward, place_patches, x, patch(1, 1, 3, 20, 20), places),
                 "stride 5": partial(window_energy, x, 20, 20, 5),
-                "mask": partial(backward, tanh_perturb, x, patch(2, 3, 64, 64), mask),
+                "mask": partial(backward, tanh_perturb, under, patch(2, 3, 107)),
                 "bytes": partial(augment, u, layout=last, **moves),
                 "256 channels 64x64": partial(normalise, 256, 64),
             }
@@ -80,7 +83,7 @@ def cases(quick=False):
                     "grey": partial(place_patches, x, 0.5, places, (20, 20)),
                     "each": partial(backward, place_patches, x, each, places),
                     "stride 1": partial(window_energy, x, 10, 10),
-                    "universal": partial(backward, tanh_perturb, x, patch(1, 3, 64, 64), mask),
+                    "universal": partial(backward, tanh_perturb, under, patch(1, 3, 107)),
                     "bytes uniform": partial(augment, u, fill="uniform", layout=layout, **moves),
                     "256 channels 4x4": partial(normalise, 256, 4),
                     "256 channels 32x32": partial(normalise, 256, 32),
