@@ -1,4 +1,5 @@
-"""Each attack is held to its definition: known optima, masks, signs, seeds, and the real command on a small run."""
+"""Each attack is held to its definition: known optima, masks, signs, seeds, and the real command on
+a small run."""
 
 import json
 import math
@@ -15,7 +16,15 @@ import torch
 from torch import nn
 
 import attacks
-from attacks import Config, eye_patch_mask, eyeglasses_mask, run_attack, square_mask, tanh_attack, universal_patch
+from attacks import (
+    Config,
+    Effort,
+    Mirrored,
+    eye_patch_mask,
+    eyeglasses_mask,
+    run_attack,
+    square_mask,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +43,28 @@ def seeded(seed=0):
 
 def faces(n, seed=0, size=64):
     return torch.rand(n, 3, size, size, generator=seeded(seed))
+
+
+def judge(embed, mirroring=True, transforms=None):
+    """The embedding as an attack is given it."""
+    embed = Mirrored(embed) if mirroring else embed
+    return embed if transforms is None else attacks.Transformed(embed, transforms)
+
+
+def distances(embed, images, anchor, mirroring=True, transforms=None, chunk=256):
+    return attacks.distances(judge(embed, mirroring, transforms), images, anchor, chunk)
+
+
+def tanh_attack(embed, images, anchor, mask, mirroring=True, start=None, **effort):
+    start = seeded() if start is None else start
+    return attacks.tanh_attack(
+        judge(embed, mirroring), images, anchor, mask, Effort(**effort), start
+    )
+
+
+def universal_patch(embed, images, anchor, mask, **effort):
+    embed = Mirrored(embed)
+    return attacks.universal_patch(embed, images, anchor, mask, Effort(**effort), seeded())
 
 
 class Linear(nn.Module):
@@ -91,7 +122,11 @@ def test_masks_are_the_papers():
 def test_square_positions_cover_the_region_with_its_flush_edge(stride, count):
     places = attacks.square_positions(stride)
     assert len(places) == len(set(places)) == count
-    assert {p for place in places for p in place} <= set(range(15, 36)) and (15, 15) in places and (35, 35) in places
+    assert (
+        {p for place in places for p in place} <= set(range(15, 36))
+        and (15, 15) in places
+        and (35, 35) in places
+    )
     if stride == 5:
         assert {row for row, _ in places} == {15, 20, 25, 30, 35}
 
@@ -105,8 +140,22 @@ def test_distance_mirrors_the_candidate_and_not_the_anchor():
         (embed(x) - anchor).square().sum(1),
     ]
     for mirroring, want in zip((True, False), by_hand):
-        assert torch.allclose(attacks.distances(embed, x, anchor, mirroring), want.sqrt())
-        assert torch.allclose(attacks.distances(embed, x, anchor, mirroring, chunk=2), want.sqrt())
+        assert torch.allclose(distances(embed, x, anchor, mirroring), want.sqrt())
+        assert torch.allclose(distances(embed, x, anchor, mirroring, chunk=2), want.sqrt())
+
+
+def test_views_are_side_by_side_at_the_mean_distance():
+    embed, x, anchor = Linear(), faces(3), torch.randn(8, generator=seeded())
+    moves = attacks.draw_transforms(4, Config(), seeded(2))
+    seen = []
+    handle = embed.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    features = judge(embed, True, moves)(x)
+    handle.remove()
+    assert features.shape == (3, 2 * 4 * 8) and seen == [2 * 4 * 3]  # one pass
+    views = [attacks.transform(x, moves[k : k + 1]) for k in range(4)]
+    views += [view.flip(3) for view in views]
+    by_hand = torch.stack([(embed(view) - anchor).square().sum(1) for view in views]).mean(0)
+    assert torch.allclose(attacks.squared_distance(features, anchor), by_hand)
 
 
 def test_anchor_is_the_image_nearest_to_the_others():
@@ -121,7 +170,13 @@ def test_transform_moves_scales_turns_and_brightens():
     same, moved, bright, turned, large = attacks.transform(
         x,
         torch.tensor(
-            [[0, 0, 1, 0, 1], [2, -3, 1, 0, 1], [0, 0, 1, 0, 1.4], [0, 0, 1, math.pi / 2, 1], [0, 0, 2, 0, 1]]
+            [
+                [0, 0, 1, 0, 1],
+                [2, -3, 1, 0, 1],
+                [0, 0, 1, 0, 1.4],
+                [0, 0, 1, math.pi / 2, 1],
+                [0, 0, 2, 0, 1],
+            ]
         ),
     ).split(1)
     assert torch.allclose(same, x, atol=1e-5)
@@ -129,7 +184,7 @@ def test_transform_moves_scales_turns_and_brightens():
     assert torch.allclose(moved, torch.roll(x, (-2, 3), (2, 3)), atol=1e-4)
     assert min((turned - torch.rot90(x, k, (2, 3))).abs().max() for k in (1, 3)) < 1e-4
     assert torch.isclose(large.sum(), 4 * x.sum(), rtol=0.02)
-    drawn = attacks.draw_transforms(1000, 2, 0.05, 5, 0.1, seeded())
+    drawn = attacks.draw_transforms(1000, Config(), seeded())
     limits = torch.tensor([2, 2, 0.05, math.radians(5), 0.1])
     assert ((drawn - torch.tensor([0, 0, 1.0, 0, 1])).abs() <= limits + 1e-6).all()
     assert ((drawn - torch.tensor([0, 0, 1.0, 0, 1])).abs().amax(0) > 0.95 * limits).all()
@@ -141,13 +196,17 @@ def test_attack_stays_in_its_mask_and_range_and_has_the_right_sign(small, direct
     x = faces(4)
     x[0], x[1] = 0.0, 1.0  # saturated pixels
     anchor = small(faces(1, 5))[0].detach()
-    before = attacks.distances(small, x, anchor)
+    before = distances(small, x, anchor)
     mask = eyeglasses_mask()
-    result = tanh_attack(small, x, anchor, mask, direction=direction, iterations=20, lr=0.3, restarts=2)
+    result = tanh_attack(
+        small, x, anchor, mask, direction=direction, iterations=20, lr=0.3, restarts=2
+    )
     assert torch.equal(result.images[:, :, ~mask], x[:, :, ~mask])
     assert result.images.min() >= 0 and result.images.max() <= 1
-    assert torch.allclose(result.distance, attacks.distances(small, result.images, anchor), atol=1e-5)
-    assert (result.distance < before if direction == "impersonate" else result.distance > before).all()
+    assert torch.allclose(result.distance, distances(small, result.images, anchor), atol=1e-5)
+    assert (
+        result.distance < before if direction == "impersonate" else result.distance > before
+    ).all()
     assert (result.zero_gradients, result.nonfinite, result.gradients) == (0, 0, 4 * 2 * 20)
 
 
@@ -159,7 +218,9 @@ def test_direction_must_be_named(small):
 def test_more_restarts_never_hurt(small):
     x, anchor = faces(6), small(faces(1, 5))[0].detach()
     found = [
-        tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=6, lr=0.3, restarts=n, generator=seeded(3))
+        tanh_attack(
+            small, x, anchor, eyeglasses_mask(), iterations=6, lr=0.3, restarts=n, start=seeded(3)
+        )
         for n in (1, 2, 4)
     ]
     for fewer, more in pairwise(found):
@@ -171,10 +232,11 @@ def test_more_restarts_never_hurt(small):
 
 def test_best_iterate_is_kept(small):
     x, anchor = faces(4), small(faces(1, 5))[0].detach()
-    settings = {"lr": 50.0, "restarts": 1, "generator": seeded(3)}  # overshoots
+    settings = {"lr": 50.0, "restarts": 1}  # overshoots
     start = attacks.draw_start(4, 1, 3, 107, seeded(3))
     found = [
-        tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=n, **settings | {"start": start}) for n in (1, 4, 9)
+        tanh_attack(small, x, anchor, eyeglasses_mask(), iterations=n, **settings, start=start)
+        for n in (1, 4, 9)
     ]
     for fewer, more in pairwise(found):
         assert (more.distance <= fewer.distance + 1e-6).all()
@@ -184,7 +246,7 @@ def test_empty_mask_changes_nothing(small):
     x, anchor = faces(3), small(faces(1, 5))[0].detach()
     result = tanh_attack(small, x, anchor, torch.zeros(64, 64, dtype=torch.bool), iterations=5)
     assert torch.equal(result.images, x) and result.gradients == 0
-    assert torch.equal(result.distance, attacks.distances(small, x, anchor))
+    assert torch.equal(result.distance, distances(small, x, anchor))
 
 
 def test_linear_embedding_reaches_the_known_optimum():
@@ -193,17 +255,32 @@ def test_linear_embedding_reaches_the_known_optimum():
     w = embed.weight.view(3, 64, 64)[:, mask].detach()
     outside = embed(x * ~mask)[:, 0].detach()
     low, high = outside + w.clamp(max=0).sum(), outside + w.clamp(min=0).sum()
-    for anchor in (torch.tensor([1e3]), torch.tensor([-1e3])):  # out of reach: every pixel goes to its end
-        result = tanh_attack(embed, x, anchor, mask, mirroring=False, iterations=150, lr=0.3, restarts=1)
+    for anchor in (
+        torch.tensor([1e3]),
+        torch.tensor([-1e3]),
+    ):  # out of reach: every pixel goes to its end
+        result = tanh_attack(
+            embed, x, anchor, mask, mirroring=False, iterations=150, lr=0.3, restarts=1
+        )
         want = (anchor - high).abs() if anchor > 0 else (anchor - low).abs()
         assert torch.allclose(result.distance, want, rtol=0, atol=2e-3 * float(high[0] - low[0]))
         away = tanh_attack(
-            embed, x, anchor, mask, direction="evade", mirroring=False, iterations=150, lr=0.3, restarts=1
+            embed,
+            x,
+            anchor,
+            mask,
+            direction="evade",
+            mirroring=False,
+            iterations=150,
+            lr=0.3,
+            restarts=1,
         )
         want = (anchor - low).abs() if anchor > 0 else (anchor - high).abs()
         assert torch.allclose(away.distance, want, rtol=0, atol=2e-3 * float(high[0] - low[0]))
     inside = (low.max() + high.min())[None] / 2  # within reach of all: distance zero
-    result = tanh_attack(embed, x, inside, mask, mirroring=False, iterations=150, lr=0.1, restarts=1, decay=True)
+    result = tanh_attack(
+        embed, x, inside, mask, mirroring=False, iterations=150, lr=0.1, restarts=1, decay=True
+    )
     assert result.distance.max() < 1e-3 * float(high[0] - low[0])
 
 
@@ -211,7 +288,9 @@ def test_mirroring_optimum_is_that_of_the_mean():
     """The image alone can reach the anchor exactly; the attack through the mirror finds the lowest mean instead."""
     embed, x, mask = Linear(dim=2), faces(2), eyeglasses_mask()
     weight = embed.weight.detach().view(3, 64, 64, 2)
-    columns = torch.cat([weight[:, mask].flatten(0, 1), weight.flip(2)[:, mask].flatten(0, 1)], 1).T  # (4, P)
+    columns = torch.cat(
+        [weight[:, mask].flatten(0, 1), weight.flip(2)[:, mask].flatten(0, 1)], 1
+    ).T  # (4, P)
     rest = torch.cat([embed(x * ~mask), embed((x * ~mask).flip(3))], 1).detach()
     anchor = rest[:, :2].mean(0) + weight[:, mask].sum((0, 1)) / 2 + torch.tensor([0.2, -0.1])
     result = tanh_attack(embed, x, anchor, mask, iterations=400, lr=0.1, restarts=1, decay=True)
@@ -221,7 +300,7 @@ def test_mirroring_optimum_is_that_of_the_mean():
         for _ in range(3000):
             pixels = (pixels - step * columns.T @ (columns @ pixels - goal)).clamp(0, 1)
         want = ((columns @ pixels - goal).square().sum() / 2).sqrt()
-        assert abs(result.distance[i] - want) < 0.01 * attacks.distances(embed, x, anchor)[i]
+        assert abs(result.distance[i] - want) < 0.01 * distances(embed, x, anchor)[i]
 
 
 def test_same_seed_same_result_and_chunks_do_not_matter(small):
@@ -235,7 +314,7 @@ def test_same_seed_same_result_and_chunks_do_not_matter(small):
         lr=0.1,
         restarts=3,
         chunk=chunk,
-        generator=seeded(seed),
+        start=seeded(seed),
     )
     first = run(256, 1)
     assert torch.equal(first.images, run(256, 1).images)
@@ -248,14 +327,21 @@ def test_targets_in_one_batch_as_alone(small):
     """Rows of several targets, each with its own generator and anchor, as when attacked one target at a time."""
     x, anchors = faces(6), small(faces(2, 5)).detach()
     settings = {"iterations": 5, "lr": 0.1, "restarts": 2}
+    starts = [attacks.draw_start(3, 2, 3, 107, seeded(k + 1)) for k in range(2)]
     both = tanh_attack(
-        small, x, anchors.repeat_interleave(3, 0), eyeglasses_mask(), generator=[seeded(1), seeded(2)], **settings
+        small,
+        x,
+        anchors.repeat_interleave(3, 0),
+        eyeglasses_mask(),
+        start=torch.cat(starts, 1),
+        **settings,
     )
     for k in range(2):
+        own = slice(3 * k, 3 * k + 3)
         alone = tanh_attack(
-            small, x[3 * k : 3 * k + 3], anchors[k], eyeglasses_mask(), generator=seeded(k + 1), **settings
+            small, x[own], anchors[k], eyeglasses_mask(), start=seeded(k + 1), **settings
         )
-        assert torch.allclose(both.images[3 * k : 3 * k + 3], alone.images, atol=1e-4)
+        assert torch.allclose(both.images[own], alone.images, atol=1e-4)
 
 
 def test_mode_and_gradient_flags_are_restored(small):
@@ -276,7 +362,9 @@ def test_mode_and_gradient_flags_are_restored(small):
     with pytest.raises(RuntimeError):
         tanh_attack(small, faces(2), torch.zeros(5), eyeglasses_mask(), iterations=2)
     assert set(seen) == {(False, False)}
-    assert [m.training for m in small.modules()] == modes and [p.requires_grad for p in small.parameters()] == flags
+    assert [m.training for m in small.modules()] == modes and [
+        p.requires_grad for p in small.parameters()
+    ] == flags
     assert all(p.grad is None for p in small.parameters())
     assert all(torch.equal(v, state[k]) for k, v in small.state_dict().items())
 
@@ -286,7 +374,9 @@ def test_zero_and_nonfinite_gradients_are_counted():
     result = tanh_attack(flat, faces(2), torch.ones(4), eyeglasses_mask(), iterations=3, restarts=1)
     assert (result.zero_gradients, result.nonfinite, result.gradients) == (6, 0, 6)
     broken = lambda x: (x.sum((1, 2, 3)) - 1e9)[:, None].sqrt()
-    result = tanh_attack(broken, faces(2), torch.ones(1), eyeglasses_mask(), iterations=3, restarts=1)
+    result = tanh_attack(
+        broken, faces(2), torch.ones(1), eyeglasses_mask(), iterations=3, restarts=1
+    )
     assert (result.zero_gradients, result.nonfinite, result.gradients) == (0, 6, 6)
     assert result.images.isfinite().all()
 
@@ -300,35 +390,30 @@ def test_location_search_finds_the_planted_place():
 
     def embed(images):
         which = (images[:, 0, 0, 0] * 10).round().long() - 1
-        views = torch.stack([images[:, :, r : r + 10, c : c + 10].mean((1, 2, 3)) for r, c in planted], 1)  # (N, 3)
+        views = torch.stack(
+            [images[:, :, r : r + 10, c : c + 10].mean((1, 2, 3)) for r, c in planted], 1
+        )  # (N, 3)
         return views.gather(1, which[:, None])
 
-    result = attacks.square_attack(
-        embed, x, torch.ones(1), mirroring=False, search_iterations=4, iterations=60, lr=0.3, restarts=1
-    )
+    def attack(images, places, search_iterations, iterations):
+        efforts = Effort(iterations, 0.3, 1), Effort(search_iterations, 0.1)
+        return attacks.square_attack(embed, images, torch.ones(1), places, *efforts, seeded())
+
+    result = attack(x, attacks.square_positions(), 4, 60)
     assert list(zip(result.extra["row"].tolist(), result.extra["col"].tolist())) == planted
     assert result.distance.max() < 0.02
     for i, (row, column) in enumerate(planted):
         outside = ~square_mask(row, column)
         assert torch.equal(result.images[i][:, outside], x[i][:, outside])
-    fine = attacks.square_attack(
-        embed,
-        x[:1],
-        torch.ones(1),
-        mirroring=False,
-        search_iterations=2,
-        iterations=2,
-        lr=0.3,
-        restarts=1,
-        positions=[(r, c) for r in (13, 15, 17) for c in (34, 35, 36)],
-    )
+    fine = attack(x[:1], [(r, c) for r in (13, 15, 17) for c in (34, 35, 36)], 2, 2)
     assert (fine.extra["row"].item(), fine.extra["col"].item()) == planted[0]
 
 
 def test_location_search_does_not_depend_on_chunks(small):
     x, anchor = faces(3).double(), torch.ones(8).double()
+    places, embed = attacks.square_positions(10), Mirrored(small.double())
     found = [
-        attacks.location_search(small.double(), x, anchor, attacks.square_positions(10), iterations=2, chunk=c)[0]
+        attacks.location_search(embed, x, anchor, places, Effort(2, 0.1, chunk=c), seeded())[0]
         for c in (1, 40, 500)
     ]
     assert found[0].shape == (3, 9)
@@ -346,9 +431,9 @@ def test_universal_patch_helps_on_intruders_it_never_saw(small):
         patched[:, :, ~mask], unseen[:, :, ~mask]
     )
     grey = attacks.apply_pattern(unseen, torch.full_like(pattern, 0.5), mask)
-    clean, after, occluded = (attacks.distances(small, x, anchor) for x in (unseen, patched, grey))
+    clean, after, occluded = (distances(small, x, anchor) for x in (unseen, patched, grey))
     assert after.mean() < 0.9 * clean.mean() and after.mean() < 0.9 * occluded.mean()
-    assert trained.distance.mean() < 0.9 * attacks.distances(small, seen, anchor).mean()
+    assert trained.distance.mean() < 0.9 * distances(small, seen, anchor).mean()
     again, _ = universal_patch(small, seen, anchor, mask, iterations=60, lr=0.1, chunk=7)
     assert torch.allclose(again, pattern, atol=0.02)
 
@@ -356,9 +441,14 @@ def test_universal_patch_helps_on_intruders_it_never_saw(small):
 # the other attacks
 def test_random_patterns_keep_the_closest_of_all(small):
     x, anchor, mask = faces(3), small(faces(1, 5))[0].detach(), eyeglasses_mask()
-    found = [attacks.random_patterns(small, x, anchor, mask, patterns=n, generator=seeded(), chunk=16) for n in (1, 20)]
+    found = [
+        attacks.random_patterns(Mirrored(small), x, anchor, mask, n, seeded(), chunk=16)
+        for n in (1, 20)
+    ]
     values = torch.rand(20, 3, 107, generator=seeded())
-    by_hand = attacks.distances(small, attacks.apply_pattern(x[:1].expand(20, -1, -1, -1), values, mask), anchor)
+    by_hand = distances(
+        small, attacks.apply_pattern(x[:1].expand(20, -1, -1, -1), values, mask), anchor
+    )
     assert torch.isclose(found[1].distance[0], by_hand.min()) and torch.equal(
         found[1].images[:, :, ~mask], x[:, :, ~mask]
     )
@@ -368,22 +458,28 @@ def test_random_patterns_keep_the_closest_of_all(small):
 
 def test_uniform_noise_is_bounded_and_fills_its_range():
     x = faces(4) * 0.8 + 0.1
-    moved = attacks.uniform_noise(x, 10 / 255) - x
+    moved = attacks.uniform_noise(x, 10 / 255, seeded()) - x
     assert moved.abs().max() <= 10 / 255 + 1e-6 and abs(moved.mean()) < 1e-3
     assert abs(moved.std() - 10 / 255 / 3**0.5) < 1e-3
-    assert attacks.uniform_noise(torch.ones(1, 3, 8, 8)).max() == 1
+    assert attacks.uniform_noise(torch.ones(1, 3, 8, 8), 10 / 255, seeded()).max() == 1
 
 
 def test_indirect_takes_the_stronger_by_true_distance(small):
     x, anchor, virtual = faces(6), *small(faces(2, 5)).detach()
-    settings = {"iterations": 10, "lr": 0.2, "start": attacks.draw_start(6, 1, 3, 107, seeded())}
-    result = attacks.indirect_attack(small, x, anchor, virtual, eyeglasses_mask(), **settings)
+    start, mask = attacks.draw_start(6, 1, 3, 107, seeded()), eyeglasses_mask()
+    settings = {"iterations": 10, "lr": 0.2, "start": start}
+    indirectly = Effort(10, 0.2), start
+    result = attacks.indirect_attack(Mirrored(small), x, anchor, virtual, mask, *indirectly)
     direct = tanh_attack(small, x, anchor, eyeglasses_mask(), **settings)
     indirect = tanh_attack(small, x, virtual, eyeglasses_mask(), **settings)
     assert torch.allclose(result.extra["direct"], direct.distance, atol=1e-5)
-    assert torch.allclose(result.extra["indirect"], attacks.distances(small, indirect.images, anchor), atol=1e-5)
-    assert torch.allclose(result.distance, torch.minimum(result.extra["direct"], result.extra["indirect"]), atol=1e-5)
-    near = attacks.indirect_attack(small, x, anchor, anchor, eyeglasses_mask(), **settings)
+    assert torch.allclose(
+        result.extra["indirect"], distances(small, indirect.images, anchor), atol=1e-5
+    )
+    assert torch.allclose(
+        result.distance, torch.minimum(result.extra["direct"], result.extra["indirect"]), atol=1e-5
+    )
+    near = attacks.indirect_attack(Mirrored(small), x, anchor, anchor, mask, *indirectly)
     assert torch.equal(near.extra["direct"], near.extra["indirect"])
 
 
@@ -392,7 +488,11 @@ def test_worst_is_the_strongest_per_intruder():
     two = attacks.Attacked(torch.ones(3, 1, 2, 2), torch.tensor([2.0, 4, 3]), 1, 2, 3)
     both = attacks.worst(one, two)
     assert both.distance.tolist() == [1, 4, 3] and both.extra["strongest"].tolist() == [0, 1, 0]
-    assert both.images[:, 0, 0, 0].tolist() == [0, 1, 0] and (both.zero_gradients, both.nonfinite, both.gradients) == (
+    assert both.images[:, 0, 0, 0].tolist() == [0, 1, 0] and (
+        both.zero_gradients,
+        both.nonfinite,
+        both.gradients,
+    ) == (
         2,
         4,
         6,
@@ -401,8 +501,8 @@ def test_worst_is_the_strongest_per_intruder():
 
 def test_distal_reaches_the_anchor_from_noise(small):
     anchor = small(faces(1, 5))[0].detach()
-    result = attacks.distal_attack(small, (2, 3, 64, 64), anchor, iterations=80, lr=0.1, restarts=1, mirroring=False)
-    start = attacks.distances(small, torch.rand(2, 3, 64, 64, generator=seeded()), anchor, False)
+    result = attacks.distal_attack(small, (2, 3, 64, 64), anchor, Effort(80, 0.1, 1), seeded())
+    start = distances(small, torch.rand(2, 3, 64, 64, generator=seeded()), anchor, False)
     assert (result.distance < 0.1 * start).all()
 
 
@@ -420,12 +520,15 @@ def test_eot_survives_transforms_better_than_the_plain_attack(small, name):
         eot_rotation=8.0,
     )
     x, train, anchor = faces(4), faces(6, 1), small(faces(1, 5))[0].detach()
-    robust = run_attack(name, config, small, x, anchor, generator=seeded(), training=train)
-    plain = run_attack(name[4:], config, small, x, anchor, generator=seeded(), training=train)
-    fresh = attacks.draw_transforms(64, 3.0, 0.05, 8.0, 0.1, seeded(77))
-    scores = [attacks.distances(small, r.images, anchor, True, fresh).mean() for r in (robust, plain)]
-    assert scores[0] < scores[1] and scores[0] < attacks.distances(small, x, anchor, True, fresh).mean()
-    assert abs(robust.distance.mean() - scores[0]) < 0.1 * scores[0]  # the row is the distance under transforms
+    embed = Mirrored(small)
+    robust = run_attack(name, config, embed, x, anchor, generator=seeded(), training=train)
+    plain = run_attack(name[4:], config, embed, x, anchor, generator=seeded(), training=train)
+    fresh = attacks.draw_transforms(64, config, seeded(77))
+    scores = [distances(small, r.images, anchor, True, fresh).mean() for r in (robust, plain)]
+    assert scores[0] < scores[1] and scores[0] < distances(small, x, anchor, True, fresh).mean()
+    assert (
+        abs(robust.distance.mean() - scores[0]) < 0.1 * scores[0]
+    )  # the row is the distance under transforms
     assert torch.equal(robust.images[:, :, ~robust.mask], x[:, :, ~robust.mask])
 
 
@@ -450,7 +553,10 @@ class ResNet(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+            nn.Conv2d(3, 8, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1),
         )
         self.stages = nn.Sequential(Block(8, 8, 1), Block(8, 16, 2), Block(16, 32, 2))
         self.fc = nn.Linear(32, 16)
@@ -474,13 +580,20 @@ def test_every_attack_runs_on_a_resnet_that_is_not_ours():
     )
     x, train = faces(3), faces(4, 2)
     anchor, virtual = attacks.extract(embed, faces(2, 5))
-    clean = attacks.distances(embed, x, anchor)
+    clean = distances(embed, x, anchor)
     for name in attacks.ATTACKS:
-        result = run_attack(name, config, embed, x, anchor, generator=seeded(), training=train, virtual=virtual)
+        result = run_attack(name, config, Mirrored(embed), x, anchor, seeded(), train, virtual)
         images = result.images if name == "distal" else x
         mask = result.mask.expand(len(images), -1, -1)[:, None].expand_as(images)
-        assert torch.equal(result.images[~mask], images[~mask]) and 0 <= result.images.min() <= result.images.max() <= 1
-        assert result.distance.shape == (len(images),) and result.distance.isfinite().all() and result.nonfinite == 0
+        assert (
+            torch.equal(result.images[~mask], images[~mask])
+            and 0 <= result.images.min() <= result.images.max() <= 1
+        )
+        assert (
+            result.distance.shape == (len(images),)
+            and result.distance.isfinite().all()
+            and result.nonfinite == 0
+        )
         if name in ("eyeglasses", "square", "indirect"):
             assert (result.distance < clean).all()
         if name == "evasion":
@@ -500,7 +613,9 @@ def test_intruders_are_others_and_patches_train_on_other_images():
     assert not set(tested) & set(training) and len(tested) + len(training) == 16
     longer, _ = attacks.choose_intruders(person, 0, near, far, 12, 0, seeded())
     assert longer[:10] == tested
-    a, b, c = (attacks.stable_generator(*parts).initial_seed() for parts in ((0, "a"), (0, "a"), (1, "a")))
+    a, b, c = (
+        attacks.stable_generator(*parts).initial_seed() for parts in ((0, "a"), (0, "a"), (1, "a"))
+    )
     assert a == b == 3426483283761622585 != c  # the same on every machine
 
 
@@ -517,12 +632,20 @@ def trained(tmp_path_factory):
     for p in range(8):
         (home / f"people/p{p}").mkdir(parents=True)
         for k in range(5):
-            image = (faces(1, p, 8) * 0.7 + faces(1, 100 * p + k, 8) * 0.3)[0].permute(1, 2, 0).mul(255).byte().numpy()
+            image = (
+                (faces(1, p, 8) * 0.7 + faces(1, 100 * p + k, 8) * 0.3)[0]
+                .permute(1, 2, 0)
+                .mul(255)
+                .byte()
+                .numpy()
+            )
             Image.fromarray(image).resize((64, 64)).save(home / f"people/p{p}/{k}.png")
     loaded = data.load("folder", home / "people", cache=None, progress=False)
     run = home / "run"
     (run / "ours").mkdir(parents=True)
-    data.write_manifest(run / "people.json", loaded, data.split_persons(loaded, 2, 2, 4, 0, min_target_images=5))
+    data.write_manifest(
+        run / "people.json", loaded, data.split_persons(loaded, 2, 2, 4, 0, min_target_images=5)
+    )
     torch.manual_seed(0)
     model = embed.Embedding(1 / 16, 16)
     torch.save(
@@ -533,7 +656,14 @@ def trained(tmp_path_factory):
         },
         run / "ours" / "embedding.pt",
     )
-    about = {"data": "folder", "root": str(home / "people"), "crop": "", "preset": "demo", "seed": 3, "options": {}}
+    about = {
+        "data": "folder",
+        "root": str(home / "people"),
+        "crop": "",
+        "preset": "demo",
+        "seed": 3,
+        "options": {},
+    }
     (run / "run.json").write_text(json.dumps(about))
     return run
 
@@ -579,7 +709,10 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
     import metrics
 
     names = [name for name in attacks.ATTACKS if name != "indirect"]
-    assert in_process(trained, monkeypatch, "--attacks", ",".join(names), "--defences", "basic,both") == 0
+    assert (
+        in_process(trained, monkeypatch, "--attacks", ",".join(names), "--defences", "basic,both")
+        == 0
+    )
     told = capsys.readouterr().out
     assert "ours eyeglasses: 4 iterations, 1 restarts, 3 targets, 18 pairs" in told
     manifest = json.loads((trained / "people.json").read_text())
@@ -587,7 +720,9 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
     assert len(clean) == 3 * 2 * (4 + 6) and tuple(clean[0]) == attacks.COLUMNS
     assert {r["role"] for r in clean} == {"genuine", "intruder"}
     for row in clean:
-        assert (row["person"] == row["target"]) == (row["role"] == "genuine") and row["candidate"] != row["anchor"]
+        assert (row["person"] == row["target"]) == (row["role"] == "genuine") and row[
+            "candidate"
+        ] != row["anchor"]
         assert row["target"] in manifest["target"] and row["person"] not in manifest["train"]
     counts = {"evasion": 3 * 2 * 4, "noise": 3 * 2 * (4 + 3), "distal": 3 * 2}
     for name in names[1:]:
@@ -600,13 +735,26 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
             and about["n_targets"] == 3
             and about["reproducible"] is True
         )
-        assert about["outside_mask_max"] == 0 and about["nonfinite"] == 0 and about["config"]["intruders"] == 3
+        assert (
+            about["outside_mask_max"] == 0
+            and about["nonfinite"] == 0
+            and about["config"]["intruders"] == 3
+        )
         with np.load(trained / "ours/attacks" / f"{name}.npz") as images:
-            assert images["attacked"].shape[0] == len(images["target"]) == 3 and images["attacked"].dtype == np.uint8
+            assert (
+                images["attacked"].shape[0] == len(images["target"]) == 3
+                and images["attacked"].dtype == np.uint8
+            )
             assert images["anchor"].shape == (3, 3, 64, 64) and images["mask"].shape == (3, 64, 64)
-    pairs = {tuple(r[k] for k in ("target", "candidate", "mirroring", "selection", "anchor")) for r in clean}
+    pairs = {
+        tuple(r[k] for k in ("target", "candidate", "mirroring", "selection", "anchor"))
+        for r in clean
+    }
     for row in rows(trained, "square"):
-        assert tuple(row[k] for k in ("target", "candidate", "mirroring", "selection", "anchor")) in pairs
+        assert (
+            tuple(row[k] for k in ("target", "candidate", "mirroring", "selection", "anchor"))
+            in pairs
+        )
         assert row["row"] in ("15", "35") and row["col"] in ("15", "35")
     assert set(metrics.summary(metrics.read_run(trained))["ours"]) >= {
         "clean",
@@ -622,22 +770,29 @@ def test_clean_rows_are_the_distances_of_the_embedding(trained, monkeypatch):
     import embed
 
     assert in_process(trained, monkeypatch, "--attacks", "clean", "--defences", "all") == 0
-    loaded = data.load("folder", json.loads((trained / "run.json").read_text())["root"], cache=None, progress=False)
+    loaded = data.load(
+        "folder", json.loads((trained / "run.json").read_text())["root"], cache=None, progress=False
+    )
     model = embed.load_embedding(trained / "ours/embedding.pt")
     x = loaded.images.float() / 255
     with torch.no_grad():
         features, mirrored = model(x).double(), model(x.flip(3)).double()
     for row in rows(trained, "clean"):
         a, c = int(row["anchor"]), int(row["candidate"])
-        squared = [(f[c] - features[a]).square().sum() for f in (features, mirrored)[: 1 + int(row["mirroring"])]]
-        assert math.isclose(float(row["distance"]), math.sqrt(sum(squared) / len(squared)), rel_tol=1e-3)
+        squared = [
+            (f[c] - features[a]).square().sum()
+            for f in (features, mirrored)[: 1 + int(row["mirroring"])]
+        ]
+        assert math.isclose(
+            float(row["distance"]), math.sqrt(sum(squared) / len(squared)), rel_tol=1e-3
+        )
         own = [i for i in range(len(x)) if loaded.names[loaded.person[i]] == row["target"]]
         costs = {i: float((features[own] - features[i]).square().sum()) for i in own}
         assert a == (min(costs, key=costs.get) if row["selection"] == "1" else own[0])
 
 
 def test_same_command_same_rows_whatever_the_targets_beside(trained, monkeypatch):
-    flags = ("--attacks", "eyeglasses,square")
+    flags = ("--attacks", "eyeglasses,square", "--overwrite")
     assert in_process(trained, monkeypatch, *flags) == 0
     first = {name: rows(trained, name) for name in ("eyeglasses", "square")}
     assert in_process(trained, monkeypatch, *flags) == 0
@@ -654,34 +809,51 @@ def test_same_command_same_rows_whatever_the_targets_beside(trained, monkeypatch
     assert rows(trained, "eyeglasses") != first["eyeglasses"]
 
 
-def test_resume_keeps_finished_targets_and_refuses_other_settings(trained, monkeypatch, capsys, interrupted_at):
+def test_goes_on_after_a_stop_keeps_what_is_finished_and_refuses_other_settings(
+    trained, monkeypatch, capsys, interrupted_at
+):
     flags = ("--attacks", "eyeglasses", "--intruders", "2")
-    (trained / "ours/attacks/eyeglasses.csv").unlink(missing_ok=True)
+    table = trained / "ours/attacks/eyeglasses.csv"
+    table.unlink(missing_ok=True)
     with interrupted_at(attacks, "attack_target", 3):
         assert in_process(trained, monkeypatch, *flags) == 130
-    assert "--resume" in capsys.readouterr().err and not (trained / "ours/attacks/eyeglasses.csv").exists()
-    assert in_process(trained, monkeypatch, *flags, "--resume", "--lr", "0.3") == 2
-    assert "lr" in capsys.readouterr().err
+    assert "goes on" in capsys.readouterr().err and not table.exists()
+    assert in_process(trained, monkeypatch, *flags, "--lr", "0.3") == 2
+    error = capsys.readouterr().err
+    assert "lr (0.2 before, 0.3 now)" in error and "--overwrite" in error and error.count("\n") == 1
     with interrupted_at(attacks, "attack_target", 0) as calls:  # never
-        assert in_process(trained, monkeypatch, *flags, "--resume") == 0
+        assert in_process(trained, monkeypatch, *flags) == 0
     assert len(calls) == 1  # only the third
     resumed = rows(trained, "eyeglasses")
-    assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and "kept" in capsys.readouterr().out
-    assert in_process(trained, monkeypatch, *flags) == 0 and rows(trained, "eyeglasses") == resumed
+    assert in_process(trained, monkeypatch, *flags) == 0 and "kept" in capsys.readouterr().out
+    assert in_process(trained, monkeypatch, *flags, "--lr", "0.3") == 2  # finished with others
+    assert "lr (0.2 before, 0.3 now)" in capsys.readouterr().err
+    assert in_process(trained, monkeypatch, *flags, "--overwrite") == 0
+    assert "kept" not in capsys.readouterr().out and rows(trained, "eyeglasses") == resumed
+    assert in_process(trained, monkeypatch, *flags, "--defences", "basic,both") == 0  # more of them
+    again = rows(trained, "eyeglasses")
+    assert len(again) == 2 * len(resumed) and [r for r in again if r["mirroring"] == "1"] == resumed
+    assert in_process(trained, monkeypatch, *flags) == 0 and "kept" in capsys.readouterr().out
 
 
-def test_resume_refuses_other_photographs_and_clears_what_a_kill_left(trained, monkeypatch, capsys, interrupted_at):
-    flags, partial = ("--attacks", "noise", "--intruders", "2"), trained / "ours/attacks/.noise.partial"
+def test_refuses_other_photographs_and_clears_what_a_kill_left(
+    trained, monkeypatch, capsys, interrupted_at
+):
+    flags, partial = (
+        ("--attacks", "noise", "--intruders", "2"),
+        trained / "ours/attacks/.noise.partial",
+    )
+    (trained / "ours/attacks/noise.csv").unlink(missing_ok=True)
     with interrupted_at(attacks, "attack_target", 2):
         assert in_process(trained, monkeypatch, *flags) == 130 and partial.exists()
     photograph = Path(json.loads((trained / "run.json").read_text())["root"], "p0/0.png")
     photograph.rename(photograph.with_name("9.png"))
     capsys.readouterr()
-    assert in_process(trained, monkeypatch, *flags, "--resume") == 2 and "people" in capsys.readouterr().err
+    assert in_process(trained, monkeypatch, *flags) == 2 and "people" in capsys.readouterr().err
     photograph.with_name("9.png").rename(photograph)
-    assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and not partial.exists()
+    assert in_process(trained, monkeypatch, *flags) == 0 and not partial.exists()
     partial.mkdir()  # killed while it was removed
-    assert in_process(trained, monkeypatch, *flags, "--resume") == 0 and not partial.exists()
+    assert in_process(trained, monkeypatch, *flags) == 0 and not partial.exists()
 
 
 def test_other_people_are_judged(trained, monkeypatch, capsys):
@@ -693,7 +865,10 @@ def test_other_people_are_judged(trained, monkeypatch, capsys):
     assert len({row["target"] for row in rows(trained, "clean", "attacks-others")}) == 3
     for flags, told in [
         ((*people,), "--min-images"),
-        (("--data", "folder", "--root", str(trained.parent / "people")), "trained on these people"),
+        (
+            ("--data", "folder", "--root", str(trained.parent / "people")),
+            "trained on these persons",
+        ),
         (("--data", "folder", "--root", str(trained.parent / "nowhere")), "nowhere"),
     ]:
         capsys.readouterr()
@@ -719,7 +894,9 @@ def test_other_people_are_judged(trained, monkeypatch, capsys):
 def test_bad_flags_are_one_line_and_exit_2(trained, monkeypatch, capsys, flags, told):
     assert in_process(trained, monkeypatch, *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert len([line for line in error if line.startswith("attacks.py:")]) == 1 and told in error[-1]
+    assert (
+        len([line for line in error if line.startswith("attacks.py:")]) == 1 and told in error[-1]
+    )
 
 
 def test_missing_run_is_one_line(tmp_path):
@@ -730,7 +907,9 @@ def test_missing_run_is_one_line(tmp_path):
 def test_script_imports_alone(tmp_path):
     shutil.copy(ROOT / "attacks.py", tmp_path)
     code = "import attacks, torch; print(int(attacks.eyeglasses_mask().sum()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.stdout.strip() == "107", done.stderr
 
 
@@ -743,42 +922,52 @@ def test_presets_fit_the_config():
         5000,
         0.005,
     )
-    assert (paper.square_search_iterations, paper.square_search_lr, paper.patterns, paper.noise) == (
+    assert (
+        paper.square_search_iterations,
+        paper.square_search_lr,
+        paper.patterns,
+        paper.noise,
+    ) == (
         20,
         0.1,
         1000,
         10 / 255,
     )
-    assert (paper.distal_iterations, paper.distal_lr, paper.patch_train, paper.targets) == (2000, 0.01, 100, 27)
+    assert (paper.distal_iterations, paper.distal_lr, paper.patch_train, paper.targets) == (
+        2000,
+        0.01,
+        100,
+        27,
+    )
     for preset in attacks.PRESETS.values():
         replace(paper, **preset)
 
 
-def test_finished_asks_for_every_defence_and_work_follows_the_settings(tmp_path):
-    table = tmp_path / "square.csv"
-    assert not attacks.finished(table, "both")
-    table.write_text("rows\n")
-    for held, wanted, answer in [
+@pytest.mark.parametrize(
+    "held, wanted, answer",
+    [
         ("both", "both", True),
-        ("both", "all", False),
-        ("all", "both", True),
+        ("both", "basic,mirroring,selection,both", False),
+        ("basic,mirroring,selection,both", "both", True),
         ("basic,both", "both,basic", True),
-    ]:
-        (tmp_path / "square.json").write_text(json.dumps({"config": {"defences": held}}))
-        assert attacks.finished(table, wanted) is answer
-    demo = Config(**attacks.PRESETS["demo"])
-    assert attacks.work(["eyeglasses"], demo) == 20 * 2 * 12 * 80
-    assert attacks.work(["eyeglasses"], replace(demo, defences="all")) == 20 * 6 * 12 * 80
-    assert attacks.work(["square"], demo) == 20 * 2 * 12 * (80 + 25 * 2)
-    assert attacks.work([], demo) == 0 and attacks.work(attacks.ATTACKS, demo) > 0
+    ],
+)
+def test_finished_asks_for_every_defence(tmp_path, held, wanted, answer):
+    table, begun = tmp_path / "square.csv", tmp_path / "config.json"
+    settings = {"defences": wanted.split(",")}
+    assert not attacks.finished(table, begun, settings)
+    table.write_text("rows\n")
+    table.with_suffix(".json").write_text(json.dumps({"config": {"defences": held.split(",")}}))
+    assert attacks.finished(table, begun, settings) is answer
 
 
-def test_the_last_iterate_counts_without_a_gradient(embed=lambda x: x.flatten(1)):
+def test_the_last_iterate_counts_without_a_gradient():
     image, calls = torch.full((1, 3, 64, 64), 0.5), []
 
     def counted(x):
         calls.append(torch.is_grad_enabled())
-        return embed(x)
+        return x.flatten(1)
 
-    attacks.tanh_attack(counted, image, torch.zeros(3 * 64 * 64), attacks.eyeglasses_mask(), iterations=3, restarts=1)
+    anchor = torch.zeros(3 * 64 * 64)
+    tanh_attack(counted, image, anchor, eyeglasses_mask(), iterations=3, restarts=1)
     assert calls == [True, True, True, False, False]  # three steps, the last iterate, the distance
