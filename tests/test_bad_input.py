@@ -629,7 +629,13 @@ def test_arbitrary_flags(tmp_path):
             config = found[0] if isinstance(found, tuple) else found
             for name in names:
                 value, usual = getattr(config, name), getattr(script.Config, name)
-                if isinstance(usual, tuple):
+                if isinstance(usual, tuple) and isinstance(usual[0], str):
+                    assert value and all(isinstance(v, str) and v for v in value), (
+                        argv,
+                        name,
+                        value,
+                    )
+                elif isinstance(usual, tuple):
                     assert len(value) == len(usual), (argv, name, value)
                     assert all(0 < v < 2**31 for v in value), (argv, name, value)
                 elif not isinstance(usual, str):
