@@ -103,8 +103,10 @@ def augment(
     if layout not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(op + "layout must be contiguous_format or channels_last")
     if not runs_triton(images):
-        given = {"fill": fill, "generator": generator, "noise": noise, "layout": layout}
-        return augment_ref(images, flips=flips, shifts=shifts, boxes=boxes, **given)
+        moves = {"flips": flips, "shifts": shifts, "boxes": boxes}
+        return augment_ref(
+            images, **moves, fill=fill, generator=generator, noise=noise, layout=layout
+        )
     out = torch.empty(images.shape, device=images.device, memory_format=layout)
     seed = drawn_seed(images, generator, noise)
     given = noise if noise is None else noise.contiguous(memory_format=layout)

@@ -124,8 +124,10 @@ class _PlacePatches(torch.autograd.Function):
 def _empty(images: Tensor, P: int) -> Tensor:
     """Room for P versions of each image (B, P, C, H, W), in the images' memory layout."""
     layout, (B, C, H, W) = memory_format("place_patches: images", images), images.shape
-    shape, like = (B * P, C, H, W), {"dtype": images.dtype, "device": images.device}
-    return torch.empty(shape, **like, memory_format=layout).unflatten(0, (B, P))
+    out = torch.empty(
+        B * P, C, H, W, dtype=images.dtype, device=images.device, memory_format=layout
+    )
+    return out.unflatten(0, (B, P))
 
 
 def positions(
@@ -139,9 +141,7 @@ def positions(
     return torch.cartesian_prod(torch.tensor(tops), torch.tensor(lefts)).to(device)
 
 
-def place_patches_ref(
-    images: Tensor, patches: Tensor | float, positions: Tensor, size: tuple | None = None
-) -> Tensor:
+def place_patches_ref(images: Tensor, patches: Any, positions: Tensor, size: Any = None) -> Tensor:
     """Plain PyTorch of `place_patches`: P copies of the images, then a write for each patch."""
     B, C, H, W = images.shape
     P, tensor = positions.shape[-2], isinstance(patches, Tensor)
@@ -155,18 +155,18 @@ def place_patches_ref(
         at = (b.view(-1, 1, 1, 1, 1), p.view(-1, 1, 1, 1), c.view(-1, 1, 1), rows, cols)
         return out.index_put(at, patches.to(out.dtype).expand(B, P, C, h, w))
     target: Any = out
-    source: Any = patches
     if out.dtype == torch.float32 and not out.is_cuda:
         # the same memory; its slices cost a fraction of torch's
-        target, source = out.numpy(), patches.detach().float().numpy() if tensor else patches
+        target, patches = out.numpy(), patches.detach().float().numpy() if tensor else patches
     every = slice(None)
-    for b, places in enumerate((positions if positions.dim() == 3 else positions[None]).tolist()):
-        some = slice(b, b + 1) if positions.dim() == 3 else every
-        for p, (top, left) in enumerate(places):
-            each = source
+    for n, places in enumerate((positions if positions.dim() == 3 else positions[None]).tolist()):
+        some = slice(n, n + 1) if positions.dim() == 3 else every
+        for k, (up, back) in enumerate(places):
+            each = patches
             if tensor:
-                each = source[some if len(source) > 1 else every, p if source.shape[1] > 1 else 0]
-            target[some, p, :, top : top + h, left : left + w] = each
+                own = some if len(patches) > 1 else every
+                each = patches[own, k if patches.shape[1] > 1 else 0]
+            target[some, k, :, up : up + h, back : back + w] = each
     return out
 
 
