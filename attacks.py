@@ -39,9 +39,11 @@ from torch import Tensor
 try:
     from kernels.patch_local import local_features
 except ImportError:
-    local_features = None  # whole images: the same numbers, half the speed
+    # whole images: the same numbers, half the speed
+    local_features = None  # type: ignore[assignment]
 
 Embed = Callable[[Tensor], Tensor]
+Rng = torch.Generator
 # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
 EYEGLASSES = (
     "0 0 7ff80ffe f00ff007 e003e003 c003c003 60024002 60024002 "
@@ -53,7 +55,16 @@ ATTACKS = (
 )
 # Sec. 4.2: mirroring, selection
 DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
-COLUMNS = ("attack", "mirroring", "selection", "seed", "target", "anchor", "candidate", "person")
+COLUMNS: tuple[str, ...] = (
+    "attack",
+    "mirroring",
+    "selection",
+    "seed",
+    "target",
+    "anchor",
+    "candidate",
+    "person",
+)
 COLUMNS += ("role", "distance")
 
 
@@ -263,7 +274,7 @@ def views_of(embed: Embed) -> int:
     return int(getattr(embed, "views", 1))
 
 
-def draw_transforms(n: int, config: Config, generator: torch.Generator) -> Tensor:
+def draw_transforms(n: int, config: Config, generator: Rng) -> Tensor:
     """(n, 5): rows and columns of shift in pixels, scale, rotation in radians, brightness; uniform
     in +- the config's ranges."""
     unit = torch.rand(n, 5, generator=generator) * 2 - 1
@@ -373,11 +384,31 @@ class Batch(NamedTuple):
         embed = self.embed if transforms is None else Transformed(self.embed, transforms)
         return embed(paste(self.images, patch, self.pixels))
 
-    def loss(self, w: Tensor, delta: Tensor, sign: int, transforms: Tensor | None) -> Tensor:
-        """(n,) for w and delta (n or 1, C, P), one for each image or one for all."""
-        # App. C: attacked = paste(images, tanh_perturb(w, delta), pixels)
-        patch = tanh_perturb(w, delta).expand(len(self.images), -1, -1)
-        return sign * squared_distance(self.features(patch, transforms), self.anchor)
+
+def losses(
+    batches: Sequence[Batch],
+    w: Tensor,
+    delta: Tensor,
+    sign: int,
+    transforms: Tensor | None,
+    grad: Tensor | None,
+) -> Tensor:
+    """w and delta (N, C, P) for the N images of one batch, or (1, C, P) for all -> (N or 1,).
+
+    grad: where to add the gradient for delta; without it none is computed.
+    """
+    total, found = sum(len(batch.images) for batch in batches), []
+    shared = len(delta) < total
+    for batch in batches:
+        with torch.set_grad_enabled(grad is not None):
+            leaf = delta.detach().requires_grad_(grad is not None)
+            # App. C: batch.features pastes the patch into the images
+            patch = tanh_perturb(w, leaf).expand(len(batch.images), -1, -1)
+            loss = sign * squared_distance(batch.features(patch, transforms), batch.anchor)
+        if grad is not None:
+            grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
+        found.append(loss.detach())
+    return torch.cat(found).mean(0, keepdim=True) if shared else torch.cat(found)
 
 
 def optimise(
@@ -390,32 +421,22 @@ def optimise(
     Returns the best patch (N, C, P); its loss (N,); the loss (N,) of the iterate after an eighth, a
     quarter, half and all of the iterations; counts (3,) of zero, non-finite and all gradients.
     """
-    n, eot, total = effort.iterations, effort.eot, sum(len(batch.images) for batch in batches)
-    shared, rotate = len(start) < total, 0 < effort.batch < total
+    n, eot, sign = effort.iterations, effort.eot, effort.sign
+    rotate = 0 < effort.batch < sum(len(batch.images) for batch in batches)
     every = 10 if eot or rotate else 1
     marks = {n, *(k - k % every for k in (n // 8, n // 4, n // 2))}
     delta, best, curve = start.clone(), start.clone(), {}
     best_loss, counts = start.new_full((len(start),), torch.inf), start.new_zeros(3).long()
     adam = torch.optim.Adam([delta], lr=effort.lr, fused=True if start.is_cuda else None)
 
-    def losses(batches: Sequence[Batch], transforms: Tensor | None, grad: Tensor | None) -> Tensor:
-        found, several = [], sum(len(batch.images) for batch in batches) if shared else 1
-        for batch in batches:
-            with torch.set_grad_enabled(grad is not None):
-                leaf = delta.detach().requires_grad_(grad is not None)
-                loss = batch.loss(w, leaf, effort.sign, transforms)
-            if grad is not None:
-                grad += torch.autograd.grad(loss.sum(), leaf)[0] / several
-            found.append(loss.detach())
-        return torch.cat(found).mean(0, keepdim=True) if shared else torch.cat(found)
-
     for step in range(n + 1):  # the last iterate is scored without a gradient
         turn = [batches[step % len(batches)]] if rotate else batches
         grad = torch.zeros_like(delta)
         transforms = eot.steps[min(step, n - 1)] if eot else None
-        loss = losses(turn, transforms, grad if step < n else None)
+        loss = losses(turn, w, delta, sign, transforms, grad if step < n else None)
         if step % every == 0 or step == n:
-            loss = loss if every == 1 else losses(batches, eot and eot.validation, None)
+            if every > 1:
+                loss = losses(batches, w, delta, sign, eot and eot.validation, None)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)
             best = torch.where(better[:, None, None], delta, best)
@@ -423,29 +444,21 @@ def optimise(
             curve[step] = loss
         if step < n:
             finite, zero = grad.isfinite().flatten(1).all(1), (grad == 0).flatten(1).all(1)
-            met = [zero.sum(), (~finite).sum(), torch.full_like(counts[0], len(zero))]
-            counts += torch.stack(met)
+            counts += torch.stack([zero.sum(), (~finite).sum(), torch.full_like(zero, 1).sum()])
             delta.grad = torch.where(finite[:, None, None], grad, 0.0)
             adam.param_groups[0]["lr"] = effort.lr * (1 - step / n if effort.decay else 1)
             adam.step()
     return tanh_perturb(w, best), best_loss, curve, counts
 
 
-def draw_start(
-    rows: int, restarts: int, channels: int, pixels: int, generator: torch.Generator
-) -> Tensor:
+def draw_start(rows: int, restarts: int, channels: int, pixels: int, generator: Rng) -> Tensor:
     """(restarts, rows, C, P) of U(-0.5, 0.5); restart r does not depend on how many follow it."""
     share = (rows, channels, pixels)
     return torch.stack([torch.rand(share, generator=generator) for _ in range(restarts)]) - 0.5
 
 
 def tanh_attack(
-    embed: Embed,
-    images: Tensor,
-    anchor: Tensor,
-    mask: Tensor,
-    effort: Effort,
-    start: Tensor | torch.Generator,
+    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, start: Tensor | Rng
 ) -> Attacked:
     """Attack each image by itself inside its mask, eq. (7) in the form of App. C.
 
@@ -463,7 +476,7 @@ def tanh_attack(
         start = draw_start(B, effort.restarts, C, pixels.shape[1], start)
     R, start = len(start), start.to(images).flatten(0, 1)  # (R * B, C, P)
     w = to_tanh(images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1)))  # (B, C, P)
-    rows, runs = effort.rows(embed), []
+    rows, runs = effort.rows(embed), list[Any]()
     with frozen(embed):
         for i, part in zip(each.repeat(R).split(rows), start.split(rows)):
             some = images[i], anchor[i], pixels[i]
@@ -477,9 +490,10 @@ def tanh_attack(
         attacked = paste(images, patch[winner, each], pixels)
         by_restarts[n] = distances(scorer, attacked, anchor, effort.chunk)
     curve = {n: torch.cat([run[2][n] for run in runs]).view(R, B)[winner, each] for n in runs[0][2]}
-    extra = {"loss": loss, "by_restarts": by_restarts, "by_iterations": roots(curve)}
-    counts = sum(run[3] for run in runs).tolist()
-    return Attacked(attacked, by_restarts[R], *counts, extra=extra)
+    counts = torch.stack([run[3] for run in runs]).sum(0).tolist()
+    found = Attacked(attacked, by_restarts[R], *counts)
+    found.extra = {"loss": loss, "by_restarts": by_restarts, "by_iterations": roots(curve)}
+    return found
 
 
 def roots(curve: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -493,12 +507,7 @@ Places = Sequence[tuple[int, int]]
 
 
 def location_search(
-    embed: Embed,
-    images: Tensor,
-    anchor: Tensor,
-    places: Places,
-    search: Effort,
-    generator: torch.Generator,
+    embed: Embed, images: Tensor, anchor: Tensor, places: Places, search: Effort, generator: Rng
 ) -> tuple[Tensor, Attacked]:
     """A short attack by a square at each place: distances (B, K), and all of them as one attack.
 
@@ -521,17 +530,18 @@ def square_attack(
     places: Places,
     effort: Effort,
     search: Effort,
-    generator: torch.Generator,
+    generator: Rng,
 ) -> Attacked:
     """`location_search`, then `tanh_attack` from a new start at the best place of each image;
     extra: row, col (B,)."""
     found, searched = location_search(embed, images, anchor, places, search, generator)
     best = torch.tensor(places)[(effort.sign * found).argmin(1).cpu()]  # (B, 2)
-    mask = torch.stack([square_mask(*place, 10, *images.shape[2:]) for place in best.tolist()])
+    H, W = images.shape[2:]
+    mask = torch.stack([square_mask(row, col, 10, H, W) for row, col in best.tolist()])
     result = tanh_attack(embed, images, anchor, mask, effort, generator)
     count(result, searched)
-    result.mask, (row, col) = mask, best.T
-    result.extra |= {"row": row, "col": col}
+    result.mask = mask
+    result.extra |= {"row": best[:, 0], "col": best[:, 1]}
     return result
 
 
@@ -546,12 +556,7 @@ def count(total: Attacked, part: Attacked) -> None:
 
 
 def universal_patch(
-    embed: Embed,
-    images: Tensor,
-    anchor: Tensor,
-    mask: Tensor,
-    effort: Effort,
-    generator: torch.Generator,
+    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, generator: Rng
 ) -> tuple[Tensor, Attacked]:
     """One pattern that replaces the masked pixels of every image, for the lowest mean squared
     distance to the anchor.
@@ -570,8 +575,9 @@ def universal_patch(
         pattern, _, curve, counts = optimise(batches, w, start, effort)
     patched = apply_pattern(images, pattern[0], mask)
     distance = distances(effort.scorer(embed), patched, anchor, effort.chunk)
-    extra = {"by_iterations": roots(curve)}
-    return pattern[0], Attacked(patched, distance, *counts.tolist(), extra=extra)
+    found = Attacked(patched, distance, *counts.tolist())
+    found.extra = {"by_iterations": roots(curve)}
+    return pattern[0], found
 
 
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
@@ -590,7 +596,7 @@ def random_patterns(
     anchor: Tensor,
     mask: Tensor,
     patterns: int,
-    generator: torch.Generator,
+    generator: Rng,
     chunk: int = 256,
 ) -> Attacked:
     """For each image the closest of so many uniform random fillings of the mask: no gradient."""
@@ -606,7 +612,7 @@ def random_patterns(
     return Attacked(attacked, distances(embed, attacked, anchor, chunk))
 
 
-def uniform_noise(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+def uniform_noise(images: Tensor, amount: float, generator: Rng) -> Tensor:
     """images plus U(-amount, amount) in every pixel, clipped to [0, 1]."""
     noise = torch.rand(images.shape, generator=generator) * 2 - 1
     return (images + amount * noise.to(images)).clamp(0, 1)
@@ -636,7 +642,7 @@ def indirect_attack(
 
 
 def distal_attack(
-    embed: Embed, shape: Sequence[int], anchor: Tensor, effort: Effort, generator: torch.Generator
+    embed: Embed, shape: Sequence[int], anchor: Tensor, effort: Effort, generator: Rng
 ) -> Attacked:
     """A whole free image from uniform random pixels, driven to the anchor's features; shape
     (B, C, H, W); Fig. 4."""
@@ -680,7 +686,7 @@ def run_attack(
     embed: Embed,
     images: Tensor,
     anchor: Tensor,
-    generator: torch.Generator,
+    generator: Rng,
     training: Tensor | None = None,
     virtual: Tensor | None = None,
 ) -> Attacked:
@@ -740,7 +746,7 @@ def choose_intruders(
     far: Sequence[int],
     tests: int,
     training: int,
-    generator: torch.Generator,
+    generator: Rng,
 ) -> tuple[list[int], list[int]]:
     """Image indices of other persons, for attack or comparison and for the universal patch.
 
@@ -862,13 +868,13 @@ def autoencode(path: Path, images: Tensor) -> Tensor:
         return lord(images).clamp(0, 1)
 
 
-def to_bytes(images: Tensor):
-    """Float in [0, 1] to a uint8 array."""
-    return (images * 255).round().to(torch.uint8).cpu().numpy()
-
-
 def attack_target(
-    config: Config, name: str, embed: Embed, people: Judged, person: int, generator_file: Path
+    config: Config,
+    name: str,
+    embed: torch.nn.Module,
+    people: Judged,
+    person: int,
+    generator_file: Path,
 ) -> tuple[dict, dict]:
     """One attack on one target under each defence asked for: rows with counters, and example
     images. The result depends on the seed and the target's name, not on which other targets are
@@ -899,27 +905,27 @@ def attack_target(
         genuine = [i for i in own if i != own[best]]
         others = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}
         candidates = others.get(name, tested)
-        inputs = {"embed": Mirrored(embed) if mirroring else embed, "anchor": features[best]}
+        judge = Mirrored(embed) if mirroring else embed
+        inputs: dict[str, Any] = {"embed": judge, "anchor": features[best]}
         if name.endswith("eye_patch"):
             inputs["training"] = load(training)
         if name == "indirect":
             virtual = autoencode(generator_file, load([own[best]]))
             inputs["virtual"] = extract(embed, virtual, config.chunk)[0]
         seeds = config.seed, target, "eyeglasses" if name == "indirect" else name
-        attack = functools.partial(run_attack, name, **inputs)
+        attack: Any = functools.partial(run_attack, name, **inputs)
         images = load(candidates)
         result = attack(config, images=images, generator=stable_generator(*seeds))
         if person == people.targets[0] and "reproducible" not in part and name != "clean":
             less: dict[str, Any] = dict.fromkeys(RESTARTS, 1) | dict.fromkeys(SHORT, 5)
             short = dataclasses.replace(config, **less)
-            one, two = (
-                attack(short, images=images[:2], generator=stable_generator(*seeds)).images
-                for _ in range(2)
-            )
+            repeats = (stable_generator(*seeds) for _ in range(2))
+            one, two = (attack(short, images=images[:2], generator=g).images for g in repeats)
             part["reproducible"] = torch.equal(one, two)
         if name == "distal":
             candidates, images = [-1], result.images
-        outside = ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
+        mask: Any = result.mask
+        outside = ~mask.to(device).expand(len(images), -1, -1)[:, None]
         moved = float(((result.images - images).abs() * outside).max())
         part["outside_mask_max"] = max(part["outside_mask_max"], moved * (name != "clean"))
         for key in ("zero_gradients", "nonfinite", "gradients"):
@@ -937,9 +943,9 @@ def attack_target(
             part["rows"].append([*row, role, distance, *values])
     shown = {"anchor": load([own[best]])[0], "clean": images[:4], "attacked": result.images[:4]}
     shown |= {key: result.extra[key] for key in ("pattern",) if key in result.extra}
-    arrays = {key: to_bytes(value) for key, value in shown.items()}
+    arrays = {k: (v * 255).round().to(torch.uint8).cpu().numpy() for k, v in shown.items()}
     arrays |= {"candidate": candidates[:4], "distance": result.distance[:4].cpu().numpy()}
-    arrays["mask"] = (result.mask if result.mask.dim() == 2 else result.mask[0]).cpu().numpy()
+    arrays["mask"] = (mask if mask.dim() == 2 else mask[0]).cpu().numpy()
     part |= {"header": [*COLUMNS, *more], "seconds": time.monotonic() - began}
     return part, arrays if name != "clean" else {}
 
@@ -975,9 +981,8 @@ def merge(name: str, table: Path, parts: list[dict], images: dict, about: dict) 
 
     rows = [row for part in parts for row in part["rows"]]
     if images:
-        shown = {
-            key: [part[key] for part in images.values()] for key in next(iter(images.values()))
-        }
+        keys = next(iter(images.values()))
+        shown = {key: [part[key] for part in images.values()] for key in keys}
         least = min(len(x) for x in shown["clean"])
         for key in ("clean", "attacked", "candidate", "distance"):
             shown[key] = [x[:least] for x in shown[key]]
@@ -1043,7 +1048,7 @@ def progress(items: list, title: str) -> Iterator:
 
 
 def attack_method(
-    config: Config, embed: Embed, people: Judged, out: Path, about: dict, overwrite: bool
+    config: Config, embed: Any, people: Judged, out: Path, about: dict, overwrite: bool
 ) -> None:
     """Every attack asked for on one embedding, rows in `out`. A target's part is a file of its own,
     in a hidden folder, until the last is done; torchrun's processes share the targets."""
@@ -1107,11 +1112,12 @@ def attack_run(argv: Sequence[str] | None) -> int:
     config = dataclasses.replace(config, chunk=chunk)
     there = sorted(path.parent.name for path in args.run.glob("*/embedding.pt"))
     methods = there if config.method == ("all",) else config.method
-    if unknown := {*methods} - {*there} or not methods:
+    unknown = sorted({*methods} - {*there})
+    if unknown or not methods:
         told = f"choose all or some of {', '.join(there) or '(none found)'}"
-        name = ",".join(sorted(unknown)) if methods else "all"
-        raise run.UsageError(f"--method {name}: {told}")
-    people = judged(config, args.run, trained)
+        raise run.UsageError(f"--method {','.join(unknown) or 'all'}: {told}")
+    with run.rank_0_first():
+        people = judged(config, args.run, trained)
     faces = people.faces
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
     who = json.dumps([faces.names, faces.files, people.targets])

@@ -79,7 +79,7 @@ class Linear(nn.Module):
 
 
 class Small(nn.Module):
-    """A small convolutional embedding with dropout and batch norm, which behave differently in training mode."""
+    """A small embedding with dropout and batch norm, which behave differently in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -250,7 +250,7 @@ def test_empty_mask_changes_nothing(small):
 
 
 def test_linear_embedding_reaches_the_known_optimum():
-    """One feature, so that the distance inside the box [0, 1]^P is known: |what the pixels can still reach|."""
+    """One feature, so that the distance inside the box [0, 1]^P is known: |what can be reached|."""
     embed, x, mask = Linear(dim=1), faces(4), eyeglasses_mask()
     w = embed.weight.view(3, 64, 64)[:, mask].detach()
     outside = embed(x * ~mask)[:, 0].detach()
@@ -285,7 +285,7 @@ def test_linear_embedding_reaches_the_known_optimum():
 
 
 def test_mirroring_optimum_is_that_of_the_mean():
-    """The image alone can reach the anchor exactly; the attack through the mirror finds the lowest mean instead."""
+    """The image alone can reach the anchor; the attack through the mirror finds the lowest mean."""
     embed, x, mask = Linear(dim=2), faces(2), eyeglasses_mask()
     weight = embed.weight.detach().view(3, 64, 64, 2)
     columns = torch.cat(
@@ -324,7 +324,7 @@ def test_same_seed_same_result_and_chunks_do_not_matter(small):
 
 
 def test_targets_in_one_batch_as_alone(small):
-    """Rows of several targets, each with its own generator and anchor, as when attacked one target at a time."""
+    """Rows of several targets, each with its own start and anchor, as when attacked alone."""
     x, anchors = faces(6), small(faces(2, 5)).detach()
     settings = {"iterations": 5, "lr": 0.1, "restarts": 2}
     starts = [attacks.draw_start(3, 2, 3, 107, seeded(k + 1)) for k in range(2)]
@@ -546,7 +546,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """In torchvision's form: stem, stages of basic blocks, average pooling, with the input normalised inside."""
+    """In torchvision's form: stem, basic blocks, average pooling, the input normalised inside."""
 
     def __init__(self):
         super().__init__()
