@@ -580,8 +580,10 @@ def test_damaged_rows(tmp_path):
         try:
             runs = [metrics.read_run(tmp_path / "run")]
             found = metrics.summary(runs)
-            metrics.health_lines(metrics.health(runs))
-            metrics.report(runs)
+            metrics.health(runs)
+            metrics.table(found)
+            if i % 10 == 0:  # all that it prints
+                assert metrics.main(["--run", str(tmp_path / "run")]) == 0
         except data.DataError as error:
             one_line(error)
             assert "clean" in str(error) or "run" in str(error)
