@@ -357,6 +357,12 @@ def tanh_perturb(w: Tensor, delta: Tensor) -> Tensor:
     return (torch.tanh(w + delta) + 1) / 2
 
 
+try:
+    from kernels.tanh_perturb import tanh_perturb  # type: ignore[no-redef,assignment]
+except ImportError:
+    pass
+
+
 class Batch(NamedTuple):
     """Images attacked in one pass, with their anchors and free pixels."""
 
