@@ -1,16 +1,13 @@
-"""The disentangled generator G and its encoders E_cl, E_co: Sec. 2 and App. A (LORD, Gabbay and
-Hoshen 2020).
+"""The disentangled generator G, encoders E_cl, E_co: Sec. 2, App. A (LORD, Gabbay and Hoshen 2020).
 
-    python generator.py                                             # demo: rendered faces, two CPU
-    cores python generator.py --preset paper --data celeba --root CELEBA  # the paper's sizes, one
-    GPU python generator.py --preset demo --data folder --root PHOTOS   # your own, a sub-folder a
-    person
+    python generator.py                                             # demo: rendered, two CPU cores
+    python generator.py --preset paper --data celeba --root CELEBA  # the paper's sizes, one GPU
+    python generator.py --preset demo --data folder --root PHOTOS   # a sub-folder a person
 
 In:  faces from `data/` (train persons only; nobody held out is ever seen by G, E_cl, E_co).
 Out: runs/<data>-<preset>-<seed>/ with people.json (who is in which part), generator.pt (weights),
-and in generator/ log.jsonl,
-     result.json (disentanglement report), quadruplets.png and .npz (x, y, t, u: Fig. 1, Fig. 9).
-     The same command goes on after a stop.
+     and in generator/ log.jsonl, result.json (disentanglement report), quadruplets.png and .npz
+     (x, y, t, u: Fig. 1, Fig. 9). The same command goes on after a stop.
 
 Stage 1 optimises one content code an image and one class code a person together with G (latent
 optimisation); stage 2 trains the encoders to reproduce those codes from the image. Images are float
@@ -635,6 +632,7 @@ def train(argv: Sequence[str] | None) -> None:
             run.save(finished, "generator", **made_of, commit=run.commit(), **weights)
     run.barrier()
     if run.rank():
+        training.end()  # waits for the report
         return
     if args.export:
         export(args.export, run.load(finished, "generator"))
@@ -676,6 +674,7 @@ def fit(config: Config, training, trainer: Trainer, faces, split, pick: Tensor) 
 def evaluate(config: Config, folder: Path, lord: Lord, faces, split) -> dict:
     """The report on persons never seen in training, and the sheet of quadruplets."""
     import numpy as np
+
     from data import run
 
     device = next(lord.parameters()).device

@@ -39,8 +39,12 @@ ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "n
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
 
 
-class UsageError(ValueError):
-    """A one-line message that names a file, line or flag and says what to do."""
+try:
+    from data.run import UsageError
+except ImportError:  # copied alone
+
+    class UsageError(ValueError):  # type: ignore[no-redef]
+        """A one-line message that names a file, line or flag and says what to do."""
 
 
 class Row(NamedTuple):
@@ -715,7 +719,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         try:
             result.append(dict(json.loads(line)))
         except (TypeError, ValueError):
-            raise UsageError(f"{path}:{number}: not a JSON object; mend the line or train again") from None
+            raise UsageError(f"{path}:{number}: not a JSON object; correct the line or train again") from None
     return result
 
 
@@ -726,9 +730,12 @@ def cost(folder: Path) -> tuple[float, float] | None:
 
 
 def generator_cost(run: Path) -> tuple[float, float] | None:
-    """(epochs, seconds) of the generator's training, the sum over generator.jsonl; None without one."""
-    timed = [float(d["seconds"]) for d in read_log(run / "generator.jsonl") if d.get("seconds")]
-    return (float(len(timed)), sum(timed)) if timed else None
+    """(epochs, seconds) of the generator's training, from its log; None without one."""
+    if (run / "generator.jsonl").exists():  # rows of before: seconds of each epoch
+        timed = [float(d["seconds"]) for d in read_log(run / "generator.jsonl") if d.get("seconds")]
+        return (float(len(timed)), sum(timed)) if timed else None
+    timed = [float(d["seconds"]) for d in read_log(run / "generator" / "log.jsonl") if d.get("seconds")]
+    return (float(len(timed)), timed[-1]) if timed else None
 
 
 def _costs(runs: Sequence[Run]) -> str:
@@ -746,7 +753,8 @@ def _costs(runs: Sequence[Run]) -> str:
 
 
 def _disentanglement(runs: Sequence[Run]) -> str:
-    reports = [d for run in runs if (d := _json(run.folder / "generator.json"))]
+    reports = [d for run in runs if (d := _json(run.folder / "generator.json") or _json(run.folder / "generator" / "result.json"))]
+    reports = [{k: v for k, v in d.items() if k != "made_of" and not k.startswith("seconds")} for d in reports]
     flat: dict[str, list[float]] = {}
     for report in reports:
         for key, value in report.items():
@@ -907,9 +915,14 @@ def _blocks(quadruplets: np.ndarray) -> list[np.ndarray]:
     return made
 
 
+def _quadruplets(run: Run) -> Path:
+    before = run.folder / "quadruplets.npz"
+    return before if before.exists() else run.folder / "generator" / "quadruplets.npz"
+
+
 def figure_1(run: Run) -> Any:
     """One quadruplet x, y, t, u."""
-    (rows,) = load_arrays(run.folder / "quadruplets.npz", "quadruplets")
+    (rows,) = load_arrays(_quadruplets(run), "quadruplets")
     figure, axes = _new(2, 2, 4.2, 4.6)
     titles = ("x, real", "y = G(E_cl(x), E_co(x))", "t, real, another person", "u = G(E_cl(x), E_co(t))")
     for axis, image, title in zip(axes.flat, rows[0], titles):
@@ -1011,7 +1024,8 @@ def figure_5(run: Run) -> Any:
     """Test loss of weak adversarial training for the step settings; a dot at the lowest, where it would stop early."""
     curves: dict[tuple[int, float], tuple[np.ndarray, np.ndarray]] = {}
     for method in (path.parent.name for path in sorted(run.folder.glob("weak-at*/log.jsonl"))):
-        config = _json(run.folder / method / "result.json").get("config", {})
+        result = _json(run.folder / method / "result.json")
+        config = result.get("made_of", result).get("config", {})
         count, size = STEPS.get(method, (10, 16))
         curve = _curve(run, method, "val_loss")
         if len(curve[0]):
@@ -1095,7 +1109,7 @@ def figure_8(run: Run, lines: int = 4, columns: int = 5) -> Any:
 
 def figure_9(run: Run, columns: int = 6) -> Any:
     """Quadruplets, each x y over t u."""
-    (rows,) = load_arrays(run.folder / "quadruplets.npz", "quadruplets")
+    (rows,) = load_arrays(_quadruplets(run), "quadruplets")
     blocks = _blocks(rows[: 4 * columns])
     lines = -(-len(blocks) // columns)
     figure, axes = _new(lines, columns, 1.6 * columns, 1.6 * lines)

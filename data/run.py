@@ -350,7 +350,7 @@ def read_json(path: File, advice: str = "restore it, or use --overwrite") -> dic
     with reading(path, advice):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}, not an object")  # noqa: TRY004
+            raise ValueError(f"holds a {type(content).__name__}, not an object")
         return content
 
 
