@@ -44,15 +44,11 @@ class Config:
 
     preset: str = "paper"  # demo | paper | released; on the command line demo unless named
     method: str = "ours"  # ours | no-at | weak-at | doa
-    positive: str = (
-        "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); or transfer: E_co(x') of another x'
-    )
+    positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); transfer: E_co of another x'
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
     crop: str = ""  # lfw | centre | celeba | none; empty: by image size
-    seed: int = (
-        0  # not in the paper: of everything random in training, and of which targets are judged
-    )
+    seed: int = 0  # not in the paper: of the training, and of who is judged
     split_seed: int = 0  # not in the paper: who is train, validation, target
     train_persons: int = 9177  # Sec. 4: of the generator; 0: all that are left
     validation_persons: int = 100  # Sec. 4: of F, not trained on
@@ -65,9 +61,7 @@ class Config:
     standardise: bool = False  # not in the paper: feed (x - 0.5) / 0.25, for a random start
     weights: str = ""  # released: a torchvision VGG16 file to start from; empty: random
     margin: float = 10.0  # Sec. 4: m of eq. (2)
-    hinge: str = (
-        "distance"  # released: distance, max(m - d, 0)^2; eq. (2): squared, max(m - d^2, 0)
-    )
+    hinge: str = "distance"  # released: max(m - d, 0)^2; squared, eq. (2): max(m - d^2, 0)
     batch: int = 128  # App. A: quadruplets a step
     steps: int = 20000  # App. A: of the training
     lr: float = 1e-3  # App. A: Adam's
@@ -79,25 +73,17 @@ class Config:
     cutout_area: tuple[float, ...] = (0.02, 0.2)  # App. A: of the image
     cutout_aspect: tuple[float, ...] = (0.5, 2.0)  # App. A: height / width
     fill: str = "gaussian"  # App. A: what erased pixels become; released: uniform
-    generate_from: str = (
-        "clean"  # Sec. 2; released: erased (augmented content, one class code a person)
-    )
+    generate_from: str = "clean"  # Sec. 2; released: erased (augmented content)
     attack_steps: int = 10  # Sec. 4, App. A: of the inner attack
     attack_alpha: float = 16.0  # Sec. 4, App. A: length of a step of the inner attack, in 255ths
-    attack_warmup: int = (
-        0  # not in the paper: steps over which alpha grows from 0, for a random start
-    )
-    attacked: str = (
-        "auto"  # which images, erased | all; auto: App. A, ours where erased, others all
-    )
+    attack_warmup: int = 0  # not in the paper: steps over which alpha grows from 0
+    attacked: str = "auto"  # App. A: erased for ours, all for the others; or one of them
     weak_area: tuple[float, ...] = (0.02, 0.1)  # App. A: weak AT's rectangles
     candidates: int = 10  # Sec. 4: C of DOA, 4 or 10
     doa_size: int = 20  # App. A: side of DOA's square, pixels
     doa_stride: int = 5  # App. A: between the places searched, pixels
     validate_every: int = 50  # released: steps
-    select: str = (
-        "auto"  # which weights are judged, last | best; auto: App. B.3, best for weak AT only
-    )
+    select: str = "auto"  # weights judged, last | best; App. B.3: best for weak AT only
     autocast: bool = False  # not in the paper: bfloat16 in training on a GPU
 
     @property

@@ -58,9 +58,7 @@ class Config:
     loss: str = "vgg"  # LORD: vgg, perceptual; not in the paper: pyramid, Laplacian L1
     vgg_weights: str = ""  # a torchvision VGG16 file, or the word download
     noise: float = 1.0  # App. A: sigma, added to the content code in training
-    content_penalty: float = (
-        0.001  # App. A: lambda, on the sum over dimensions, mean over the batch
-    )
+    content_penalty: float = 0.001  # App. A: lambda, on the sum of squares, batch mean
     batch: int = 64  # LORD: images
     epochs: int = 200  # Sec. 4: of stage 1
     lr: float = 3e-4  # LORD: Adam's, in stage 1
@@ -69,9 +67,7 @@ class Config:
     encoder_epochs: int = 200  # LORD: of stage 2
     encoder_lr: float = 1e-4  # LORD: Adam's, in stage 2
     encoder_lr_end: float = 1e-4  # LORD: constant
-    code_weight: float = (
-        1e4  # LORD: weight of the two code errors (means over dimensions and batch)
-    )
+    code_weight: float = 1e4  # LORD: weight of the two code errors, which are means
     # with swap the content code is free of stage 1's, but noisy and penalised as there, so that it
     # holds no more than it must
     swap: bool = False  # not in the paper: stage 2 takes class codes of another image of the person

@@ -59,9 +59,7 @@ def notes(settings: type) -> dict[str, str]:
     """What the source says beside each of a dataclass's fields: the help of its flag."""
     with contextlib.suppress(OSError):  # no source at hand
         source = inspect.getsource(settings)
-        return dict(
-            re.findall(r"^    (\w+): [^\n]*?(?:\n    [)\]] *)?  # (.*)$", source, re.MULTILINE)
-        )
+        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     return {}
 
 
