@@ -7,6 +7,7 @@ from pathlib import Path
 
 def test_kills_and_full_disks_change_nothing():
     command = [sys.executable, "-m", "tests.torture", "--kills", "2", "--disks", "1"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("2 kills survived") == done.stdout.count("1 full disks survived") == 3
