@@ -222,7 +222,8 @@ def positions(H: int, W: int, h: int, w: int, stride: int) -> Tensor:
 def window_energy(grad: Tensor, h: int, w: int, stride: int) -> Tensor:
     """Sum of squared gradient (B, C, H, W) in the windows of `positions` -> (B, P), Sec. 3.1."""
     windows = grad.float().square().sum(1).unfold(1, h, 1).unfold(2, w, 1).sum((-1, -2))
-    top, left = positions(*grad.shape[2:], h, w, stride).to(grad.device).unbind(1)
+    H, W = grad.shape[2:]
+    top, left = positions(H, W, h, w, stride).to(grad.device).unbind(1)
     return windows[:, top, left]
 
 
@@ -442,7 +443,7 @@ class Quadruplets(NamedTuple):
     t_boxes: Tensor
     fy: Tensor  # (B, dim), F(y) and F(u): constants of the inner attack
     fu: Tensor
-    index: Tensor  # of every image that was drawn
+    drawn: Tensor  # indices of x and of every candidate t
 
 
 @torch.no_grad()
@@ -575,7 +576,7 @@ def train_step(
     norm = nn.utils.get_total_norm([p.grad for p in embed.parameters() if p.grad is not None])
     values = torch.stack([loss.detach(), *apart, norm]).tolist()  # the one transfer to the host
     if not (math.isfinite(values[0]) and math.isfinite(values[3])):
-        raise FloatingPointError(f"loss {values[0]}, gradient norm {values[3]}", q.index)
+        raise FloatingPointError(f"loss {values[0]}, gradient norm {values[3]}", q.drawn)
     adam.step()
     return dict(zip(("loss", "d_positive", "d_negative", "gradient"), values))
 

@@ -325,7 +325,7 @@ def test_mining_keeps_the_nearest_candidate(method, monkeypatch):
     mixed = lambda identity, content, pixels=None: (flipped[identity] + flipped[content]) / 2
     q = e.quadruplets(config, embed, sampler, mixed if config.generated else None, rng())
     x, other, t = kept["draw"]
-    assert q.index.tolist() == [*x.tolist(), *t.flatten().tolist()]
+    assert q.drawn.tolist() == [*x.tolist(), *t.flatten().tolist()]
     for i in range(config.batch):
         reals, against = real[t[i]], real[x[i]][None].expand(3, -1, -1, -1)
         if config.generated:
