@@ -1,10 +1,9 @@
 """Kill -9 and full disks: what is left loads, and the same command ends with what an undisturbed
 run makes.
 
-    python -m tests.torture                       # 20 kills and 5 full disks for each script, a few
-    minutes python -m tests.torture --kills 2 --disks 1   # what tests/test_torture.py runs
-    python -m tests.torture --demo                # 20 kills over `python embed.py --method ours`,
-    as it stands; half an hour on one core
+    python -m tests.torture              # 20 kills and 5 full disks for each script, a few minutes
+    python -m tests.torture --kills 2 --disks 1   # what tests/test_torture.py runs
+    python -m tests.torture --demo       # 20 kills over the demo, half an hour on one core
 
 generator.py, embed.py and attacks.py, in tiny sizes on rendered faces, one after the other in a
 temporary folder: once undisturbed, once killed at random moments of any kind (while starting,
