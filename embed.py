@@ -828,9 +828,11 @@ def train(argv: Sequence[str] | None) -> int:
         try:
             found = train_step(share, embed, adam, people, made, rng, config.alpha(step))
         except FloatingPointError as error:
-            raise not_finite(
-                error, training, faces, split.train[: config.persons or None]
-            ) from None
+            what, index = error.args
+            trained = torch.tensor(split.train[: config.persons or None])
+            pick = torch.isin(faces.person, trained).nonzero()[:, 0]
+            left = training.left_by(index, faces.files, pick)
+            raise FloatingPointError(f"step {step + 1}: {what}; {left}") from None
         training.count(**found)
         if training.step % config.validate_every and training.step < config.steps:
             continue
@@ -855,18 +857,6 @@ def train(argv: Sequence[str] | None) -> int:
     training.end(threshold=delta, selected=selected, **run.record(device))
     print(f"wrote {folder}/embedding.pt, log.jsonl, result.json")
     return 0 if args.no_evaluation else evaluate(config, args)
-
-
-def not_finite(error: FloatingPointError, training, faces, persons) -> FloatingPointError:
-    """The error of `train_step` with its step, its photographs, and what is left."""
-    what, index = error.args
-    pick = torch.isin(faces.person, torch.tensor(persons)).nonzero()[:, 0]
-    where = pick[index.cpu()].tolist()
-    told = f"images {where} of the data, the first is {faces.files[where[0]]}"
-    left = training.checkpoint if training.checkpoint.exists() else "none yet"
-    return FloatingPointError(
-        f"step {training.step + 1}: {what}; {told}; last good checkpoint: {left}"
-    )
 
 
 def evaluate(config: Config, args) -> int:

@@ -655,11 +655,9 @@ def fit(config: Config, training, trainer: Trainer, faces, split, pick: Tensor) 
             found = trainer.epoch(training.step, seed, steps)
         except FloatingPointError as error:
             what, index = error.args
-            where = pick.nonzero()[index.cpu(), 0].tolist()
-            told = f"images {where} of the data, the first is {faces.files[where[0]]}"
-            left = training.checkpoint if training.checkpoint.exists() else "none yet"
-            told = f"{what}; {told}; last good checkpoint: {left}"
-            raise FloatingPointError(f"epoch {training.step + 1}, {told}") from None
+            left = training.left_by(index, faces.files, pick.nonzero()[:, 0])
+            told = f"epoch {training.step + 1}, {what}; {left}"
+            raise FloatingPointError(told) from None
         training.count()
         if found["stage"] == 2 and run.rank() == 0:
             made = decode(trainer.lord, *encode(trainer.lord, held_out))

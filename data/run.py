@@ -1,11 +1,9 @@
-"""A run, for every script: flags, devices and processes, files, and trainings that go on by
-themselves.
+"""A run, for every script: flags, devices, files, and trainings that go on by themselves.
 
-    config, args = run.parse(Config, PRESETS, argv, "Train F.")   # a flag for each field of the
-    dataclass device = run.start(args.device)                               # a GPU if there is one;
-    under torchrun this process's own training = run.Training(folder, made_of, args.overwrite,
-    model=model, adam=adam) run.command("embed.py", main, argv)                           # exit
-    status, one line for an error
+    config, args = run.parse(Config, PRESETS, argv, "Train F.")  # a flag for each field
+    device = run.start(args.device)  # a GPU if there is one; under torchrun this process's own
+    training = run.Training(folder, made_of, args.overwrite, model=model, adam=adam)
+    run.command("embed.py", main, argv)  # exit status, one line for an error
 
 What stands here is neither the paper nor one stage's own command. A file is written beside its
 place, synced and renamed, so that a crash leaves the old file or the new one. Checkpoints are read
@@ -507,15 +505,23 @@ class Training:
         print(f"{self.unit} {self.step}/{steps}  {told}  left {left:.1f} min", flush=True)
         return line
 
+    def left_by(self, index: Tensor, files: Sequence[str], pick: Tensor) -> str:
+        """For a step that failed: its images, by index among the picked (N,) of all files, and the
+        last checkpoint."""
+        where = pick[index.cpu()].tolist()
+        left = self.checkpoint if self.checkpoint.exists() else "none yet"
+        told = f"images {where} of the data, the first is {files[where[0]]}"
+        return f"{told}; last good checkpoint: {left}"
+
     def end(self, **result: object) -> None:
         """The result is written and the checkpoint goes; rank 0's alone."""
-        each = self.seconds / max(self.step, 1)
-        self.result = {
-            "made_of": self.made_of,
+        times = {
             "seconds": self.seconds,
-            f"seconds_per_{self.unit}": each,
-            **result,
+            f"seconds_per_{self.unit}": self.seconds / max(self.step, 1),
         }
+        if self.done:  # another result of the same training: it took what it took
+            times = {k: self.result[k] for k in times if k in self.result}
+        self.result = {"made_of": self.made_of, **times, **result}
         if rank() == 0:
             write(self.folder / "result.json", self.result)
             self.checkpoint.unlink(missing_ok=True)

@@ -180,6 +180,9 @@ def test_a_training_goes_on_bit_for_bit(tmp_path, capsys):
     assert training.result["answer"] == 42 and not (tmp_path / "cut/training.ckpt").exists()
     again, _ = train(tmp_path / "cut")
     assert again.done and again.result["answer"] == 42
+    before = dict(again.result)
+    again.end(answer=43)  # another report of the same training: it took what it took
+    assert again.result == {**before, "answer": 43} and before["seconds"] > 0
     with pytest.raises(run.UsageError, match="result.json: another training: n"):
         train(tmp_path / "cut", n=2)
 
