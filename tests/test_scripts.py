@@ -31,6 +31,7 @@ assert m.inner_attack(f, erased, f(x).detach(), torch.full((2,), 0.1), boxes, 2)
 """,
     "attacks": """
 import torch
+torch.manual_seed(0)
 weight = torch.randn(3 * 64 * 64, 8) / 64
 embed = m.Mirrored(lambda x: x.flatten(1) @ weight)
 x, t = torch.rand(2, 2, 3, 64, 64)
