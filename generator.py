@@ -34,8 +34,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of the two stages; the defaults are the paper's, a preset replaces some of
-    them."""
+    """Every setting of the two stages; the defaults are the paper's, a preset replaces some."""
 
     preset: str = "paper"  # demo | paper; on the command line demo unless named
     data: str = "celeba"  # synthetic | folder | celeba
@@ -81,31 +80,13 @@ class Config:
 
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {},
-    "demo": {
-        "data": "synthetic",
-        "train_persons": 0,
-        "validation_persons": 40,
-        "target_persons": 30,
-        "class_dim": 96,
-        "content_dim": 96,
-        "hidden": (192, 256),
-        "channels": (128, 96, 48, 16),
-        "out_channels": 12,
-        "encoder_channels": (16, 32, 64, 96, 96),
-        "encoder_hidden": 128,
-        "loss": "pyramid",
-        "content_penalty": 1e-5,
-        "lr": 1.5e-3,
-        "lr_end": 5e-5,
-        "code_lr": 40.0,
-        "epochs": 60,
-        "encoder_epochs": 20,
-        "encoder_lr": 1e-3,
-        "encoder_lr_end": 2e-5,
-        "swap": True,
-        "encoder_penalty": 5e-4,
-        "code_weight": 0.1,
-    },
+    "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
+    | {"target_persons": 30, "class_dim": 96, "content_dim": 96, "hidden": (192, 256)}
+    | {"channels": (128, 96, 48, 16), "out_channels": 12, "loss": "pyramid"}
+    | {"encoder_channels": (16, 32, 64, 96, 96), "encoder_hidden": 128}
+    | {"content_penalty": 1e-5, "lr": 1.5e-3, "lr_end": 5e-5, "code_lr": 40.0, "epochs": 60}
+    | {"encoder_epochs": 20, "encoder_lr": 1e-3, "encoder_lr_end": 2e-5}
+    | {"swap": True, "encoder_penalty": 5e-4, "code_weight": 0.1},
 }
 
 
@@ -132,8 +113,8 @@ except ImportError:
 
 
 class Generator(nn.Module):
-    """G(z_cl, z_co): the content code makes a 4x4 map, the class code modulates every AdaIN layer.
-    Output (B, 3, 64, 64)."""
+    """G(z_cl, z_co) -> (B, 3, 64, 64): the content code makes a 4x4 map, the class code modulates
+    every AdaIN layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -161,28 +142,18 @@ class Generator(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E_cl or E_co: one 7x7 convolution, four 4x4 of stride 2, three dense layers. (B, 3, 64, 64)
-    -> (B, code)."""
+    """E_cl or E_co, (B, 3, 64, 64) -> (B, code): one 7x7 convolution, four 4x4 of stride 2, three
+    dense layers."""
 
     def __init__(self, config: Config, code: int) -> None:
         super().__init__()
         c, h = config.encoder_channels, config.encoder_hidden
-        self.convs = nn.Sequential(
-            nn.Conv2d(3, c[0], 7, padding=3),
-            nn.LeakyReLU(0.2),
-            *(
-                m
-                for i, o in pairwise(c)
-                for m in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
-            ),
-        )
-        self.dense = nn.Sequential(
-            nn.Linear(c[-1] * 16, h),
-            nn.LeakyReLU(0.2),
-            nn.Linear(h, h),
-            nn.LeakyReLU(0.2),
-            nn.Linear(h, code),
-        )
+        layers: list[nn.Module] = [nn.Conv2d(3, c[0], 7, padding=3), nn.LeakyReLU(0.2)]
+        for i, o in pairwise(c):
+            layers += [nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.convs = nn.Sequential(*layers)
+        first, second, last = nn.Linear(c[-1] * 16, h), nn.Linear(h, h), nn.Linear(h, code)
+        self.dense = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense(self.convs(x * 2 - 1).flatten(1))
@@ -224,12 +195,8 @@ def pyramid_loss(a: Tensor, b: Tensor) -> Tensor:
     total = d.new_zeros(())
     while d.shape[-1] > 4:
         low = F.avg_pool2d(d, 2)
-        total = (
-            total
-            + (d - F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False))
-            .abs()
-            .mean()
-        )
+        up = F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False)
+        total = total + (d - up).abs().mean()
         d = low
     return total + d.abs().mean()
 
@@ -252,21 +219,14 @@ class VggLoss(nn.Module):
         previous = 3
         for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512):
             if width:
-                conv = nn.Conv2d(previous, width, 3, padding=1)
-                index = len(layers)
-                conv.load_state_dict(
-                    {k: state[f"features.{index}.{k}"] for k in ("weight", "bias")}
-                )
+                conv, name = nn.Conv2d(previous, width, 3, padding=1), f"features.{len(layers)}."
+                conv.load_state_dict({k: state[name + k] for k in ("weight", "bias")})
                 layers += [conv, nn.ReLU()]
                 previous = width
             else:
                 layers.append(nn.MaxPool2d(2))
-        self.layers = (
-            nn.Sequential(*layers)
-            .requires_grad_(False)
-            .eval()
-            .to(memory_format=torch.channels_last)
-        )
+        self.layers = nn.Sequential(*layers).requires_grad_(False).eval()
+        self.layers.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
@@ -291,8 +251,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def batches(count: int, batch: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """A seeded random order of range(count) in full batches; what does not fill a batch is left for
-    another epoch."""
+    """A seeded order of range(count) in full batches; what fills none is left for another epoch."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
     for i in range(0, max(count - batch, 0) + 1, batch):
         yield order[i : i + batch]
@@ -416,12 +375,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def encode(lord: Lord, images: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Class codes (N, class_dim) and content codes (N, content_dim) of images uint8 (N, 3, 64,
-    64)."""
-    parts = [
-        (lord.class_encoder(x), lord.content_encoder(x)) for x in map(to_float, images.split(batch))
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    """Images uint8 (N, 3, 64, 64) -> class codes (N, class_dim), content codes (N, content_dim)."""
+    parts = map(to_float, images.split(batch))
+    both = [(lord.class_encoder(x), lord.content_encoder(x)) for x in parts]
+    class_code, content_code = zip(*both)
+    return torch.cat(class_code), torch.cat(content_code)
 
 
 @torch.no_grad()
@@ -432,15 +390,10 @@ def decode(lord: Lord, class_code: Tensor, content_code: Tensor, batch: int = 25
 
 
 def halves(person: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of every person's first and second half of images, (N1,) and (N2,), for fitting and
-    testing a probe."""
-    order = torch.zeros_like(person)
-    for p in person.unique():
-        mine = (person == p).nonzero()[:, 0]
-        order[mine] = (torch.arange(len(mine), device=person.device) * 2 >= len(mine)).to(
-            order.dtype
-        )
-    return (order == 0).nonzero()[:, 0], (order == 1).nonzero()[:, 0]
+    """Indices of every person's first and second half of images: to fit and to test a probe."""
+    each = [(person == p).nonzero()[:, 0] for p in person.unique()]
+    first, second = zip(*(own.tensor_split([-(-len(own) // 2)]) for own in each))
+    return torch.cat(first).sort().values, torch.cat(second).sort().values
 
 
 def person_probe(code: Tensor, person: Tensor) -> float:
@@ -456,13 +409,8 @@ def person_probe(code: Tensor, person: Tensor) -> float:
     return float(probe.score(code[test].cpu().numpy(), person[test].cpu().numpy()))
 
 
-PROBED = (
-    "yaw",
-    "light_x",
-    "exposure",
-    "hair_length",
-    "background_brightness",
-)  # content factors large enough to be read linearly
+# content factors large enough to be read linearly
+PROBED = ("yaw", "light_x", "exposure", "hair_length", "background_brightness")
 
 
 def factor_probe(
@@ -476,13 +424,11 @@ def factor_probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, y, unseen_x, unseen_y = (
-        v.cpu().numpy() for v in (code, factors, unseen_code, unseen_factors)
-    )
+    held = (code, factors, unseen_code, unseen_factors)
+    x, y, unseen_x, unseen_y = (v.cpu().numpy() for v in held)
     varies = (y.std(0) > 1e-6) & (unseen_y.std(0) > 1e-6)
-    probe = make_pipeline(
-        StandardScaler(), RidgeCV(alphas=[1.0, 10.0, 100.0, 1000.0, 10000.0])
-    ).fit(x, y[:, varies])
+    ridge = RidgeCV(alphas=[1.0, 10.0, 100.0, 1000.0, 10000.0])
+    probe = make_pipeline(StandardScaler(), ridge).fit(x, y[:, varies])
     found = np.full(y.shape[1], np.nan)
     found[varies] = r2_score(unseen_y[:, varies], probe.predict(unseen_x), multioutput="raw_values")
     return torch.from_numpy(found)
@@ -564,8 +510,7 @@ def vgg_state(name: str) -> dict[str, Tensor]:
 
 
 def export(path: Path, content: dict) -> None:
-    """The weights in half precision, the archive deflated: 8 % smaller, the same bytes every
-    time."""
+    """The weights in half precision, the archive deflated: 8 % smaller, the same bytes always."""
     import io
     import zipfile
 
@@ -596,16 +541,14 @@ def train(argv: Sequence[str] | None) -> None:
         overwrite = args.overwrite and run.rank() == 0
         faces, split = data.open_run(config, args.run, overwrite=overwrite)
     pick = torch.isin(faces.person, torch.tensor(split.train))
-    images, (_, person) = (
-        faces.images[pick].to(device),
-        faces.person[pick].unique(return_inverse=True),
-    )
+    images, person = faces.images[pick].to(device), faces.person[pick]
+    person = person.unique(return_inverse=True)[1].to(device)
     batch = min(config.batch, len(images))
     share = dataclasses.replace(config, batch=run.share("--batch", batch))
-    loss = (
-        VggLoss(vgg_state(config.vgg_weights)).to(device) if config.loss == "vgg" else pyramid_loss
-    )
-    trainer = Trainer(share, images, person.to(device), loss)
+    loss: Callable = pyramid_loss
+    if config.loss == "vgg":
+        loss = VggLoss(vgg_state(config.vgg_weights)).to(device)
+    trainer = Trainer(share, images, person, loss)
     run.average_gradients(trainer.adam1)
     run.average_gradients(trainer.adam2)
     # of rendered faces the factors: how a pixel is rounded depends on the number of threads
@@ -615,9 +558,8 @@ def train(argv: Sequence[str] | None) -> None:
         "people": run.read_json(args.run / "people.json")["sha256"],
         "images": run.fingerprint(*held),
     }
-    training = run.Training(
-        args.run / "generator", made_of, args.overwrite, "epoch", trainer=trainer
-    )
+    folder = args.run / "generator"
+    training = run.Training(folder, made_of, args.overwrite, "epoch", trainer=trainer)
     if training.done:
         print(f"{finished} is there already: only its report is made again (--overwrite trains it)")
     else:
@@ -718,22 +660,14 @@ def sheet(rows: Tensor, columns: int, scale: int = 2):
     from PIL import Image
 
     n, _, C, H, W = rows.shape
-    blocks = (
-        F.pad(rows, (1, 1, 1, 1), value=1.0)
-        .view(n, 2, 2, C, H + 2, W + 2)
-        .permute(0, 3, 1, 4, 2, 5)
-    )
-    blocks = F.pad(
-        blocks.reshape(n, C, 2 * H + 4, 2 * W + 4), (2, 2, 2, 2), value=1.0
-    )  # (n, C, 2H + 8, 2W + 8)
+    blocks = F.pad(rows, (1, 1, 1, 1), value=1.0).view(n, 2, 2, C, H + 2, W + 2)
+    blocks = blocks.permute(0, 3, 1, 4, 2, 5).reshape(n, C, 2 * H + 4, 2 * W + 4)
+    blocks = F.pad(blocks, (2, 2, 2, 2), value=1.0)  # (n, C, 2H + 8, 2W + 8)
     lines = -(-n // columns)
     grid = torch.ones(lines * columns, *blocks.shape[1:])
     grid[:n] = blocks.cpu()
-    grid = (
-        grid.view(lines, columns, *blocks.shape[1:])
-        .permute(0, 3, 1, 4, 2)
-        .reshape(-1, columns * (2 * W + 8), C)
-    )
+    grid = grid.view(lines, columns, *blocks.shape[1:]).permute(0, 3, 1, 4, 2)
+    grid = grid.reshape(-1, columns * (2 * W + 8), C)
     picture = Image.fromarray((grid * 255).round().clamp(0, 255).to(torch.uint8).numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
 
