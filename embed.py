@@ -561,6 +561,8 @@ def train_step(
 @torch.no_grad()
 def features(embed: Embed, images: Tensor, mirror: bool = False, batch: int = 256) -> Tensor:
     """Features (N, D) of images uint8 (N, 3, H, W), of their mirror images if asked."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: give uint8, 0 to 255")
     parts = (part.float() / 255 for part in images.split(batch))
     return torch.cat([embed(part.flip(3) if mirror else part) for part in parts])
 
@@ -588,14 +590,18 @@ def validate(
 
 @torch.no_grad()
 def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float = 0.05) -> float:
-    """delta of eq. (1) at which `fpr` of the genuine pairs are refused, mirrored (Sec. 4.2,
-    4.3)."""
-    plain, mirrored = features(embed, images), features(embed, images, mirror=True)
-    both = (torch.cdist(plain, plain).square() + torch.cdist(mirrored, plain).square()) / 2
-    same = (person[:, None] == person[None]) & ~torch.eye(len(person), dtype=torch.bool).to(
-        person.device
-    )
-    return float(both[same].sqrt().quantile(1 - fpr))
+    """The smallest delta of eq. (1) that refuses at most `fpr` of the genuine pairs of images uint8
+    (N, 3, H, W) of person (N,), mirrored (Sec. 4.2, 4.3)."""
+    views = [features(embed, images, mirror) for mirror in (False, True)]
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # products of matrices cancel
+    found = []
+    for p in person.unique():
+        anchor, *both = (view[person == p] for view in (views[0], *views))
+        squared = sum(torch.cdist(anchor, view, **exact).square() for view in both) / 2  # (n, n)
+        found.append(squared[~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)])
+    d = torch.cat(found).sqrt().sort().values
+    refused = math.floor(fpr * len(d) + 1e-9)
+    return float(d[len(d) - 1 - refused].nextafter(d.new_tensor(math.inf)))
 
 
 def collapsed(d_negative: float, config: Config) -> bool:
@@ -754,8 +760,11 @@ def new_embedding(config: Config, device: torch.device) -> Embedding:
     torch.manual_seed(config.seed)
     embed = Embedding(config.width, config.dim, config.standardise)
     if config.weights:
-        with run.reading(config.weights, "--weights: name a torchvision VGG16, with --width 1"):
-            embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
+        import generator
+
+        state = generator.read_vgg(config.weights, "--weights")
+        with run.reading(config.weights, "--weights: it starts F at --width 1"):
+            embed.load_vgg(state)
     return embed.to(device)
 
 

@@ -259,6 +259,8 @@ def batches(count: int, batch: int, seed: int, device: torch.device) -> Iterator
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float in [0, 1], channels_last."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: give uint8, 0 to 255")
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -505,8 +507,20 @@ def vgg_state(name: str) -> dict[str, Tensor]:
         except OSError as error:
             told = f"--vgg-weights download: cannot reach {url} ({error}): give a local file"
             raise run.UsageError(told) from None
-    with run.reading(name, "--vgg-weights: name a torchvision VGG16"):
-        return torch.load(name, map_location="cpu", weights_only=True)
+    return read_vgg(name, "--vgg-weights")
+
+
+def read_vgg(path: str, flag: str) -> dict[str, Tensor]:
+    """A torchvision VGG16 state dict from a file, also as DataParallel or a training wraps it."""
+    from data import run
+
+    with run.reading(path, f"{flag}: name a torchvision VGG16"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+        if "features.0.weight" not in state:
+            raise ValueError(f"no features.0.weight in it, but {', '.join([*state][:3])}")
+    return state
 
 
 def export(path: Path, content: dict) -> None:
