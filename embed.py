@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ class Config:
         return self.attack_alpha * growth
 
 
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"amsgrad": True, "fill": "uniform", "generate_from": "erased"},
     "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
@@ -286,7 +286,7 @@ class Embedding(nn.Module):
             if isinstance(m, nn.Conv2d):  # thirteen without normalisation: keep the variance
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                 nn.init.zeros_(m.bias)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(self.standardised(images)))
@@ -432,7 +432,7 @@ def quadruplets(
     flips, shifts = draw_moves(len(index), config.shift, rng)
     p = config.cutout if config.attack_share == "erased" or config.method == "no-at" else 0.0
     boxes = draw_boxes(len(index), size, size, p, config.area, config.cutout_aspect, rng)
-    moves = {"flips": flips, "shifts": shifts, "boxes": boxes, "layout": torch.channels_last}
+    moves: dict[str, Any] = {"flips": flips, "shifts": shifts, "boxes": boxes}
     real, boxes, _ = augment(people.images[index], fill=config.fill, generator=rng, **moves)
     x, t = real[:B], real[B:]  # (B, 3, H, W), (B n, 3, H, W)
     if made is None:
@@ -570,8 +570,8 @@ def features(embed: Embed, images: Tensor, mirror: bool = False, batch: int = 25
 def auroc(genuine: Tensor, intruder: Tensor) -> float:
     """Probability that an intruder (M,) lies farther than a genuine one (N,), ties one half."""
     ordered = genuine.sort().values
-    below = sum(torch.searchsorted(ordered, intruder, right=right) for right in (False, True))
-    return float(below.double().mean() / (2 * len(genuine)))
+    below, level = (torch.searchsorted(ordered, intruder, right=right) for right in (False, True))
+    return float((below + level).double().mean() / (2 * len(genuine)))
 
 
 @torch.no_grad()
@@ -593,11 +593,12 @@ def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float =
     """The smallest delta of eq. (1) that refuses at most `fpr` of the genuine pairs of images uint8
     (N, 3, H, W) of person (N,), mirrored (Sec. 4.2, 4.3)."""
     views = [features(embed, images, mirror) for mirror in (False, True)]
-    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # products of matrices cancel
+    exact = "donot_use_mm_for_euclid_dist"  # products of matrices cancel
     found = []
     for p in person.unique():
         anchor, *both = (view[person == p] for view in (views[0], *views))
-        squared = sum(torch.cdist(anchor, view, **exact).square() for view in both) / 2  # (n, n)
+        apart = torch.stack([torch.cdist(anchor, view, compute_mode=exact) for view in both])
+        squared = apart.square().mean(0)  # (n, n)
         found.append(squared[~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)])
     d = torch.cat(found).sqrt().sort().values
     refused = math.floor(fpr * len(d) + 1e-9)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class Config:
         return Path("runs") / f"{self.data}-{self.preset}-{self.seed}"
 
 
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
     | {"target_persons": 30, "class_dim": 96, "content_dim": 96, "hidden": (192, 256)}
@@ -135,6 +136,7 @@ class Generator(nn.Module):
         for layer in self.dense:
             x = F.leaky_relu(layer(x), 0.2, inplace=True)
         x = x.view(-1, self.start, 4, 4).contiguous(memory_format=torch.channels_last)
+        conv: Any
         for conv, modulation in zip(self.blocks, self.modulation):
             scale, offset = modulation(class_code).chunk(2, 1)
             x = leaky_adain(upsample_conv(x, conv.weight, conv.bias), 1 + scale, offset)
@@ -167,7 +169,7 @@ class Lord(nn.Module):
         self.generator = Generator(config)
         self.class_encoder = Encoder(config, config.class_dim)
         self.content_encoder = Encoder(config, config.content_dim)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.generator(self.class_encoder(x), self.content_encoder(x))
@@ -226,7 +228,7 @@ class VggLoss(nn.Module):
             else:
                 layers.append(nn.MaxPool2d(2))
         self.layers = nn.Sequential(*layers).requires_grad_(False).eval()
-        self.layers.to(memory_format=torch.channels_last)
+        self.layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
@@ -480,8 +482,9 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tupl
     content = run.load(path, "generator")
     names = {f.name for f in dataclasses.fields(Config)}
     with run.reading(path, "weights and settings do not fit together: train it again"):
-        held = {k: v for k, v in content["config"].items() if k in names}
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in held.items()})
+        held: dict[str, Any] = {k: v for k, v in content["config"].items() if k in names}
+        lists = {k: tuple(v) for k, v in held.items() if isinstance(v, list)}
+        config = Config(**(held | lists))
         with torch.device("meta"):  # costs nothing, whatever the settings say
             shapes = {k: v.shape for k, v in Lord(config).state_dict().items()}
         if shapes != {k: v.shape for k, v in content["lord"].items()}:
