@@ -176,7 +176,9 @@ class Attacked:
     images: Tensor  # (B, C, H, W)
     distance: Tensor  # (B,) root of the squared distance to the anchor
     zero_gradients: int = 0  # (image, iteration) pairs whose whole gradient was zero
-    nonfinite: int = 0  # (image, iteration) pairs with a non-finite gradient, taken as zero
+    # (image, iteration) pairs with a non-finite distance or gradient, which is taken as zero; random
+    # patterns with a non-finite distance
+    nonfinite: int = 0
     gradients: int = 0  # (image, iteration) pairs in all
     mask: Tensor | None = None  # (H, W) or (B, H, W) bool: where the images may differ
     extra: dict = dataclasses.field(default_factory=dict)  # what one attack adds, see there
@@ -294,6 +296,11 @@ class Transformed(torch.nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return side_by_side(self.embed(transform(images, self.transforms)), len(images))
+
+
+def lowest(loss: Tensor, dim: int = 0) -> Tensor:
+    """Where the smallest finite value is: in an argmin NaN would win."""
+    return loss.where(loss.isfinite(), torch.inf).argmin(dim)
 
 
 def views_of(embed: Embed) -> int:
@@ -467,18 +474,19 @@ def optimise(
         grad = torch.zeros_like(delta)
         transforms = eot.steps[min(step, n - 1)] if eot else None
         loss = losses(turn, w, delta, sign, transforms, grad if step < n else None)
+        lost = ~(loss.isfinite() & grad.isfinite().flatten(1).all(1))
         if step % every == 0 or step == n:
             if every > 1:
                 loss = losses(batches, w, delta, sign, eot and eot.validation, None)
-            better = loss < best_loss
+            better = (loss < best_loss) & loss.isfinite()
             best_loss = torch.where(better, loss, best_loss)
             best = torch.where(better[:, None, None], delta, best)
         if step in marks:
             curve[step] = loss
         if step < n:
-            finite, zero = grad.isfinite().flatten(1).all(1), (grad == 0).flatten(1).all(1)
-            counts += torch.stack([zero.sum(), (~finite).sum(), torch.full_like(zero, 1).sum()])
-            delta.grad = torch.where(finite[:, None, None], grad, 0.0)
+            zero = ~lost & (grad == 0).flatten(1).all(1)
+            counts += torch.stack([zero.sum(), lost.sum(), torch.full_like(zero, 1).sum()])
+            delta.grad = torch.where(lost[:, None, None], 0.0, grad)
             adam.param_groups[0]["lr"] = effort.lr * (1 - step / n if effort.decay else 1)
             adam.step()
     return tanh_perturb(w, best), best_loss, curve, counts
@@ -519,7 +527,7 @@ def tanh_attack(
     by_restarts, each = {}, each.to(images.device)
     # measured on the images, not taken from the loop's losses: a wrong choice would show
     for n in range(1, R + 1):
-        winner = loss[:n].argmin(0)
+        winner = lowest(loss[:n])
         attacked = paste(images, patch[winner, each], pixels)
         by_restarts[n] = distances(scorer, attacked, anchor, effort.chunk)
     curve = {n: torch.cat([run[2][n] for run in runs]).view(R, B)[winner, each] for n in runs[0][2]}
@@ -567,7 +575,7 @@ def square_attack(
     """`location_search`, then `tanh_attack` from a new start at the best place of each image;
     extra: row, col (B,)."""
     found, searched = location_search(embed, images, anchor, places, search, generator)
-    best = torch.tensor(places)[(effort.sign * found).argmin(1).cpu()]  # (B, 2)
+    best = torch.tensor(places)[lowest(effort.sign * found, 1).cpu()]  # (B, 2)
     mask = squares(best.tolist(), *images.shape[2:])
     result = tanh_attack(embed, images, anchor, mask, effort, generator)
     count(result, searched)
@@ -631,7 +639,7 @@ def random_patterns(
     chunk: int = 256,
 ) -> Attacked:
     """For each image the closest of so many uniform random fillings of the mask: no gradient."""
-    C, P = images.shape[1], int(mask.sum())
+    C, P, lost = images.shape[1], int(mask.sum()), 0
     anchor, attacked = anchor.expand(len(images), -1), images.clone()
     for i, image in enumerate(images):
         values = torch.rand(patterns, C, P, generator=generator).to(images)
@@ -639,8 +647,10 @@ def random_patterns(
         for part in values.split(chunk):
             filled = apply_pattern(image.expand(len(part), -1, -1, -1), part, mask)
             found.append(distances(embed, filled, anchor[i], chunk))
-        attacked[i] = apply_pattern(image[None], values[torch.cat(found).argmin()], mask)[0]
-    return Attacked(attacked, distances(embed, attacked, anchor, chunk))
+        distance = torch.cat(found)
+        attacked[i] = apply_pattern(image[None], values[lowest(distance)], mask)[0]
+        lost += int((~distance.isfinite()).sum())
+    return Attacked(attacked, distances(embed, attacked, anchor, chunk), nonfinite=lost)
 
 
 def uniform_noise(images: Tensor, amount: float, generator: Rng) -> Tensor:
@@ -686,7 +696,7 @@ def worst(*results: Attacked) -> Attacked:
     """Of several attacks on the same images, for each image the one that came closest; counters are
     summed; extra: strongest (B,), which."""
     distance = torch.stack([result.distance for result in results])  # (A, B)
-    strongest, each = distance.argmin(0), torch.arange(distance.shape[1], device=distance.device)
+    strongest, each = lowest(distance), torch.arange(distance.shape[1], device=distance.device)
     images = torch.stack([result.images for result in results])[strongest, each]
     best = Attacked(images, distance[strongest, each], extra={"strongest": strongest})
     for result in results:

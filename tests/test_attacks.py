@@ -455,6 +455,52 @@ def test_zero_and_nonfinite_gradients_are_counted():
     assert result.images.isfinite().all()
 
 
+class Broken(nn.Module):
+    """Distances to zero of 1 + the mean under the glasses, in some images something else."""
+
+    def __init__(self, value, share=1.0):
+        super().__init__()
+        self.value, self.share, self.mask, self.broken = value, share, eyeglasses_mask(), 0
+
+    def forward(self, x):
+        mean = x[:, :, self.mask].mean((1, 2)) if len(x) else x.new_empty(0)
+        # which ones hangs on all pixels, so that it is the same alone and in a batch
+        bad = (x.double().sum((1, 2, 3)) * 1e3).frac() < self.share
+        self.broken += int(bad.sum())
+        return torch.where(bad, self.value, 1 + mean)[:, None]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_never_wins_a_minimum_and_is_counted(value):
+    embed, x, mask, zero = Broken(value, 0.5), faces(4), eyeglasses_mask(), torch.zeros(1)
+    found = attacks.random_patterns(embed, x, zero, mask, 40, seeded())
+    assert found.nonfinite == embed.broken and 0 < embed.broken < 160
+    assert found.distance.isfinite().all() and (found.distance < 1.5).all()
+    for direction in ("impersonate", "evade"):
+        embed.broken, settings = 0, {"iterations": 12, "lr": 0.1, "restarts": 3}
+        found = tanh_attack(embed, x, zero, mask, False, direction=direction, **settings)
+        assert embed.broken and found.distance.isfinite().all()
+        lost = found.extra["loss"].isinf()  # restarts that never met a number
+        assert lost.any() and not found.extra["loss"].isnan().any() and (found.distance <= 2).all()
+    loss = torch.tensor([[value, 2.0, 1.0], [3.0, value, value]])
+    assert attacks.lowest(loss, 1).tolist() == [2, 0]
+    one = attacks.Attacked(x[:2], torch.tensor([value, 1.0]))
+    two = attacks.Attacked(1 - x[:2], torch.tensor([2.0, value]))
+    assert attacks.worst(one, two).distance.tolist() == [2, 1]
+
+
+def test_a_place_that_is_no_number_is_not_searched_further():
+    def embed(images):  # the square at (15, 15) breaks it, that at (15, 35) helps
+        seen = images[:, :, 15:25, 35:45].mean((1, 2, 3))
+        return torch.where(images[:, 0, 15, 15] == 0.5, seen, torch.nan)[:, None]
+
+    efforts = Effort(8, 0.1, 1), Effort(2, 0.1)
+    places, x = [(15, 15), (35, 35), (15, 35)], torch.full((2, 3, 64, 64), 0.5)
+    found = attacks.square_attack(embed, x, torch.ones(1), places, *efforts, seeded())
+    assert found.extra["col"].tolist() == [35, 35] and found.extra["row"].tolist() == [15, 15]
+    assert found.distance.isfinite().all() and found.nonfinite > 0
+
+
 # square
 def test_location_search_finds_the_planted_place():
     """The embedding reads one window for each image, so only the square on that window can help."""
