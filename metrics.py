@@ -119,24 +119,32 @@ def average_precision(genuine: Any, intruders: Any) -> float:
 
 
 def threshold(genuine: Any, fpr: float = FPR) -> float:
-    """delta: the (1 - fpr) quantile of genuine distances, interpolated (Sec. 4.3: the 95th)."""
-    g = np.asarray(genuine, dtype=np.float64).ravel()
+    """delta: the smallest that refuses at most `fpr` of the genuine distances (Sec. 4.3)."""
+    g = np.sort(np.asarray(genuine, dtype=np.float64).ravel())
     if not len(g) or not 0 <= fpr <= 1:
         raise ValueError("a threshold needs genuine distances and an FPR in [0, 1]")
-    return float(np.quantile(g, 1 - fpr))
+    refused = math.floor(fpr * len(g) + 1e-9)
+    # just above the farthest that must pass: those as far as it, ties, pass too
+    return float(g[0] if refused == len(g) else np.nextafter(g[-1 - refused], math.inf))
+
+
+def fpr_at(genuine: Any, delta: float) -> float:
+    """The share of the genuine distances that eq. (1) refuses at delta."""
+    return float((np.asarray(genuine, dtype=np.float64) >= delta).mean())
 
 
 def detection_at_fpr(genuine: Any, attacked: Any, fpr: float = FPR, evading: bool = False) -> float:
     """Share of `attacked` distances that are detected at `threshold(genuine, fpr)`.
 
-    Intruders are detected when eq. (1) calls them different, distance >= delta. Evading images
-    (evading=True) are genuine and detected when they are still recognised, distance <= delta.
+    Intruders are detected when eq. (1) calls them different. Evading images (evading=True) are
+    genuine and detected when it does not.
     """
     delta, d = threshold(genuine, fpr), np.asarray(attacked, dtype=np.float64).ravel()
     if not len(d):
         raise ValueError("no attacked distances")
     # Eq. (1)
-    return float((d <= delta).mean() if evading else (d >= delta).mean())
+    different = d >= delta
+    return float((~different if evading else different).mean())
 
 
 Sample = tuple[Sequence[float], Sequence[str]]  # distances (n,) and their targets (n,)
@@ -283,6 +291,7 @@ def merits(attacks: Attacks, name: str) -> dict[str, Any] | None:
     (g, g_target), (i, i_target) = columns(genuine), columns(intruders)
     evading = name not in (*DERIVED, "clean") and not pick(attacks, name, "intruder")
     same = [] if evading else same_pairs(attacks, intruders)
+    real = columns(clean)[0]
     return {
         "auroc": auroc(g, i),
         "aupr": aupr(g, i),
@@ -290,7 +299,8 @@ def merits(attacks: Attacks, name: str) -> dict[str, Any] | None:
         "n_targets": len({*g_target} & {*i_target}),
         "n_genuine": len(g),
         "n_intruders": len(i),
-        "detected": detection_at_fpr(columns(clean)[0], g if evading else i, FPR, evading),
+        "detected": detection_at_fpr(real, g if evading else i, FPR, evading),
+        "fpr": fpr_at(real, threshold(real)),
         "clean_same_pairs": area_of(genuine, same) if same else math.nan,
     }
 
@@ -302,7 +312,8 @@ def measure(
 
     Over several runs: means, distinct targets, pairs summed, `range` [lowest, highest] of each
     mean, `runs` how many had the rows; `interval` is then that of the mean AU-ROC, a target
-    resampled with its rows in every run that attacks it. `detected`: the share at 5 % FPR.
+    resampled with its rows in every run that attacks it. `detected`: the share at an FPR of at
+    most 5 %, `fpr`: the actual one.
     `clean_same_pairs`: the AU-ROC of the attacked pairs without the attack, what it is to be set
     beside (None: no such rows). `of`, for `worst`: the attacks it is the strongest of.
     """
@@ -357,14 +368,16 @@ def counts(m: Mapping[str, Any] | None) -> str:
 def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A summary as text, one line per method and attack."""
     first = max(14, *(len(method) + 2 for method in result))
-    head = f"{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}{'detected':>10}  {COUNTS}"
+    areas = f"{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}"
+    head = f"{areas}{'detected':>10}{'at FPR':>8}  {COUNTS}"
     lines = [f"{'method':<{first}}{'attack':<21}{head}"]
     for method, attacks in result.items():
         for name, m in attacks.items():
             lo, hi = m["interval"]
             between = "one target" if lo is None else f"{lo:.3f}-{hi:.3f}"
             areas = f"{m['auroc']:>7.3f}  {between:<15}{m['aupr']:>6.3f}{m['ap']:>7.3f}"
-            line = f"{method:<{first}}{name:<21}{areas}{m['detected']:>10.1%}  {counts(m)}"
+            rates = f"{m['detected']:>10.1%}{m['fpr']:>8.1%}"
+            line = f"{method:<{first}}{name:<21}{areas}{rates}  {counts(m)}"
             if "range" in m:
                 low, high = m["range"]["auroc"]
                 line += f", {m['runs']} runs: {low:.3f}-{high:.3f}"

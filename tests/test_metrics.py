@@ -90,14 +90,35 @@ def test_no_area_without_both_classes_or_with_non_finite_distances(bad):
 def test_detection_at_five_percent():
     genuine = np.arange(1.0, 101.0)
     delta = metrics.threshold(genuine, 0.05)
-    assert delta == pytest.approx(np.percentile(genuine, 95)) and (genuine >= delta).mean() == 0.05
-    # Eq. (1): at delta an intruder is different; an evading image at delta is still recognised.
+    # the smallest: just above 95, so that five are refused
+    assert 95 < delta < 95 + 1e-9 and metrics.fpr_at(genuine, delta) == 0.05
+    # eq. (1): at delta an image is different, an evading one too
     assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0]) == pytest.approx(2 / 3)
-    assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0, 300.0], evading=True) == 0.5
-    assert metrics.threshold(genuine, 0.0) == 100 and metrics.threshold(genuine, 1.0) == 1
+    assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0, 300.0], evading=True) == 0.25
+    assert 100 < metrics.threshold(genuine, 0.0) < 100.1 and metrics.threshold(genuine, 1.0) == 1
     for bad in ([], 0.05), ([1.0], 1.5):
         with pytest.raises(ValueError):
             metrics.threshold(*bad)
+
+
+@pytest.mark.parametrize(
+    "genuine",
+    [[2.0] * 200, [1.0] * 176 + [2.0] * 24, [1.0, 2.0, 3.0], list(range(39)), [0.0], [1, 2] * 50],
+    ids=["constant", "tied at the top", "three pairs", "39 pairs", "a zero", "two values"],
+)
+def test_the_actual_fpr_is_at_most_what_was_asked_for(genuine):
+    genuine = np.array(genuine, dtype=float)
+    for fpr in (0.0, 0.05, 0.1, 0.5):
+        delta = metrics.threshold(genuine, fpr)
+        assert metrics.fpr_at(genuine, delta) <= fpr
+        # a smaller one refuses more than that
+        assert metrics.fpr_at(genuine, np.nextafter(delta, -np.inf)) > fpr
+
+
+def test_a_constant_embedding_detects_nothing():
+    constant = [2.0] * 40
+    assert metrics.detection_at_fpr(constant, constant) == 0
+    assert metrics.detection_at_fpr(constant, constant, evading=True) == 1
 
 
 def test_bootstrap_equals_a_loop_over_resampled_targets():
@@ -193,9 +214,10 @@ def test_summary_by_hand(run):
     assert list(result) == ["clean", "eyeglasses", "noise", "evasion"]
     assert result["clean"]["auroc"] == 1 and result["clean"]["interval"] == [1, 1]
     assert result["clean"]["n_targets"] == 2 and result["clean"]["detected"] == 1
+    assert {m["fpr"] for m in result.values()} == {0}  # of four pairs none may be refused
     assert result["eyeglasses"]["auroc"] == (0 + 4 + 3 + 4) / 16
     assert (result["eyeglasses"]["n_genuine"], result["eyeglasses"]["n_intruders"]) == (4, 4)
-    assert result["eyeglasses"]["detected"] == 0.5  # delta = 0.385
+    assert result["eyeglasses"]["detected"] == 0.5  # delta is just above 0.4
     assert (
         result["evasion"]["n_genuine"] == 3 and result["evasion"]["n_intruders"] == 4
     )  # against clean intruders
@@ -230,7 +252,7 @@ def test_command_prints_table_or_json(run, capsys):
     assert metrics.main(["--run", str(run), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == metrics.summary(run)
-    keys = {"auroc", "aupr", "ap", "n_targets", "n_genuine", "n_intruders", "interval"}
+    keys = {"auroc", "aupr", "ap", "n_targets", "n_genuine", "n_intruders", "interval", "fpr"}
     assert keys <= set(printed["ours"]["eyeglasses"])
     assert metrics.main(["--run", str(run)]) == 0
     assert "eyeglasses" in capsys.readouterr().out
@@ -640,10 +662,9 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     assert two["Without AT"][4] == "0.590 / 0.669" and one["Ours, transfer, both"][4] == "-"
     assert lines_of(section(text, "App. B.2"))["Paper"][:4] == ["0.978", "-", "0.973", "0.965"]
     evasion = lines_of(section(text, "Sec. 4.3"))["Ours"]
-    assert (
-        evasion[0].startswith(f"{result['ours']['evasion']['detected']:.1%} [")
-        and evasion[1] == "25.2 %"
-    )
+    assert evasion[0].startswith(f"{result['ours']['evasion']['detected']:.1%} [") and evasion[
+        1:3
+    ] == ["0.0%", "25.2 %"]
     assert lines_of(section(text, "Sec. 4.4"))["Paper"][:2] == ["0.868", "0.867"]
     assert "Ours: 2 of 3 images made from noise" in section(text, "Sec. 4.4")
     assert lines_of(section(text, "Disentanglement")) == {
