@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 
 FPR = 0.05  # Sec. 4.3
+ROLES = ("genuine", "intruder")
 COUNTS = "targets / genuine / intruders"
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion")
@@ -58,10 +59,19 @@ COLUMNS = Row._fields[:10]  # that every file has
 
 @dataclass(frozen=True)
 class Attack:
-    """The rows of one file and the settings written beside it ({} when there are none)."""
+    """The rows of one file and the settings written beside it ({} when there are none).
+
+    Raises ValueError for a row that cannot be: a distance that is not finite, an unknown role.
+    """
 
     rows: list[Row]
     sidecar: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for r in self.rows:
+            known = r.role in ROLES and r.mirroring in (0, 1) and r.selection in (0, 1)
+            if not known or not 0 <= r.distance < math.inf:
+                raise ValueError(f"{r}: role, setting or distance is none that there is")
 
 
 Attacks = Mapping[str, Attack]  # of one method
@@ -79,13 +89,16 @@ class Run:
 # Areas, detection and intervals
 
 
+def _distances(values: Any) -> np.ndarray:
+    """float64 (n,); ValueError unless there are some and all are finite."""
+    d = np.asarray(values, dtype=np.float64).ravel()
+    if not len(d) or not np.isfinite(d).all():
+        raise ValueError("distances must be finite, at least one on each side")
+    return d
+
+
 def _two(genuine: Any, intruders: Any) -> tuple[np.ndarray, np.ndarray]:
-    g, i = (np.sort(np.asarray(a, dtype=np.float64).ravel()) for a in (genuine, intruders))
-    if not len(g) or not len(i):
-        raise ValueError("at least one genuine and one intruder distance are needed")
-    if not np.isfinite(g).all() or not np.isfinite(i).all():
-        raise ValueError("distances must be finite")
-    return g, i
+    return np.sort(_distances(genuine)), np.sort(_distances(intruders))
 
 
 # scikit-learn's areas differ from these in the last bit (1e-15): these count pairs, as the
@@ -120,9 +133,9 @@ def average_precision(genuine: Any, intruders: Any) -> float:
 
 def threshold(genuine: Any, fpr: float = FPR) -> float:
     """delta: the smallest that refuses at most `fpr` of the genuine distances (Sec. 4.3)."""
-    g = np.sort(np.asarray(genuine, dtype=np.float64).ravel())
-    if not len(g) or not 0 <= fpr <= 1:
-        raise ValueError("a threshold needs genuine distances and an FPR in [0, 1]")
+    g = np.sort(_distances(genuine))
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"an FPR of {fpr}: give one in [0, 1]")
     refused = math.floor(fpr * len(g) + 1e-9)
     # just above the farthest that must pass: those as far as it, ties, pass too
     return float(g[0] if refused == len(g) else np.nextafter(g[-1 - refused], math.inf))
@@ -130,7 +143,9 @@ def threshold(genuine: Any, fpr: float = FPR) -> float:
 
 def fpr_at(genuine: Any, delta: float) -> float:
     """The share of the genuine distances that eq. (1) refuses at delta."""
-    return float((np.asarray(genuine, dtype=np.float64) >= delta).mean())
+    if math.isnan(delta):
+        raise ValueError("delta is not a number")
+    return float((_distances(genuine) >= delta).mean())
 
 
 def detection_at_fpr(genuine: Any, attacked: Any, fpr: float = FPR, evading: bool = False) -> float:
@@ -139,9 +154,7 @@ def detection_at_fpr(genuine: Any, attacked: Any, fpr: float = FPR, evading: boo
     Intruders are detected when eq. (1) calls them different. Evading images (evading=True) are
     genuine and detected when it does not.
     """
-    delta, d = threshold(genuine, fpr), np.asarray(attacked, dtype=np.float64).ravel()
-    if not len(d):
-        raise ValueError("no attacked distances")
+    delta, d = threshold(genuine, fpr), _distances(attacked)
     # Eq. (1)
     different = d >= delta
     return float((~different if evading else different).mean())
@@ -154,9 +167,13 @@ def _resampled(
     genuine: Sample, attacked: Sample, n: int, seed: int = 0, among: Sequence[str] = ()
 ) -> tuple[np.ndarray, ...]:
     """Distances and target numbers (0..T-1) of both, and how often each target is drawn (n, T)."""
-    g, d = (np.asarray(distances, dtype=np.float64) for distances, _ in (genuine, attacked))
+    g, d = (_distances(distances) for distances, _ in (genuine, attacked))
+    if (len(g), len(d)) != (len(genuine[1]), len(attacked[1])) or n < 1:
+        raise ValueError("as many targets as distances are needed, and a resampling or more")
     held = np.r_[np.asarray(genuine[1]), np.asarray(attacked[1])]
     everyone = np.unique(np.asarray(among) if len(among) else held)
+    if not np.isin(held, everyone).all():
+        raise ValueError("a row's target is not among those to draw from")
     code, T = np.asarray(np.searchsorted(everyone, held)), len(everyone)
     drawn = np.random.default_rng(seed).multinomial(T, np.full(T, 1 / T), size=n)
     return g, code[: len(g)], d, code[len(g) :], drawn
@@ -187,9 +204,12 @@ def bootstrap(
 
 def interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of resampled values (n,), nan left out; (nan, nan) without any."""
-    if np.isnan(replicates).all():
+    values = np.asarray(replicates, dtype=np.float64)
+    if not len(values) or np.isinf(values).any() or not 0 < level < 1:
+        raise ValueError("values and a level between 0 and 1 are needed")
+    if np.isnan(values).all():
         return math.nan, math.nan
-    lo, hi = np.nanquantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    lo, hi = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
 
 
@@ -211,6 +231,8 @@ def detection_interval(
 def under(attacks: Attacks, mirroring: int, selection: int) -> Attacks:
     """The attacks with their rows under one setting of the defender's augmentations (Sec. 4.2)."""
     wanted = mirroring, selection
+    if not {mirroring, selection} <= {0, 1}:
+        raise ValueError(f"mirroring {mirroring}, selection {selection}: give 0 or 1")
     return {
         name: Attack([r for r in a.rows if (r.mirroring, r.selection) == wanted], a.sidecar)
         for name, a in attacks.items()
@@ -218,7 +240,9 @@ def under(attacks: Attacks, mirroring: int, selection: int) -> Attacks:
 
 
 def pick(attacks: Attacks, name: str, role: str) -> list[Row]:
-    """The rows of one role; [] without the attack."""
+    """The rows of one role; [] without the attack. Raises ValueError for a name never heard of."""
+    if role not in ROLES or (name not in attacks and name.split("-")[0] not in ATTACKS):
+        raise ValueError(f"{name}, {role}: not an attack and one of {', '.join(ROLES)}")
     return [r for r in attacks[name].rows if r.role == role] if name in attacks else []
 
 
@@ -232,11 +256,13 @@ def pairs(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
 
 def sides(attacks: Attacks, name: str) -> tuple[list[Row], list[Row]]:
     """(genuine, intruder) rows to judge an attack by: clean ones of a role it left alone."""
-    genuine, intruders = pick(attacks, name, "genuine"), pick(attacks, name, "intruder")
+    genuine, intruders = [], []
     if name == "worst":
         intruders = worst(attacks)
     elif name in DERIVED:
         intruders = direct_and_either(attacks)[name != "direct"]
+    else:
+        genuine, intruders = (pick(attacks, name, role) for role in ROLES)
     if genuine or intruders:
         genuine = genuine or pick(attacks, "clean", "genuine")
         intruders = intruders or pick(attacks, "clean", "intruder")
@@ -245,6 +271,8 @@ def sides(attacks: Attacks, name: str) -> tuple[list[Row], list[Row]]:
 
 def closest(*several: Sequence[Row]) -> list[Row]:
     """Per pair (target, candidate) that every list holds, the row with the lowest distance."""
+    if not several or not all(math.isfinite(r.distance) for rows in several for r in rows):
+        raise ValueError("lists of rows with finite distances are needed")
     by_pair = [pairs(rows) for rows in several]
     shared = set(by_pair[0]).intersection(*by_pair[1:])
     return [min((d[k] for d in by_pair), key=lambda r: r.distance) for k in sorted(shared)]
@@ -285,6 +313,8 @@ def area_of(genuine: Sequence[Row], intruders: Sequence[Row]) -> float:
 
 def merits(attacks: Attacks, name: str) -> dict[str, Any] | None:
     """The figures of one attack on one method in one run, None without its rows or clean ones."""
+    if name not in attacks and name not in DERIVED:
+        return None
     clean, (genuine, intruders) = pick(attacks, "clean", "genuine"), sides(attacks, name)
     if not (clean and genuine and intruders):
         return None
@@ -308,7 +338,8 @@ def merits(attacks: Attacks, name: str) -> dict[str, Any] | None:
 def measure(
     runs: Sequence[Run], method: str, name: str, mirroring: int = 1, selection: int = 1
 ) -> dict[str, Any] | None:
-    """The figures of one method under one attack, None without its rows or clean ones.
+    """The figures of one method under one attack, None without its rows or clean ones; ValueError
+    for a name that neither the paper nor the runs know.
 
     Over several runs: means, distinct targets, pairs summed, `range` [lowest, highest] of each
     mean, `runs` how many had the rows; `interval` is then that of the mean AU-ROC, a target
@@ -317,6 +348,10 @@ def measure(
     `clean_same_pairs`: the AU-ROC of the attacked pairs without the attack, what it is to be set
     beside (None: no such rows). `of`, for `worst`: the attacks it is the strongest of.
     """
+    held = names(runs)
+    attacks_held = {a for every in held.values() for a in every}
+    if method not in {*METHODS, *held} or name not in {*ATTACKS, *DERIVED, *attacks_held}:
+        raise ValueError(f"{method}, {name}: not a method and an attack")
     found, several = [], []
     for number, run in enumerate(runs):
         attacks = under(run.methods.get(method, {}), mirroring, selection)
@@ -340,8 +375,8 @@ def measure(
     result["n_targets"] = len({t for (_, a), (_, b) in several for t in {*a} & {*b}})
     result["interval"] = [None, None]
     if all(f["n_targets"] > 1 for f in found):
-        held = sorted({t for (_, a), (_, b) in several for t in {*a, *b}})
-        drawn = [bootstrap(g, i, among=held) for g, i in several]
+        everyone = sorted({t for (_, a), (_, b) in several for t in {*a, *b}})
+        drawn = [bootstrap(g, i, among=everyone) for g, i in several]
         result["interval"] = list(interval(np.mean(drawn, 0)))
     if len(runs) > 1:
         result["range"] = {k: [f(m[k] for m in found) for f in (min, max)] for k in means}
@@ -415,7 +450,7 @@ def _effort(attack: Attack) -> list[float]:
 
 def _means(a: Sequence[Row], b: Sequence[Row]) -> tuple[float, float, float] | None:
     """Mean distance of both over the pairs they share, and of their difference; None without."""
-    left, right = ({(*r[1:9],): r.distance for r in rows if r.distance >= 0} for rows in (a, b))
+    left, right = ({(*r[1:9],): r.distance for r in rows} for rows in (a, b))
     if not (shared := sorted(left.keys() & right.keys())):
         return None
     one, two = (np.array([d[k] for k in shared]) for d in (left, right))
@@ -431,8 +466,8 @@ def effort(attacks: Attacks, tolerance: float = 0.01) -> Iterator[str]:
     """
 
     def judge(label: str, weak: float, strong: float, evading: bool) -> str:
-        worse = weak * (1 - tolerance) > strong if evading else weak * (1 + tolerance) < strong
-        return f"{label}: mean distance from {weak:.4g} to {strong:.4g}" if worse else ""
+        fine = strong >= weak * (1 - tolerance) if evading else strong <= weak * (1 + tolerance)
+        return "" if fine else f"{label}: mean distance from {weak:.4g} to {strong:.4g}"  # nan: not
 
     for name, attack in attacks.items():
         evading = all(r.role == "genuine" for r in attack.rows)
@@ -508,7 +543,7 @@ def reproducible(attacks: Attacks, tolerance: float = 0.02) -> Iterator[str]:
             yield "" if flag else name
     again = dict(attacks)
     if half := attacks.get("indirect"):
-        rows = [r._replace(distance=r.direct) for r in half.rows]
+        rows = [r._replace(distance=r.direct) for r in half.rows if not math.isnan(r.direct)]
         again["eyeglasses (direct)"] = Attack(rows, half.sidecar)
     for (a, one), (b, two) in combinations(again.items(), 2):
         same = a.split("-")[0] == b.split("-")[0].removesuffix(" (direct)")
@@ -589,7 +624,7 @@ def _row(values: Mapping[str, str]) -> Row:
         low, high = LIMITS.get(name, (-math.inf, math.inf))
         if kind is not str and not low <= found[name] <= high:
             raise ValueError(f"{name} is {found[name]}, not finite and from {low} to {high:g}")
-    if found["role"] not in ("genuine", "intruder"):
+    if found["role"] not in ROLES:
         raise ValueError(f"role is {found['role']!r}, not genuine or intruder")
     return Row(**found)
 

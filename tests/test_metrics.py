@@ -121,6 +121,61 @@ def test_a_constant_embedding_detects_nothing():
     assert metrics.detection_at_fpr(constant, constant, evading=True) == 1
 
 
+D, T, NAN = [1.0, 2.0], ["a", "b"], math.nan
+WRONG = {
+    "area, nan": lambda m: m.auroc([1.0, NAN], D),
+    "balanced area, nan": lambda m: m.aupr(D, [NAN]),
+    "average precision, inf": lambda m: m.average_precision(D, [math.inf]),
+    "threshold, nan": lambda m: m.threshold([1.0, NAN]),
+    "threshold, FPR": lambda m: m.threshold(D, NAN),
+    "actual FPR, nan": lambda m: m.fpr_at([1.0, NAN], 1.0),
+    "actual FPR, none": lambda m: m.fpr_at([], 1.0),
+    "actual FPR, delta": lambda m: m.fpr_at(D, NAN),
+    "detection, genuine": lambda m: m.detection_at_fpr([1.0, NAN], [2.0, 3.0]),
+    "detection, attacked": lambda m: m.detection_at_fpr(D, [NAN]),
+    "detection, none": lambda m: m.detection_at_fpr(D, [], evading=True),
+    "bootstrap, nan": lambda m: m.bootstrap(([1.0, NAN], T), (D, T)),
+    "bootstrap, lengths": lambda m: m.bootstrap((D, T), (D, ["a"])),
+    "bootstrap, longer": lambda m: m.bootstrap((D, ["a", "b", "a"]), (D, T)),
+    "bootstrap, names": lambda m: m.bootstrap((D, T), (D, T), among=["a", "c"]),
+    "bootstrap, n": lambda m: m.bootstrap((D, T), (D, T), n=0),
+    "interval, none": lambda m: m.interval(np.array([])),
+    "interval, inf": lambda m: m.interval(np.array([1.0, math.inf])),
+    "interval, level": lambda m: m.interval(np.array(D), level=95),
+    "detection interval, nan": lambda m: m.detection_interval((D, T), ([NAN, 1.0], T)),
+    "detection interval, lengths": lambda m: m.detection_interval((D, T), (D, ["a", "b", "b"])),
+    "a distance": lambda m: m.Attack([ROW._replace(distance=NAN)], {}),
+    "a negative distance": lambda m: m.Attack([ROW._replace(distance=-1.0)], {}),
+    "a role": lambda m: m.Attack([ROW._replace(role="friend")], {}),
+    "a setting": lambda m: m.Attack([ROW._replace(mirroring=2)], {}),
+    "under": lambda m: m.under({}, 2, 1),
+    "pick, role": lambda m: m.pick({}, "clean", "friend"),
+    "pick, attack": lambda m: m.pick({}, "eyeglases", "intruder"),
+    "sides, attack": lambda m: m.sides({}, "eyeglases"),
+    "closest, nan": lambda m: m.closest([ROW], [ROW._replace(distance=NAN)]),
+    "closest, none": lambda m: m.closest(),
+    "measure, method": lambda m: m.measure([], "our", "clean"),
+    "measure, attack": lambda m: m.measure([], "ours", "cleen"),
+    "measure, setting": lambda m: m.measure([m.Run(ROOT, {"ours": {}})], "ours", "clean", 1, 2),
+}
+ROW = metrics.Row("clean", 1, 1, 0, "a", 7, 1, "a", "genuine", 0.5)
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG.keys())
+def test_no_figure_of_what_cannot_be(call):
+    with pytest.raises(ValueError) as error:
+        call(metrics)
+    assert str(error.value)
+
+
+def test_an_attack_of_one_run_alone_is_measured_there(run, tmp_path):
+    write(run, "ours", "of_my_own", attacked(0.5, 0.5, 0.5, 0.5))
+    write(tmp_path / "other", "ours", "clean", CLEAN + INTRUDERS)
+    both = metrics.summary([metrics.read_run(run), metrics.read_run(tmp_path / "other")])
+    assert both["ours"]["of_my_own"]["runs"] == 1
+    assert metrics.measure([metrics.read_run(run)], "weak-at", "square") is None
+
+
 def test_bootstrap_equals_a_loop_over_resampled_targets():
     rng = np.random.default_rng(1)
     g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)
@@ -401,6 +456,11 @@ HEALTH = {
         "more effort",
         {"eyeglasses": attack(FAR, **WEAK), "eyeglasses-5": attack(NEAR, **STRONG)},
         {"eyeglasses": attack(NEAR, **WEAK), "eyeglasses-5": attack(FAR, **STRONG)},
+    ),
+    "a curve that is not a number": (
+        "more effort",
+        {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0})},
+        {"square": attack(FAR, by_restarts={"1": 3.0, "5": math.nan})},
     ),
     "evasion": (
         "more effort",
