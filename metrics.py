@@ -673,6 +673,11 @@ def read_run(folder: Path | str, rows: str = "attacks") -> Run:
     for path in sorted(folder.glob(f"*/{rows}/*.csv")):
         if path.stem != "figure3":
             attack = Attack(read_rows(path), optional_json(path.with_suffix(".json")))
+            held, written = len(attack.rows), attack.sidecar.get("n")
+            if written is not None and held != written:
+                told = f"holds {held} rows, {written} were written"
+                again = "delete it and run attacks.py for this attack again"
+                raise run.UsageError(f"{path}: {told}; {again}")
             methods.setdefault(path.parent.parent.name, {})[path.stem] = attack
     if not methods:
         told = f"holds no rows (<method>/{rows}/<attack>.csv); run attacks.py --run {folder}"

@@ -336,6 +336,20 @@ def test_bad_rows_are_one_line_and_exit_2(tmp_path, capsys, lines, header, place
     assert error.count("\n") == 1 and f"{path}{place}" in error and why in error
 
 
+@pytest.mark.parametrize("kept, status", [(1, 2), (5, 2), (7, 2), (8, 0)])
+def test_rows_cut_short_are_one_line(run, capsys, kept, status):
+    path = write(run, "ours", "clean", (CLEAN + INTRUDERS)[::-1], {"n": 8})
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: kept + 1]))
+    assert metrics.main(["--run", str(run), "--json"]) == status
+    told = capsys.readouterr()
+    if status:
+        assert told.err.startswith(f"metrics.py: {path}: holds {kept} rows, 8 were written")
+        assert told.err.count("\n") == 1 and not told.out
+    else:
+        assert not told.err and json.loads(told.out)["ours"]["clean"]["n_genuine"] == 4
+
+
 def test_bad_folders_bytes_and_json_are_one_line_and_exit_2(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     broken = write(tmp_path / "bytes", "ours", "clean", [GOOD])
