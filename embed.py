@@ -1,16 +1,12 @@
 """The embedding F: eq. (1)-(6), Sec. 2-3.1 and App. A, for our method and for every baseline.
 
-    python embed.py --method ours                                # demo: rendered faces, two CPU
-    cores python embed.py --method ours --preset paper --data celeba --root CELEBA  # the paper, one
-    GPU python embed.py --verify A.jpg B.jpg --run runs/synthetic-demo-0          # eq. (1), two
-    photographs
+    python embed.py --method ours                                # demo, rendered, two CPU cores
+    python embed.py --method ours --preset paper --data celeba --root CELEBA    # the paper, one GPU
+    python embed.py --verify A.jpg B.jpg --run runs/synthetic-demo-0   # eq. (1), two photographs
 
-In:  faces from `data/`, and for `ours` and `no-at` a generator (runs/.../generator.pt of
-generator.py;
-     the demo's own comes from `data/`).
-Out: runs/<data>-<preset>-<seed>/<method>/ with embedding.pt, log.jsonl, result.json, and the rows
-of
-     the clean and the eyeglasses evaluation in attacks/. The same command goes on after a stop.
+In:  faces from `data/`; for `ours` and `no-at` the run's generator.pt (the demo's is in `data/`).
+Out: runs/<data>-<preset>-<seed>/<method>/ with embedding.pt, log.jsonl, result.json, and in
+     attacks/ the rows of clean and eyeglasses. The same command goes on after a stop.
 
 x and t are real photographs of different persons, y and u are generated with x's identity: y shares
 x's content, u shares t's. Images are float NCHW in [0, 1], 64 x 64; distances are Euclidean.
@@ -28,7 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +35,7 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of the training; the defaults are the paper's, a preset replaces some of
-    them."""
+    """Every setting of the training; the defaults are the paper's, a preset replaces some."""
 
     preset: str = "paper"  # demo | paper | released; on the command line demo unless named
     method: str = "ours"  # ours | no-at | weak-at | doa
@@ -126,25 +121,13 @@ class Config:
         return self.attack_alpha * growth
 
 
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"amsgrad": True, "fill": "uniform", "generate_from": "erased"},
-    "demo": {
-        "data": "synthetic",
-        "train_persons": 0,
-        "validation_persons": 40,
-        "target_persons": 30,
-        "persons": 0,
-        "width": 0.125,
-        "standardise": True,
-        "batch": 32,
-        "steps": 300,
-        "lr": 2e-3,
-        "lr_end": 1e-4,
-        "attack_steps": 5,
-        "attack_alpha": 32.0,
-        "attack_warmup": 150,
-    },
+    "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
+    | {"target_persons": 30, "persons": 0, "width": 0.125, "standardise": True}
+    | {"batch": 32, "steps": 300, "lr": 2e-3, "lr_end": 1e-4}
+    | {"attack_steps": 5, "attack_alpha": 32.0, "attack_warmup": 150},
 }
 
 
@@ -196,8 +179,7 @@ def augment(
     generator: torch.Generator | None = None,
     layout: torch.memory_format = torch.channels_last,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 (B, 3, H, W) mirrored, shifted (edge filled), random pixels inside boxes (B, 4), App.
-    A.
+    """App. A: uint8 (B, 3, H, W) mirrored, shifted (edge filled), random pixels in boxes (B, 4).
 
     flips bool (B,), shifts (B, 2). Returns float images, boxes and bool (B,), which are erased.
     """
@@ -228,8 +210,7 @@ def window_energy(grad: Tensor, h: int, w: int, stride: int) -> Tensor:
 
 
 def place_patches(images: Tensor, grey: float, places: Tensor, size: tuple[int, int]) -> Tensor:
-    """Each image (B, C, H, W) with a grey patch at each of its places (B, K, 2) -> (B, K, C, H,
-    W)."""
+    """Images (B, C, H, W), each with a grey patch at its places (B, K, 2) -> (B, K, C, H, W)."""
     sides = torch.tensor(size, device=places.device).expand_as(places)
     inside = box_mask(torch.cat([places, sides], 2).flatten(0, 1), *images.shape[2:])
     return torch.where(inside.unflatten(0, places.shape[:2]), grey, images[:, None])
@@ -251,14 +232,11 @@ except ImportError:
     pass
 
 
+Range = tuple[float, ...]  # lowest, highest
+
+
 def draw_boxes(
-    B: int,
-    H: int,
-    W: int,
-    p: float,
-    area: tuple[float, ...],
-    aspect: tuple[float, ...],
-    rng: torch.Generator,
+    B: int, H: int, W: int, p: float, area: Range, aspect: Range, rng: torch.Generator
 ) -> Tensor:
     """Random rectangles (B, 4) = (top, left, height, width), App. A; with 1 - p a row is all zero.
 
@@ -276,8 +254,7 @@ def draw_boxes(
 
 
 def draw_moves(B: int, shift: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror or not, bool (B,), and offsets (B, 2) = (down, right) of at most `shift` pixels, App.
-    A."""
+    """App. A: mirror or not, bool (B,); offsets (B, 2) = (down, right), at most `shift` pixels."""
     flips = torch.rand(B, generator=rng, device=rng.device) < 0.5
     return flips, torch.randint(-shift, shift + 1, (2, B), generator=rng, device=rng.device).T
 
@@ -288,8 +265,7 @@ VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 5
 
 
 class Embedding(nn.Module):
-    """F: VGG16 trunk, one linear layer whose weight rows have unit L2 norm. (B, 3, 64, 64) -> (B,
-    dim)."""
+    """F: VGG16 trunk, linear layer with weight rows of unit norm. (B, 3, 64, 64) -> (B, dim)."""
 
     def __init__(self, width: float = 1.0, dim: int = 128, standardise: bool = False) -> None:
         super().__init__()
@@ -310,7 +286,7 @@ class Embedding(nn.Module):
             if isinstance(m, nn.Conv2d):  # thirteen without normalisation: keep the variance
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                 nn.init.zeros_(m.bias)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(self.standardised(images)))
@@ -405,12 +381,11 @@ class Sampler:
 
 
 class Generated:
-    """y and u (Sec. 2): G over codes that were computed once; identity and content are image
-    indices.
+    """y and u (Sec. 2): G over codes computed once; identity and content are image indices.
 
-    z_cl (N, class_dim), z_co (N, content_dim): E_cl and E_co of the N images. copies: half (N, 3,
-    H, W), G(z_cl, z_co), as a copy of x is always the same. E_co: released, where content comes
-    from pixels.
+    z_cl (N, class_dim), z_co (N, content_dim): E_cl and E_co of the N images; copies: half
+    (N, 3, H, W), G(z_cl, z_co), as a copy of x is always the same; E_co: released, where content
+    comes from pixels.
     """
 
     def __init__(
@@ -457,7 +432,7 @@ def quadruplets(
     flips, shifts = draw_moves(len(index), config.shift, rng)
     p = config.cutout if config.attack_share == "erased" or config.method == "no-at" else 0.0
     boxes = draw_boxes(len(index), size, size, p, config.area, config.cutout_aspect, rng)
-    moves = {"flips": flips, "shifts": shifts, "boxes": boxes, "layout": torch.channels_last}
+    moves: dict[str, Any] = {"flips": flips, "shifts": shifts, "boxes": boxes}
     real, boxes, _ = augment(people.images[index], fill=config.fill, generator=rng, **moves)
     x, t = real[:B], real[B:]  # (B, 3, H, W), (B n, 3, H, W)
     if made is None:
@@ -474,8 +449,7 @@ def quadruplets(
         u = made(xi.repeat_interleave(n), ti.flatten(), t)
         fy, fu = embed(y), embed(u)
         reference = fu
-    # App. A: of n_m candidates the negative pair of the lowest distance, for the baselines against
-    # x
+    # App. A: of n_m candidates the nearest negative, for the baselines to x
     nearest = squared_distance(embed(t), reference).view(B, n).argmin(1)
     pick = torch.arange(B, device=x.device) * n + nearest
     return Quadruplets(x, y, t[pick], u[pick], boxes[:B], boxes[B:][pick], fy, fu[pick], index)
@@ -515,10 +489,10 @@ def doa_boxes(
     energy = window_energy(grad.contiguous(), size, size, config.doa_stride)
     best = places[energy.topk(min(config.candidates, len(places)), 1).indices]  # (B, K, 2)
     with torch.no_grad():  # one candidate of each image at a time: nothing is K times the batch
-        painted = (
-            place_patches(images, 0.5, each, (size, size))[:, 0] for each in best.split(1, 1)
-        )
-        d = torch.stack([squared_distance(embed(each), anchors) for each in painted], 1)  # (B, K)
+        grey = (place_patches(images, 0.5, k, (size, size))[:, 0] for k in best.split(1, 1))
+        d = torch.stack(
+            [squared_distance(embed(painted), anchors) for painted in grey], 1
+        )  # (B, K)
     winner = best[torch.arange(len(d), device=d.device), (d * sign[:, None]).argmax(1)]
     return torch.cat([winner, torch.full_like(winner, size)], 1)
 
@@ -587,6 +561,8 @@ def train_step(
 @torch.no_grad()
 def features(embed: Embed, images: Tensor, mirror: bool = False, batch: int = 256) -> Tensor:
     """Features (N, D) of images uint8 (N, 3, H, W), of their mirror images if asked."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: give uint8, 0 to 255")
     parts = (part.float() / 255 for part in images.split(batch))
     return torch.cat([embed(part.flip(3) if mirror else part) for part in parts])
 
@@ -594,16 +570,15 @@ def features(embed: Embed, images: Tensor, mirror: bool = False, batch: int = 25
 def auroc(genuine: Tensor, intruder: Tensor) -> float:
     """Probability that an intruder (M,) lies farther than a genuine one (N,), ties one half."""
     ordered = genuine.sort().values
-    below = sum(torch.searchsorted(ordered, intruder, right=right) for right in (False, True))
-    return float(below.double().mean() / (2 * len(genuine)))
+    below, level = (torch.searchsorted(ordered, intruder, right=right) for right in (False, True))
+    return float((below + level).double().mean() / (2 * len(genuine)))
 
 
 @torch.no_grad()
 def validate(
     config: Config, embed: Embed, people: Sampler, rng: torch.Generator, pairs: int = 1000
 ) -> dict[str, float]:
-    """Loss and AU-ROC on fresh real pairs of held-out persons: x, another of theirs, one of
-    another."""
+    """Loss and AU-ROC on fresh pairs of held-out persons: x, another of theirs, one of another."""
     found = features(embed, people.images)
     xi, yi, ti = people.draw(pairs, 1, rng, pairs=True)
     fx, fy, ft = found[xi], found[yi], found[ti[:, 0]]
@@ -615,14 +590,19 @@ def validate(
 
 @torch.no_grad()
 def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float = 0.05) -> float:
-    """delta of eq. (1) at which `fpr` of the genuine pairs are refused, mirrored (Sec. 4.2,
-    4.3)."""
-    plain, mirrored = features(embed, images), features(embed, images, mirror=True)
-    both = (torch.cdist(plain, plain).square() + torch.cdist(mirrored, plain).square()) / 2
-    same = (person[:, None] == person[None]) & ~torch.eye(len(person), dtype=torch.bool).to(
-        person.device
-    )
-    return float(both[same].sqrt().quantile(1 - fpr))
+    """The smallest delta of eq. (1) that refuses at most `fpr` of the genuine pairs of images uint8
+    (N, 3, H, W) of person (N,), mirrored (Sec. 4.2, 4.3)."""
+    views = [features(embed, images, mirror) for mirror in (False, True)]
+    exact = "donot_use_mm_for_euclid_dist"  # products of matrices cancel
+    found = []
+    for p in person.unique():
+        anchor, *both = (view[person == p] for view in (views[0], *views))
+        apart = torch.stack([torch.cdist(anchor, view, compute_mode=exact) for view in both])
+        squared = apart.square().mean(0)  # (n, n)
+        found.append(squared[~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)])
+    d = torch.cat(found).sqrt().sort().values
+    refused = math.floor(fpr * len(d) + 1e-9)
+    return float(d[len(d) - 1 - refused].nextafter(d.new_tensor(math.inf)))
 
 
 def collapsed(d_negative: float, config: Config) -> bool:
@@ -781,8 +761,11 @@ def new_embedding(config: Config, device: torch.device) -> Embedding:
     torch.manual_seed(config.seed)
     embed = Embedding(config.width, config.dim, config.standardise)
     if config.weights:
-        with run.reading(config.weights, "--weights: name a torchvision VGG16, with --width 1"):
-            embed.load_vgg(torch.load(config.weights, map_location="cpu", weights_only=True))
+        import generator
+
+        state = generator.read_vgg(config.weights, "--weights")
+        with run.reading(config.weights, "--weights: it starts F at --width 1"):
+            embed.load_vgg(state)
     return embed.to(device)
 
 
@@ -860,8 +843,7 @@ def train(argv: Sequence[str] | None) -> int:
 
 
 def evaluate(config: Config, args) -> int:
-    """The target persons, clean and under eyeglasses, with mirroring and selection; then the
-    table."""
+    """The target persons, clean and under eyeglasses, mirroring and selection; then the table."""
     from data import run
 
     preset = "demo" if config.preset == "demo" else "paper"

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of the two stages; the defaults are the paper's, a preset replaces some of
-    them."""
+    """Every setting of the two stages; the defaults are the paper's, a preset replaces some."""
 
     preset: str = "paper"  # demo | paper; on the command line demo unless named
     data: str = "celeba"  # synthetic | folder | celeba
@@ -79,33 +79,15 @@ class Config:
         return Path("runs") / f"{self.data}-{self.preset}-{self.seed}"
 
 
-PRESETS: dict[str, dict[str, object]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "demo": {
-        "data": "synthetic",
-        "train_persons": 0,
-        "validation_persons": 40,
-        "target_persons": 30,
-        "class_dim": 96,
-        "content_dim": 96,
-        "hidden": (192, 256),
-        "channels": (128, 96, 48, 16),
-        "out_channels": 12,
-        "encoder_channels": (16, 32, 64, 96, 96),
-        "encoder_hidden": 128,
-        "loss": "pyramid",
-        "content_penalty": 1e-5,
-        "lr": 1.5e-3,
-        "lr_end": 5e-5,
-        "code_lr": 40.0,
-        "epochs": 60,
-        "encoder_epochs": 20,
-        "encoder_lr": 1e-3,
-        "encoder_lr_end": 2e-5,
-        "swap": True,
-        "encoder_penalty": 5e-4,
-        "code_weight": 0.1,
-    },
+    "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
+    | {"target_persons": 30, "class_dim": 96, "content_dim": 96, "hidden": (192, 256)}
+    | {"channels": (128, 96, 48, 16), "out_channels": 12, "loss": "pyramid"}
+    | {"encoder_channels": (16, 32, 64, 96, 96), "encoder_hidden": 128}
+    | {"content_penalty": 1e-5, "lr": 1.5e-3, "lr_end": 5e-5, "code_lr": 40.0, "epochs": 60}
+    | {"encoder_epochs": 20, "encoder_lr": 1e-3, "encoder_lr_end": 2e-5}
+    | {"swap": True, "encoder_penalty": 5e-4, "code_weight": 0.1},
 }
 
 
@@ -132,8 +114,8 @@ except ImportError:
 
 
 class Generator(nn.Module):
-    """G(z_cl, z_co): the content code makes a 4x4 map, the class code modulates every AdaIN layer.
-    Output (B, 3, 64, 64)."""
+    """G(z_cl, z_co) -> (B, 3, 64, 64): the content code makes a 4x4 map, the class code modulates
+    every AdaIN layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -154,6 +136,7 @@ class Generator(nn.Module):
         for layer in self.dense:
             x = F.leaky_relu(layer(x), 0.2, inplace=True)
         x = x.view(-1, self.start, 4, 4).contiguous(memory_format=torch.channels_last)
+        conv: Any
         for conv, modulation in zip(self.blocks, self.modulation):
             scale, offset = modulation(class_code).chunk(2, 1)
             x = leaky_adain(upsample_conv(x, conv.weight, conv.bias), 1 + scale, offset)
@@ -161,28 +144,18 @@ class Generator(nn.Module):
 
 
 class Encoder(nn.Module):
-    """E_cl or E_co: one 7x7 convolution, four 4x4 of stride 2, three dense layers. (B, 3, 64, 64)
-    -> (B, code)."""
+    """E_cl or E_co, (B, 3, 64, 64) -> (B, code): one 7x7 convolution, four 4x4 of stride 2, three
+    dense layers."""
 
     def __init__(self, config: Config, code: int) -> None:
         super().__init__()
         c, h = config.encoder_channels, config.encoder_hidden
-        self.convs = nn.Sequential(
-            nn.Conv2d(3, c[0], 7, padding=3),
-            nn.LeakyReLU(0.2),
-            *(
-                m
-                for i, o in pairwise(c)
-                for m in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
-            ),
-        )
-        self.dense = nn.Sequential(
-            nn.Linear(c[-1] * 16, h),
-            nn.LeakyReLU(0.2),
-            nn.Linear(h, h),
-            nn.LeakyReLU(0.2),
-            nn.Linear(h, code),
-        )
+        layers: list[nn.Module] = [nn.Conv2d(3, c[0], 7, padding=3), nn.LeakyReLU(0.2)]
+        for i, o in pairwise(c):
+            layers += [nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.convs = nn.Sequential(*layers)
+        first, second, last = nn.Linear(c[-1] * 16, h), nn.Linear(h, h), nn.Linear(h, code)
+        self.dense = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense(self.convs(x * 2 - 1).flatten(1))
@@ -196,7 +169,7 @@ class Lord(nn.Module):
         self.generator = Generator(config)
         self.class_encoder = Encoder(config, config.class_dim)
         self.content_encoder = Encoder(config, config.content_dim)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.generator(self.class_encoder(x), self.content_encoder(x))
@@ -224,12 +197,8 @@ def pyramid_loss(a: Tensor, b: Tensor) -> Tensor:
     total = d.new_zeros(())
     while d.shape[-1] > 4:
         low = F.avg_pool2d(d, 2)
-        total = (
-            total
-            + (d - F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False))
-            .abs()
-            .mean()
-        )
+        up = F.interpolate(low, scale_factor=2.0, mode="bilinear", align_corners=False)
+        total = total + (d - up).abs().mean()
         d = low
     return total + d.abs().mean()
 
@@ -252,21 +221,14 @@ class VggLoss(nn.Module):
         previous = 3
         for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512):
             if width:
-                conv = nn.Conv2d(previous, width, 3, padding=1)
-                index = len(layers)
-                conv.load_state_dict(
-                    {k: state[f"features.{index}.{k}"] for k in ("weight", "bias")}
-                )
+                conv, name = nn.Conv2d(previous, width, 3, padding=1), f"features.{len(layers)}."
+                conv.load_state_dict({k: state[name + k] for k in ("weight", "bias")})
                 layers += [conv, nn.ReLU()]
                 previous = width
             else:
                 layers.append(nn.MaxPool2d(2))
-        self.layers = (
-            nn.Sequential(*layers)
-            .requires_grad_(False)
-            .eval()
-            .to(memory_format=torch.channels_last)
-        )
+        self.layers = nn.Sequential(*layers).requires_grad_(False).eval()
+        self.layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
@@ -291,8 +253,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def batches(count: int, batch: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """A seeded random order of range(count) in full batches; what does not fill a batch is left for
-    another epoch."""
+    """A seeded order of range(count) in full batches; what fills none is left for another epoch."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
     for i in range(0, max(count - batch, 0) + 1, batch):
         yield order[i : i + batch]
@@ -300,6 +261,8 @@ def batches(count: int, batch: int, seed: int, device: torch.device) -> Iterator
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float in [0, 1], channels_last."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}: give uint8, 0 to 255")
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 
@@ -416,12 +379,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def encode(lord: Lord, images: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """Class codes (N, class_dim) and content codes (N, content_dim) of images uint8 (N, 3, 64,
-    64)."""
-    parts = [
-        (lord.class_encoder(x), lord.content_encoder(x)) for x in map(to_float, images.split(batch))
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    """Images uint8 (N, 3, 64, 64) -> class codes (N, class_dim), content codes (N, content_dim)."""
+    parts = map(to_float, images.split(batch))
+    both = [(lord.class_encoder(x), lord.content_encoder(x)) for x in parts]
+    class_code, content_code = zip(*both)
+    return torch.cat(class_code), torch.cat(content_code)
 
 
 @torch.no_grad()
@@ -432,15 +394,10 @@ def decode(lord: Lord, class_code: Tensor, content_code: Tensor, batch: int = 25
 
 
 def halves(person: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of every person's first and second half of images, (N1,) and (N2,), for fitting and
-    testing a probe."""
-    order = torch.zeros_like(person)
-    for p in person.unique():
-        mine = (person == p).nonzero()[:, 0]
-        order[mine] = (torch.arange(len(mine), device=person.device) * 2 >= len(mine)).to(
-            order.dtype
-        )
-    return (order == 0).nonzero()[:, 0], (order == 1).nonzero()[:, 0]
+    """Indices of every person's first and second half of images: to fit and to test a probe."""
+    each = [(person == p).nonzero()[:, 0] for p in person.unique()]
+    first, second = zip(*(own.tensor_split([-(-len(own) // 2)]) for own in each))
+    return torch.cat(first).sort().values, torch.cat(second).sort().values
 
 
 def person_probe(code: Tensor, person: Tensor) -> float:
@@ -456,13 +413,8 @@ def person_probe(code: Tensor, person: Tensor) -> float:
     return float(probe.score(code[test].cpu().numpy(), person[test].cpu().numpy()))
 
 
-PROBED = (
-    "yaw",
-    "light_x",
-    "exposure",
-    "hair_length",
-    "background_brightness",
-)  # content factors large enough to be read linearly
+# content factors large enough to be read linearly
+PROBED = ("yaw", "light_x", "exposure", "hair_length", "background_brightness")
 
 
 def factor_probe(
@@ -476,13 +428,11 @@ def factor_probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, y, unseen_x, unseen_y = (
-        v.cpu().numpy() for v in (code, factors, unseen_code, unseen_factors)
-    )
+    held = (code, factors, unseen_code, unseen_factors)
+    x, y, unseen_x, unseen_y = (v.cpu().numpy() for v in held)
     varies = (y.std(0) > 1e-6) & (unseen_y.std(0) > 1e-6)
-    probe = make_pipeline(
-        StandardScaler(), RidgeCV(alphas=[1.0, 10.0, 100.0, 1000.0, 10000.0])
-    ).fit(x, y[:, varies])
+    ridge = RidgeCV(alphas=[1.0, 10.0, 100.0, 1000.0, 10000.0])
+    probe = make_pipeline(StandardScaler(), ridge).fit(x, y[:, varies])
     found = np.full(y.shape[1], np.nan)
     found[varies] = r2_score(unseen_y[:, varies], probe.predict(unseen_x), multioutput="raw_values")
     return torch.from_numpy(found)
@@ -532,8 +482,9 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tupl
     content = run.load(path, "generator")
     names = {f.name for f in dataclasses.fields(Config)}
     with run.reading(path, "weights and settings do not fit together: train it again"):
-        held = {k: v for k, v in content["config"].items() if k in names}
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in held.items()})
+        held: dict[str, Any] = {k: v for k, v in content["config"].items() if k in names}
+        lists = {k: tuple(v) for k, v in held.items() if isinstance(v, list)}
+        config = Config(**(held | lists))
         with torch.device("meta"):  # costs nothing, whatever the settings say
             shapes = {k: v.shape for k, v in Lord(config).state_dict().items()}
         if shapes != {k: v.shape for k, v in content["lord"].items()}:
@@ -559,13 +510,24 @@ def vgg_state(name: str) -> dict[str, Tensor]:
         except OSError as error:
             told = f"--vgg-weights download: cannot reach {url} ({error}): give a local file"
             raise run.UsageError(told) from None
-    with run.reading(name, "--vgg-weights: name a torchvision VGG16"):
-        return torch.load(name, map_location="cpu", weights_only=True)
+    return read_vgg(name, "--vgg-weights")
+
+
+def read_vgg(path: str, flag: str) -> dict[str, Tensor]:
+    """A torchvision VGG16 state dict from a file, also as DataParallel or a training wraps it."""
+    from data import run
+
+    with run.reading(path, f"{flag}: name a torchvision VGG16"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+        if "features.0.weight" not in state:
+            raise ValueError(f"no features.0.weight in it, but {', '.join([*state][:3])}")
+    return state
 
 
 def export(path: Path, content: dict) -> None:
-    """The weights in half precision, the archive deflated: 8 % smaller, the same bytes every
-    time."""
+    """The weights in half precision, the archive deflated: 8 % smaller, the same bytes always."""
     import io
     import zipfile
 
@@ -596,16 +558,14 @@ def train(argv: Sequence[str] | None) -> None:
         overwrite = args.overwrite and run.rank() == 0
         faces, split = data.open_run(config, args.run, overwrite=overwrite)
     pick = torch.isin(faces.person, torch.tensor(split.train))
-    images, (_, person) = (
-        faces.images[pick].to(device),
-        faces.person[pick].unique(return_inverse=True),
-    )
+    images, person = faces.images[pick].to(device), faces.person[pick]
+    person = person.unique(return_inverse=True)[1].to(device)
     batch = min(config.batch, len(images))
     share = dataclasses.replace(config, batch=run.share("--batch", batch))
-    loss = (
-        VggLoss(vgg_state(config.vgg_weights)).to(device) if config.loss == "vgg" else pyramid_loss
-    )
-    trainer = Trainer(share, images, person.to(device), loss)
+    loss: Callable = pyramid_loss
+    if config.loss == "vgg":
+        loss = VggLoss(vgg_state(config.vgg_weights)).to(device)
+    trainer = Trainer(share, images, person, loss)
     run.average_gradients(trainer.adam1)
     run.average_gradients(trainer.adam2)
     # of rendered faces the factors: how a pixel is rounded depends on the number of threads
@@ -615,9 +575,8 @@ def train(argv: Sequence[str] | None) -> None:
         "people": run.read_json(args.run / "people.json")["sha256"],
         "images": run.fingerprint(*held),
     }
-    training = run.Training(
-        args.run / "generator", made_of, args.overwrite, "epoch", trainer=trainer
-    )
+    folder = args.run / "generator"
+    training = run.Training(folder, made_of, args.overwrite, "epoch", trainer=trainer)
     if training.done:
         print(f"{finished} is there already: only its report is made again (--overwrite trains it)")
     else:
@@ -718,22 +677,14 @@ def sheet(rows: Tensor, columns: int, scale: int = 2):
     from PIL import Image
 
     n, _, C, H, W = rows.shape
-    blocks = (
-        F.pad(rows, (1, 1, 1, 1), value=1.0)
-        .view(n, 2, 2, C, H + 2, W + 2)
-        .permute(0, 3, 1, 4, 2, 5)
-    )
-    blocks = F.pad(
-        blocks.reshape(n, C, 2 * H + 4, 2 * W + 4), (2, 2, 2, 2), value=1.0
-    )  # (n, C, 2H + 8, 2W + 8)
+    blocks = F.pad(rows, (1, 1, 1, 1), value=1.0).view(n, 2, 2, C, H + 2, W + 2)
+    blocks = blocks.permute(0, 3, 1, 4, 2, 5).reshape(n, C, 2 * H + 4, 2 * W + 4)
+    blocks = F.pad(blocks, (2, 2, 2, 2), value=1.0)  # (n, C, 2H + 8, 2W + 8)
     lines = -(-n // columns)
     grid = torch.ones(lines * columns, *blocks.shape[1:])
     grid[:n] = blocks.cpu()
-    grid = (
-        grid.view(lines, columns, *blocks.shape[1:])
-        .permute(0, 3, 1, 4, 2)
-        .reshape(-1, columns * (2 * W + 8), C)
-    )
+    grid = grid.view(lines, columns, *blocks.shape[1:]).permute(0, 3, 1, 4, 2)
+    grid = grid.reshape(-1, columns * (2 * W + 8), C)
     picture = Image.fromarray((grid * 255).round().clamp(0, 255).to(torch.uint8).numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
 

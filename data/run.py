@@ -165,6 +165,7 @@ def command(name: str, work: Callable, argv: Sequence[str] | None = None) -> int
 
     0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C. Rank 0 speaks.
     """
+    stream: Any
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             # a name that the console has no letters for ends no run

@@ -265,10 +265,8 @@ def main() -> int:
                         steps = rng.randrange(3 if script in LOGS else 2)
                     kill(script, argv, rng, first, each, checkpoints, steps)
                     if args.demo:
-                        print(
-                            f"kill {k + 1} of {args.kills}, {progress(script)} of {checkpoints} checkpoints",
-                            flush=True,
-                        )
+                        there = f"{progress(script)} of {checkpoints} checkpoints"
+                        print(f"kill {k + 1} of {args.kills}, {there}", flush=True)
                 assert finish(script, argv) == wanted, (
                     f"{what} differ from those of an undisturbed run after {args.kills} kills"
                 )
