@@ -433,10 +433,14 @@ Entry = tuple[str, tuple[int, int, int]]  # path relative to the root, (size, mt
 def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
     """Every regular file below root, sorted by path, and what was refused. Links are followed, no
     folder twice."""
+
+    def which(folder: str, about: os.stat_result) -> object:
+        # os.scandir gives no inode on Windows, nor do some network drives
+        return (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(folder)
+
     entries: list[Entry] = []
     refused: list[str] = []
-    about = os.stat(root)
-    seen = {(about.st_dev, about.st_ino)}
+    seen = {which(root, os.stat(root)), os.path.realpath(root)}
     todo = [("", 0)]
     while todo:
         folder, depth = todo.pop(0)
@@ -459,12 +463,12 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
                 refused.append(f"{_printable(path)}: {_reason(error)}")
                 continue
             if stat.S_ISDIR(about.st_mode):
-                if (about.st_dev, about.st_ino) in seen:
+                if (this := which(os.path.join(root, path), about)) in seen:
                     refused.append(f"{_printable(path)}: link to a folder that is read already")
                 elif depth >= MAX_DEPTH:
                     refused.append(f"{_printable(path)}: more than {MAX_DEPTH} folders deep")
                 else:
-                    seen.add((about.st_dev, about.st_ino))
+                    seen.add(this)
                     todo.append((path, depth + 1))
             elif stat.S_ISREG(about.st_mode):
                 entries.append((path, (about.st_size, about.st_mtime_ns, about.st_mode)))
@@ -651,11 +655,6 @@ def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
 
 
 # ---- persons
-
-
-def person_images(faces: Faces, person: int) -> torch.Tensor:
-    """Indices of one person's images, int64, ascending."""
-    return torch.nonzero(faces.person == person).flatten()
 
 
 def image_counts(faces: Faces) -> torch.Tensor:
