@@ -58,7 +58,7 @@ PUT_IDENTITIES = "put CelebA's identity file there"
 MAX_DEPTH = 8  # folders below the root
 MAX_FILES = 2_000_000  # below one root; more is a whole disk given by mistake
 MAX_TEXT_BYTES = 64 * 2**20  # identity file or manifest
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # Left out: EPS and WMF call other programs, FITS unpacks gzip without a bound, the rest hold no
 # pixels Pillow decodes
 UNUSED_FORMATS = frozenset({"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
@@ -89,6 +89,8 @@ class Faces:
     files    N sources: path relative to the root, or "person-00003/0007" for rendered faces
     skipped  files that were not used, "path: reason"
     data     which loader made them: "synthetic", "folder" or "celeba"
+    notes    what to look at before the numbers are believed, one line each
+    hashes   photographs only: int64 (N,), the first 8 bytes of each image's blake2b
     identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); their columns
              are named in data.synthetic
     """
@@ -101,6 +103,8 @@ class Faces:
     data: str = "folder"
     identity: torch.Tensor | None = None
     content: torch.Tensor | None = None
+    notes: tuple[str, ...] = ()
+    hashes: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -273,6 +277,11 @@ def _short(text: str) -> str:
     return _printable(text)[:60]
 
 
+def _some(texts: Sequence[str]) -> str:
+    more = [f"and {len(texts) - 3} more"] if len(texts) > 3 else []
+    return "; ".join([*texts[:3], *more])
+
+
 def _wrong(path: File, what: str) -> DataError:
     """The error for a file or folder."""
     return DataError(f"{_printable(os.fspath(path))}: {what}")
@@ -288,14 +297,15 @@ def _check_crop(crop: str | None) -> str | None:
 
 
 def _say(text: str) -> None:
-    print(f"data: {text}", file=sys.stderr)
+    if run.rank() == 0:
+        print(f"data: {text}", file=sys.stderr)
 
 
 # ---- many images
 
 
 def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.ndarray, list]:
-    """Files -> uint8 (kept, 3, 64, 64), allocated once, and per file None or why it was skipped."""
+    """Files -> uint8 (N, 3, 64, 64), and per file None or why it was skipped."""
     images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
     reasons: list[str | None] = [None] * len(paths)
     stop = threading.Event()
@@ -324,11 +334,7 @@ def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
-    for k, i in enumerate(kept):
-        if k < i:
-            images[k] = images[i]
-    return images[: len(kept)], reasons
+    return images, reasons
 
 
 def load(
@@ -355,6 +361,9 @@ def load(
              time and mode are as they were and rebuilt otherwise; None reads the images every time;
              one that cannot be written only warns
     progress a bar while 500 or more images are decoded
+    Photographs with the same pixels, once decoded: of one person the first is kept; those filed
+    under several persons are left out of all, as nobody knows whose they are. Both are named in
+    `skipped` and told on stderr.
     Raises DataError: unknown name, crop or option, missing or empty folder, no readable image, bad
     identity file.
     """
@@ -395,11 +404,10 @@ def load(
         faces = _from_files(name, root, listed, crop, progress)
         _write_cache(store, signature, faces)
     if faces.skipped:
-        told = [*faces.skipped[:3]]
-        if len(faces.skipped) > 3:
-            told.append(f"and {len(faces.skipped) - 3} more")
         total = len(faces) + len(faces.skipped)
-        _say(f"{len(faces.skipped)} of {total} files skipped: {'; '.join(told)}")
+        _say(f"{len(faces.skipped)} of {total} files skipped: {_some(faces.skipped)}")
+    for note in faces.notes:
+        _say(note)
     return faces
 
 
@@ -412,16 +420,62 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
         why = f" ({refused[0]})" if refused else ""
         raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
     images, reasons = _decode_all([os.path.join(root, file) for file in files], crop, progress)
-    skipped = [f"{_printable(file)}: {why}" for file, why in zip(files, reasons) if why is not None]
-    skipped = [*refused, *skipped]
-    if not len(images):
-        raise _wrong(root, f"none of its {len(files)} files is a readable image ({skipped[-1]})")
+    shown = [_printable(file) for file in files]
     kept = [i for i, why in enumerate(reasons) if why is None]
+    hashes = {i: _hash(images[i]) for i in kept}
+    notes = _refuse_copies(hashes, persons, shown, reasons)
+    skipped = [f"{file}: {why}" for file, why in zip(shown, reasons) if why is not None]
+    skipped = [*refused, *skipped]
+    kept = [i for i in kept if reasons[i] is None]
+    if not kept:
+        raise _wrong(root, f"none of its {len(files)} files can be used ({skipped[-1]})")
+    for k, i in enumerate(kept):  # in place: no second copy of all images
+        if k < i:
+            images[k] = images[i]
     names = sorted({persons[i] for i in kept})
     index = {person: k for k, person in enumerate(names)}
-    person = torch.tensor([index[persons[i]] for i in kept], dtype=torch.int64)
-    used = tuple(_printable(files[i]) for i in kept)
-    return Faces(torch.from_numpy(images), person, tuple(names), used, tuple(skipped), name)
+    return Faces(
+        images=torch.from_numpy(images[: len(kept)]),
+        person=torch.tensor([index[persons[i]] for i in kept], dtype=torch.int64),
+        names=tuple(names),
+        files=tuple(shown[i] for i in kept),
+        skipped=tuple(skipped),
+        data=name,
+        notes=tuple(notes),
+        hashes=torch.tensor([hashes[i] for i in kept], dtype=torch.int64),
+    )
+
+
+def _hash(image: np.ndarray) -> int:
+    """Of an image's pixels; among a million two different ones share it once in 10^7 times."""
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little", signed=True)
+
+
+def _refuse_copies(
+    hashes: dict[int, int], persons: list[str], files: list[str], reasons: list[str | None]
+) -> list[str]:
+    """Writes into reasons what has the same pixels as another; returns what to tell.
+
+    hashes: file index -> hash, of the files that have no reason yet.
+    """
+    alike: dict[int, list[int]] = {}
+    for i, value in hashes.items():
+        alike.setdefault(value, []).append(i)
+    copies, shared = 0, []
+    for first, *rest in alike.values():
+        others = [i for i in rest if persons[i] != persons[first]]
+        for i in rest:
+            reasons[i] = f"the same photograph as {files[first]}"
+        if others:
+            reasons[first] = f"the same photograph as {files[others[0]]}, of another person"
+            shared.append(f"{files[first]} = {files[others[0]]}")
+        else:
+            copies += len(rest)
+    notes = [f"{copies} exact copies of a person's own photographs left out"] if copies else []
+    if shared:
+        what = "photographs are filed under two persons or more and left out of all"
+        notes.append(f"{len(shared)} {what}: {_some(shared)}")
+    return notes
 
 
 # ---- folder
@@ -599,7 +653,8 @@ def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int])
 # ---- cache: one .npz a data set, read without pickle
 
 
-ARRAYS = ("images", "person", "identity", "content")
+ARRAYS = ("images", "person", "identity", "content", "hashes")
+TEXTS = ("names", "files", "skipped", "notes")
 
 
 def _digest(content: Any) -> str:
@@ -628,13 +683,13 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
             keys = [key for key in ARRAYS if key in held]
             arrays: Any = {key: torch.from_numpy(held[key]) for key in keys}
         images, person = arrays["images"], arrays["person"]
-        names, files, skipped = (tuple(about[key]) for key in ("names", "files", "skipped"))
-        N = len(files)
+        texts: Any = {key: tuple(about[key]) for key in TEXTS}
+        N = len(texts["files"])
         fits = images.dtype == torch.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
         fits = fits and person.dtype == torch.int64 and person.shape == (N,)
-        if not fits or person.min() < 0 or person.max() >= len(names):
+        if not fits or person.min() < 0 or person.max() >= len(texts["names"]):
             raise ValueError("arrays do not fit together")
-        return Faces(names=names, files=files, skipped=skipped, data=about["data"], **arrays)
+        return Faces(data=about["data"], **texts, **arrays)
     except Exception as error:  # noqa: BLE001  a broken cache costs time, never the run
         _say(f"cache {_printable(str(store))} is broken ({_reason(error)}), made again")
         return None
@@ -643,7 +698,7 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
 def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
     if store is None:
         return
-    about = {key: getattr(faces, key) for key in ("names", "files", "skipped", "data")}
+    about = {key: getattr(faces, key) for key in (*TEXTS, "data")}
     text = json.dumps({**about, "signature": signature}).encode("ascii")
     tensors = {key: getattr(faces, key) for key in ARRAYS}
     arrays = {key: tensor.numpy() for key, tensor in tensors.items() if tensor is not None}

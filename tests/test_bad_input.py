@@ -155,14 +155,15 @@ def test_folder_of_damaged_images(tmp_path, capfd):
             kind, raw = rng.choice(kinds)
             raw = mutate(raw, rng.choice(kinds)[1], rng)
             (root / f"person {k}" / f"{i}.{kind.lower()}").write_bytes(raw)
-        Image.new("RGB", (30, 30)).save(root / f"person {k}" / "good.png")
+        Image.new("RGB", (30, 30), (k, 0, 0)).save(root / f"person {k}" / "good.png")
     faces = data.load("folder", root, cache=tmp_path / "cache")
     assert len(faces) + len(faces.skipped) == 65 and len(faces.names) == 5 and len(faces) >= 5
     out, err = capfd.readouterr()
     ours = [
         line for line in err.splitlines() if line.startswith("data: ")
     ]  # libtiff may add lines of its own
-    assert out == "" and len(ours) == 1 and f"{len(faces.skipped)} of 65 files skipped" in ours[0]
+    assert out == "" and f"{len(faces.skipped)} of 65 files skipped" in ours[0]
+    assert ours[1:] == [f"data: {note}" for note in faces.notes]
     assert "Traceback" not in err
 
 
@@ -259,12 +260,13 @@ def test_absurd_exif(exif, tmp_path):
 
 def test_folder_of_traps(tmp_path, capsys):
     root = tmp_path / "my faces"
-    for name in ("ann", "name with spaces", "数学 é\u202e", "line\nend", "back\\slash"):
+    names = ("ann", "name with spaces", "数学 é\u202e", "line\nend", "back\\slash")
+    for grey, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(root / name / "ok.png")
-    Image.new("RGB", (64, 64)).save(root / "ann" / "wrong.jpg", "PNG")
+        Image.new("RGB", (64, 64), (grey,) * 3).save(root / name / "ok.png")
+    Image.new("RGB", (64, 64), "red").save(root / "ann" / "wrong.jpg", "PNG")
     with open(os.fsencode(root / "ann") + b"/\xff\xfe.png", "wb") as file:
-        Image.new("RGB", (64, 64)).save(file, "PNG")
+        Image.new("RGB", (64, 64), "blue").save(file, "PNG")
     (root / "ann" / "loop").symlink_to(root)
     (root / "ann" / "self").symlink_to(root / "ann" / "self")
     (root / "ann" / "broken.jpg").symlink_to(root / "absent.jpg")

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +62,14 @@ def folder(tmp_path):
         for i in range(n):
             Image.new("RGB", (64, 64), (60 * k + 10 * i,) * 3).save(root / name / f"{i}.png")
     return root
+
+
+def fill(root, *paths):
+    """Photographs at these paths, each of another colour than all others."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        colour = (*np.random.default_rng(list(path.encode())).integers(0, 256, 3).tolist(),)
+        Image.new("RGB", (64, 64), colour).save(root / path)
 
 
 def load(root, tmp_path, **more):
@@ -236,17 +245,14 @@ def test_folder(folder, tmp_path):
 
 
 def test_nested_folders_belong_to_the_first(tmp_path):
-    for path in ("ann/2001/a.png", "ann/2002/deep/b.png", "bob/c.png"):
-        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
-        quarters().save(tmp_path / "in" / path)
+    fill(tmp_path / "in", "ann/2001/a.png", "ann/2002/deep/b.png", "bob/c.png")
     faces = load(tmp_path / "in", tmp_path)
     assert faces.names == ("ann", "bob") and faces.person.tolist() == [0, 0, 1]
 
 
 def test_flat_names(tmp_path):
-    (tmp_path / "in").mkdir()
-    for name in ("Ann_Lee_0001", "Ann_Lee_0002", "bob-7", "carl", "_5"):
-        quarters().save(tmp_path / "in" / f"{name}.png")
+    names = ("Ann_Lee_0001", "Ann_Lee_0002", "bob-7", "carl", "_5")
+    fill(tmp_path / "in", *(f"{name}.png" for name in names))
     faces = load(tmp_path / "in", tmp_path)
     assert faces.names == ("Ann_Lee", "_5", "bob", "carl") and data.image_counts(
         faces
@@ -296,6 +302,44 @@ def test_folders_without_inodes(folder, tmp_path, monkeypatch):
     faces = load(folder, tmp_path, cache=None)
     assert faces.names == ("ann", "bob b", "çelik") and len(faces) == 8
     assert faces.files == real.files and faces.skipped == real.skipped and len(real.skipped) == 2
+
+
+def test_ten_copies_of_one_photograph_are_one(folder, tmp_path, capsys):
+    """Also in another format: pixels count. Kept once, the first, and told from the cache too."""
+    one = Image.open(folder / "ann" / "0.png")
+    for i in range(9):
+        one.save(folder / "ann" / f"copy {i}.{('png', 'bmp', 'tif')[i % 3]}")
+    for _ in range(2):
+        faces = load(folder, tmp_path)
+        assert data.image_counts(faces).tolist() == [4, 3, 1] and "copy" not in str(faces.files)
+        assert len(faces.skipped) == 9
+        assert set(faces.skipped) == {
+            f"ann/copy {i}.{('png', 'bmp', 'tif')[i % 3]}: the same photograph as ann/0.png"
+            for i in range(9)
+        }
+        err = capsys.readouterr().err
+        assert "data: 9 exact copies of a person's own photographs left out" in err
+        assert "9 of 17 files skipped: ann/copy" in err and "two persons" not in err
+
+
+def test_a_photograph_of_two_persons_is_nobodys(folder, tmp_path, capsys):
+    before = load(folder, tmp_path)
+    shutil.copy(folder / "ann" / "1.png", folder / "bob b" / "9.png")
+    shutil.copy(folder / "ann" / "1.png", folder / "bob b" / "8.png")
+    capsys.readouterr()
+    faces = load(folder, tmp_path)
+    assert data.image_counts(faces).tolist() == [3, 3, 1]
+    assert faces.files == tuple(file for file in before.files if file != "ann/1.png")
+    assert torch.equal(faces.images, before.images[[0, 2, 3, 4, 5, 6, 7]])
+    lines = capsys.readouterr().err.splitlines()
+    what = "photographs are filed under two persons or more and left out of all"
+    assert f"data: 1 {what}: ann/1.png = bob b/8.png" in lines
+    assert any("3 of 10 files skipped: ann/1.png: the same" in line for line in lines)
+    shutil.rmtree(folder / "ann")
+    shutil.copytree(folder / "bob b", folder / "ann")
+    (folder / "çelik" / "0.png").unlink()
+    with pytest.raises(data.DataError, match="none of its 10 files can be used"):
+        load(folder, tmp_path)
 
 
 # ---- celeba
@@ -437,7 +481,7 @@ def test_empty_folder_and_folder_without_images(tmp_path):
     with pytest.raises(data.DataError, match="no images"):
         load(tmp_path / "in", tmp_path)
     (tmp_path / "in" / "ann" / "a.jpg").write_bytes(b"not an image")
-    with pytest.raises(data.DataError, match="none of its 1 files is a readable image"):
+    with pytest.raises(data.DataError, match="none of its 1 files can be used"):
         load(tmp_path / "in", tmp_path)
 
 
