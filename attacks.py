@@ -840,7 +840,8 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
         if same and config.data == about["data"]:
             told = "the embedding was trained on these persons: leave out --data and --root"
             raise run.UsageError(f"--root {root}: {told}")
-        faces = data.load(config.data, root, crop=config.crop or None)
+        whose = getattr(config, "person_folder", "") or None
+        faces = data.load(config.data, root, crop=config.crop or None, person_folder=whose)
         counts = torch.bincount(faces.person, minlength=len(faces.names)).tolist()
         near = [p for p, n in enumerate(counts) if n >= config.min_images]
         far = [p for p, n in enumerate(counts) if n < config.min_images]
@@ -850,6 +851,7 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
         rows = f"attacks-{Path(root).resolve().name if root else config.data}"
     else:
         options = {"crop": about["crop"] or None, **about["options"]}
+        options["person_folder"] = about.get("person_folder") or None
         faces = data.load(about["data"], about["root"] or None, **options)
         split = data.read_manifest(folder / "people.json", faces)
         near, far, rows = list(split.target), list(split.validation), "attacks"

@@ -24,7 +24,9 @@ import re
 import stat
 import sys
 import threading
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -62,6 +64,14 @@ CACHE_VERSION = 2
 # Left out: EPS and WMF call other programs, FITS unpacks gzip without a bound, the rest hold no
 # pixels Pillow decodes
 UNUSED_FORMATS = frozenset({"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
+# folders that hold persons and are none, in one or several of these words
+SPLITS = "train training test testing val valid validation dev eval evaluation gallery probe query"
+SPLITS = frozenset(f"{SPLITS} images image imgs photos pictures faces data set split fold".split())
+CAMERA = re.compile(  # what cameras, scanners and counters call a file
+    r"(img|image|pict?|picture|photo|dsc[nf]?|mvi|pxl|cimg|gopr|dji|scan|frame|p\d{6}|(19|20)\d{6})"
+    r"[\W\d_]*",
+    re.IGNORECASE,
+)
 NOT_PHOTOGRAPHS = frozenset({"thumbs.db", "desktop.ini"})
 TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -344,15 +354,17 @@ def load(
     crop: str | None = None,
     cache: File | None = "runs/cache",
     progress: bool = True,
+    person_folder: str | None = None,
     **options: int,
 ) -> Faces:
     """Load a data set -> Faces.
 
     name     "synthetic"  rendered heads; options persons=370, images_per_person=12, seed=0; takes
                           no root and no crop
-             "folder"     root/person/.../image, the person is the first folder; or flat
+             "folder"     root/person/image, also below folders that are named as splits (train,
+                          test, gallery, ...) and below one folder that holds all others; or flat
                           root/person_0001.jpg, the person is the name before the trailing _number
-                          or -number. Any format Pillow reads, told by content, except those that
+                          or -number. Names are compared after Unicode's NFC. Any format Pillow reads, told by content, except those that
                           would run other programs (EPS, WMF). Hidden files are ignored.
              "celeba"     root/img_align_celeba/ and root/identity_CelebA.txt; names are the
                           identities, five digits
@@ -361,6 +373,8 @@ def load(
              time and mode are as they were and rebuilt otherwise; None reads the images every time;
              one that cannot be written only warns
     progress a bar while 500 or more images are decoded
+    person_folder  of root/a/b/image, "folder" alone: "first", a is the person and b a session, or
+             "last", b is the person and a a collection; without it such a folder is refused
     Photographs with the same pixels, once decoded: of one person the first is kept; those filed
     under several persons are left out of all, as nobody knows whose they are. Both are named in
     `skipped` and told on stderr.
@@ -372,9 +386,12 @@ def load(
     if name not in DATA_SETS:
         raise DataError(f"unknown data {name!r}: choose {', '.join(DATA_SETS)}")
     if name == "synthetic":
-        if root or crop:
-            raise DataError("synthetic faces take no root and no crop: choose folder or celeba")
+        if root or crop or person_folder:
+            no = "no root, no crop and no person folder"
+            raise DataError(f"synthetic faces take {no}: choose folder or celeba")
         return _load_synthetic(cache, progress, options)
+    if person_folder and (name != "folder" or person_folder not in ("first", "last")):
+        raise DataError(f"--person-folder {person_folder}: first or last, of --data folder alone")
     if options:
         raise DataError(f"{name} takes no option {', '.join(sorted(options))}")
     if not root:
@@ -392,13 +409,14 @@ def load(
     else:
         entries, refused = _list_celeba(root), []
     listing = [[file, *about] for file, about in entries]
-    signature = _digest([CACHE_VERSION, pillow_version, name, crop, listing, refused])
-    store = _cache_path(cache, name, [os.path.realpath(root), crop])
+    key = [os.path.realpath(root), crop, person_folder or ""]
+    signature = _digest([CACHE_VERSION, pillow_version, name, *key[1:], listing, refused])
+    store = _cache_path(cache, name, key)
     faces = _read_cache(store, signature)
     if faces is None:
         found = [file for file, _ in entries]
         if name == "folder":
-            listed = _folder_persons(found, refused)
+            listed = _folder_persons(root, found, refused, person_folder)
         else:
             listed = _celeba_persons(root, found[1:])
         faces = _from_files(name, root, listed, crop, progress)
@@ -411,11 +429,12 @@ def load(
     return faces
 
 
-Listed = tuple[list[str], list[str], list[str]]  # files, the person of each, what was refused
+# files, the person of each, what was refused, what to look at
+Listed = tuple[list[str], list[str], list[str], list[str]]
 
 
 def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress: bool) -> Faces:
-    files, persons, refused = listed
+    files, persons, refused, notes = listed
     if not files:
         why = f" ({refused[0]})" if refused else ""
         raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
@@ -423,7 +442,7 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
     shown = [_printable(file) for file in files]
     kept = [i for i, why in enumerate(reasons) if why is None]
     hashes = {i: _hash(images[i]) for i in kept}
-    notes = _refuse_copies(hashes, persons, shown, reasons)
+    notes = [*notes, *_refuse_copies(hashes, persons, shown, reasons)]
     skipped = [f"{file}: {why}" for file, why in zip(shown, reasons) if why is not None]
     skipped = [*refused, *skipped]
     kept = [i for i in kept if reasons[i] is None]
@@ -534,19 +553,76 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
     return sorted(entries), sorted(refused)
 
 
-def _folder_persons(files: list[str], refused: list[str]) -> Listed:
+def _is_split(folder: str) -> bool:
+    words = re.findall(r"[^\W\d_]+", folder.casefold())
+    return bool(words) and SPLITS.issuperset(words)
+
+
+def _folder_persons(
+    root: str, files: list[str], refused: list[str], person_folder: str | None
+) -> Listed:
     """The files that can be photographs, and whose they are."""
-    nested = [file for file in files if os.sep in file]
-    if not nested:
-        stems = [os.path.splitext(file)[0] for file in files]
-        return files, [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems], refused
-    tops = {file.split(os.sep)[0] for file in nested}
-    # an archive unpacked one folder too deep
-    depth = int(len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested))
-    persons = [_printable(file.split(os.sep)[depth]) for file in nested]
-    loose = [_printable(file) for file in files if os.sep not in file]
-    beside = [f"{file}: lies beside the persons' folders" for file in loose]
-    return nested, persons, [*refused, *beside]
+    paths = {folder: folder.split(os.sep) for folder in {*map(os.path.dirname, files)} if folder}
+    inside: dict[tuple[str, ...], set[str]] = {}
+    for path in paths.values():
+        for k, name in enumerate(path):
+            inside.setdefault((*path[:k],), set()).add(name)
+    # a level only where all are named so: beside ann and bob, dev is a person
+    splits = {parent for parent, names in inside.items() if all(map(_is_split, names))}
+    for path in paths.values():
+        path[:] = [name for k, name in enumerate(path) if (*path[:k],) not in splits]
+    within = [path for path in paths.values() if path]
+    if not person_folder and len({path[0] for path in within}) == 1 < min(map(len, within)):
+        for path in within:  # an archive unpacked one folder too deep
+            del path[0]
+    deep = sorted(folder for folder, path in paths.items() if len(path) > 1)
+    if deep and not person_folder:
+        first, last = (_short(paths[deep[0]][k]) for k in (0, -1))
+        what = f"is the person {first} or {last}? give --person-folder first (below it are its"
+        raise _wrong(
+            os.path.join(root, deep[0]), f"{what} sessions) or last (above it collections)"
+        )
+
+    if not within:
+        stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
+        names, loose = [re.sub(r"(?<=.)[_-]\d+$", "", stem) for stem in stems], []
+    else:
+        loose = [file for file in files if not paths.get(os.path.dirname(file))]
+        files = [file for file in files if paths.get(os.path.dirname(file))]
+        which = 0 if person_folder == "first" else -1
+        names = [paths[os.path.dirname(file)][which] for file in files]
+    persons = [_printable(unicodedata.normalize("NFC", name)) for name in names]
+    notes = _doubts(files, persons, flat=not within)
+    if levels := sorted({_short(name) for parent in splits for name in inside[parent]}):
+        notes.append(f"folders taken for splits, not for persons: {_some(levels)}")
+    beside = [f"{_printable(file)}: lies beside the persons' folders" for file in loose]
+    return files, persons, [*refused, *beside], notes
+
+
+def _doubts(files: list[str], persons: list[str], flat: bool) -> list[str]:
+    """What looks as if a name were none, one line each."""
+    notes, counts = [], Counter(persons)
+    spelt: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        spelt.setdefault(re.sub(r"[\s_]", "", name).casefold(), []).append(_short(name))
+    if alike := [" and ".join(names) for names in spelt.values() if len(names) > 1]:
+        notes.append(
+            f"names alike but for case or spaces, taken for several persons: {_some(alike)}"
+        )
+    alone = sorted(_short(name) for name, n in counts.items() if n == 1)
+    if not flat and len(counts) > 2 and 0 < len(alone) <= max(1, len(counts) // 20):
+        notes.append(f"a folder of one file beside folders of more, is it a person: {_some(alone)}")
+
+    def numbered(name: str) -> bool:
+        digits = counts[name] == 1 and not any(map(str.isalpha, name))
+        return digits or CAMERA.fullmatch(name) is not None
+
+    run_of = [k for k, name in enumerate(persons) if flat and numbered(name)]
+    if len(run_of) > 1:
+        n, shown = len({persons[k] for k in run_of}), _printable(files[run_of[0]])
+        told = f"{len(run_of)} files named like {shown} are taken for {n} person{'s' * (n > 1)}"
+        notes.append(f"{told}; if they are not, put each person's photographs into a folder")
+    return notes
 
 
 # ---- celeba
@@ -614,7 +690,7 @@ def _celeba_persons(root: str, files: list[str]) -> Listed:
     order = sorted(identities)
     extra = sorted(by_name.keys() - identities.keys())
     refused = [f"{_printable(by_name[image])}: no line in {IDENTITY_FILE}" for image in extra]
-    return [by_name[image] for image in order], [identities[image] for image in order], refused
+    return [by_name[image] for image in order], [identities[image] for image in order], refused, []
 
 
 # ---- synthetic
@@ -856,19 +932,22 @@ def read_manifest(path: File, faces: Faces) -> Split:
 def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces, Split]:
     """The faces and the split of a run, by a script's config; a new run gets its people.json.
 
-    config: its fields data, root, crop, synthetic_persons, synthetic_images, train_persons (0: all
+    config: its fields data, root, crop, person_folder (if it has one), synthetic_persons, synthetic_images, train_persons (0: all
     that are left), validation_persons, target_persons, split_seed, seed, preset. overwrite: the
     persons are drawn again. Rank 0 writes run.json: what to load the same faces with.
     Raises DataError.
     """
     rendered = {"persons": config.synthetic_persons, "images_per_person": config.synthetic_images}
     options = rendered if config.data == "synthetic" else {}
-    faces = load(config.data, config.root or None, crop=config.crop or None, **options)
+    whose = getattr(config, "person_folder", "")
+    more = {"crop": config.crop or None, "person_folder": whose or None}
+    faces = load(config.data, config.root or None, **more, **options)
     sizes = config.train_persons or None, config.validation_persons, config.target_persons
     overwrite = overwrite and run.rank() == 0  # the other processes find what it drew
     split = open_split(Path(folder) / "people.json", faces, sizes, config.split_seed, overwrite)
     record = {key: getattr(config, key) for key in ("data", "root", "crop", "preset", "seed")}
     record |= {"root": config.root and str(Path(config.root).resolve()), "options": options}
+    record["person_folder"] = whose
     if run.rank() == 0:
         run.write(Path(folder) / "run.json", record)
     return faces, split

@@ -78,6 +78,12 @@ def load(root, tmp_path, **more):
     )
 
 
+def told(capsys, faces):
+    """The lines on stderr since the last look, but for the notes of these faces."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.removeprefix("data: ") not in faces.notes]
+
+
 def made(counts, names=None):
     """Faces with these image counts per person, black."""
     person = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -244,10 +250,111 @@ def test_folder(folder, tmp_path):
     assert data.image_counts(faces).tolist() == [4, 3, 1]
 
 
-def test_nested_folders_belong_to_the_first(tmp_path):
-    fill(tmp_path / "in", "ann/2001/a.png", "ann/2002/deep/b.png", "bob/c.png")
-    faces = load(tmp_path / "in", tmp_path)
-    assert faces.names == ("ann", "bob") and faces.person.tolist() == [0, 0, 1]
+NESTED = ("ann/2001/a.png", "ann/2002/deep/b.png", "bob/c.png")
+
+
+def persons_of(tmp_path, *paths, **options):
+    """The names that these photographs are filed under, with how many each."""
+    shutil.rmtree(tmp_path / "in", ignore_errors=True)
+    fill(tmp_path / "in", *paths)
+    faces = load(tmp_path / "in", tmp_path, **options)
+    return dict(zip(faces.names, data.image_counts(faces).tolist())), faces
+
+
+def test_nested_folders_are_asked_about(tmp_path):
+    """A person's sessions, or a collection's persons: who knows."""
+    with pytest.raises(
+        data.DataError, match=r"ann.2001: is the person ann or 2001\? give --person-folder first"
+    ):
+        persons_of(tmp_path, *NESTED)
+    found, faces = persons_of(tmp_path, *NESTED, person_folder="first")
+    assert found == {"ann": 2, "bob": 1} and faces.person.tolist() == [0, 0, 1]
+    last, _ = persons_of(tmp_path, *NESTED, person_folder="last")
+    assert last == {"2001": 1, "deep": 1, "bob": 1}
+    with pytest.raises(data.DataError, match="--person-folder middle: first or last"):
+        persons_of(tmp_path, *NESTED, person_folder="middle")
+    with pytest.raises(data.DataError, match="no person folder"):
+        data.load("synthetic", person_folder="first")
+    with pytest.raises(data.DataError, match="--person-folder last: .* of --data folder alone"):
+        data.load("celeba", tmp_path, person_folder="last")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("train/ann/0.png", "train/bob/1.png", "test/ann/2.png", "Test/bob/3.png"),
+        ("Gallery/ann/0.png", "probe/ann/1.png", "query/bob/2.png", "valid/bob/3.png"),
+        ("ann/images/0.png", "ann/images/1.png", "bob/images/2.png", "bob/images/3.png"),
+        (
+            "images/train_1/ann/0.png",
+            "images/dev/ann/1.png",
+            *(f"images/val/bob/{i}.png" for i in (2, 3)),
+        ),
+        (
+            "faces-1.0/ann/0.png",
+            "faces-1.0/ann/1.png",
+            "faces-1.0/bob/2.png",
+            "faces-1.0/bob/3.png",
+        ),
+        ("train/ann_0.png", "train/ann_1.png", "test/bob_2.png", "validation/bob_3.png"),
+        ("lfw/ann/0.png", "lfw/ann/1.png", "lfw/bob/2.png", "lfw/bob/3.png"),  # one too deep
+        ("lfw/train/ann/0.png", "lfw/train/ann/1.png", "lfw/test/bob/2.png", "lfw/test/bob/3.png"),
+    ],
+    ids=lambda paths: paths[0],
+)
+def test_splits_are_levels(paths, tmp_path):
+    found, faces = persons_of(tmp_path, *paths)
+    assert found == {"ann": 2, "bob": 2}
+    splits = [note for note in faces.notes if "taken for splits" in note]
+    assert len(splits) == (not paths[0].startswith("lfw/ann"))
+
+
+def test_a_person_of_a_splits_name(tmp_path):
+    """Beside persons' folders it is one of them; beside splits another level is asked about."""
+    assert persons_of(tmp_path, "ann/0.png", "Dev/1.png")[0] == {"Dev": 1, "ann": 1}
+    with pytest.raises(data.DataError, match="extra or bob"):
+        persons_of(tmp_path, "train/ann/0.png", "extra/bob/1.png")
+
+
+def test_spellings_of_one_name(tmp_path, capsys):
+    """Composed and decomposed letters are one name; case and spaces are told."""
+    composed, parted = "Zo\u00eb", "Zoe\u0308"
+    found, faces = persons_of(
+        tmp_path,
+        f"{composed}/0.png",
+        f"{parted}/1.png",
+        f"{parted}/2.png",
+        "bob/3.png",
+        "bob/4.png",
+    )
+    assert found == {composed: 3, "bob": 2} and not any("alike" in note for note in faces.notes)
+    assert persons_of(tmp_path, f"{composed}_1.png", f"{parted}_2.png")[0] == {composed: 2}
+    capsys.readouterr()
+    paths = ("Ann Lee/0.png", "ann_lee/1.png", "AnnLee/2.png", "bob/3.png")
+    found, faces = persons_of(tmp_path, *paths)
+    alike = "names alike but for case or spaces, taken for several persons: Ann Lee and AnnLee and"
+    assert len(found) == 4 and f"data: {alike} ann_lee" in capsys.readouterr().err.splitlines()
+
+
+def test_a_stray_folder_is_told(tmp_path, capsys):
+    many = [f"{name}/{i}.png" for name in ("ann", "bob") for i in range(3)]
+    stray = "data: a folder of one file beside folders of more, is it a person: docs"
+    persons_of(tmp_path, *many, "docs/logo.png")
+    assert stray in capsys.readouterr().err.splitlines()
+    persons_of(tmp_path, "ann/0.png", "bob/1.png", "carl/2.png", "carl/3.png")  # as in LFW
+    assert "a folder of one file" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["IMG_{:04}", "DSC{:05}", "{:06}", "P10{:05}", "20240131_{:06}"])
+def test_camera_files_are_no_persons(name, tmp_path, capsys):
+    persons_of(tmp_path, *(f"{name.format(i)}.png" for i in range(5)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "named like" in line]
+    n = 1 if "_" in name else 5
+    first = f"data: 5 files named like {name.format(0)}.png are taken for {n} person{'s' * (n > 1)}"
+    assert len(lines) == 1 and lines[0].startswith(f"{first}; if they are not")
+    persons_of(tmp_path, *(f"ann/{name.format(i)}.png" for i in range(5)))
+    persons_of(tmp_path, *(f"000{i // 2}_{i}.png" for i in range(6)))  # numbers for names
+    assert "named like" not in capsys.readouterr().err
 
 
 def test_flat_names(tmp_path):
@@ -265,7 +372,7 @@ def test_a_file_beside_the_persons_is_skipped(folder, tmp_path, capsys):
     (folder / "ann" / "Thumbs.db").write_bytes(b"x")
     faces = load(folder, tmp_path)
     assert faces.skipped == ("sheet.png: lies beside the persons' folders",) and len(faces) == 8
-    assert capsys.readouterr().err.count("\n") == 1
+    assert told(capsys, faces) == [f"data: 1 of 9 files skipped: {faces.skipped[0]}"]
 
 
 def test_wrong_extension_is_told_by_content(folder, tmp_path):
@@ -572,10 +679,10 @@ def test_broken_cache_is_made_again(how, folder, tmp_path, capsys):
         store.write_bytes(raw)
     again = load(folder, tmp_path)
     assert torch.equal(first.images, again.images) and first.names == again.names
-    assert capsys.readouterr().err.count("\n") == 1
+    assert len(told(capsys, first)) == 1
     if how != "folder":
         load(folder, tmp_path)
-        assert capsys.readouterr().err == ""
+        assert told(capsys, first) == []
 
 
 def test_cache_that_cannot_be_written_only_warns(folder, tmp_path, capsys):
@@ -823,6 +930,7 @@ def test_open_run(folder, tmp_path, monkeypatch):
         "preset": "demo",
         "seed": 4,
         "options": {},
+        "person_folder": "",
     }
     assert data.open_run(config, run)[1] == split and (run / "people.json").read_bytes() == held
     other = dataclasses.replace(config, split_seed=7, validation_persons=2)
@@ -837,6 +945,26 @@ def test_open_run(folder, tmp_path, monkeypatch):
     faces, _ = data.open_run(Config(data="synthetic"), tmp_path / "rendered")
     options = json.loads((tmp_path / "rendered" / "run.json").read_text())["options"]
     assert options == {"persons": 9, "images_per_person": 10} and len(faces) == 90
+
+
+def test_whose_folder_it_is_goes_into_the_run(tmp_path, monkeypatch):
+    """run.json says it, so that attacks.py reads the same persons."""
+    import attacks
+
+    fill(tmp_path / "in", *(f"{a}/{b}/{i}.png" for a in "ab" for b in "cde" for i in range(2)))
+    nested = dataclasses.make_dataclass("Nested", [("person_folder", str, "last")], bases=(Config,))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match="a.c: is the person a or c"):
+        data.open_run(Config(root="in"), tmp_path / "run")
+    faces, split = data.open_run(nested(root="in"), tmp_path / "run")
+    assert faces.names == ("c", "d", "e")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["person_folder"] == "last"
+    judged = attacks.judged(attacks.Config(), tmp_path / "run", about)
+    assert judged.faces.names == faces.names and judged.far == list(split.validation)
+    shutil.copytree("in", "other")
+    with pytest.raises(data.DataError, match="a.c: is the person a or c"):
+        attacks.judged(attacks.Config(data="folder", root="other"), tmp_path / "run", about)
 
 
 # ---- LFW
