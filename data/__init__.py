@@ -49,6 +49,7 @@ except ImportError:  # the bar is a comfort
 File = str | os.PathLike[str]  # a path
 SIZE = 64  # side of every image, pixels (App. A)
 CROPS = ("lfw", "centre", "celeba", "none")
+BY_SIZE = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}  # otherwise centre
 DATA_SETS = ("synthetic", "folder", "celeba")
 MAX_PIXELS = 50_000_000  # larger images are skipped before they are decoded
 MAX_BYTES = 256 * 2**20  # larger files are skipped before they are read
@@ -99,7 +100,8 @@ class Faces:
     files    N sources: path relative to the root, or "person-00003/0007" for rendered faces
     skipped  files that were not used, "path: reason"
     data     which loader made them: "synthetic", "folder" or "celeba"
-    notes    what to look at before the numbers are believed, one line each
+    crop     of all the photographs, see `crop_box`; "" for rendered faces
+    notes    what was loaded, and what to look at before its numbers are believed, one line each
     hashes   photographs only: int64 (N,), the first 8 bytes of each image's blake2b
     identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); their columns
              are named in data.synthetic
@@ -113,6 +115,7 @@ class Faces:
     data: str = "folder"
     identity: torch.Tensor | None = None
     content: torch.Tensor | None = None
+    crop: str = ""
     notes: tuple[str, ...] = ()
     hashes: torch.Tensor | None = None
 
@@ -145,8 +148,7 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     """
     crop = _check_crop(crop)
     if crop is None:
-        by_size = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}
-        crop = by_size.get((width, height), "centre")
+        crop = BY_SIZE.get((width, height), "centre")
     this = f"this image is {width}x{height}; use crop centre"
     if crop == "lfw":
         if width != height:
@@ -177,14 +179,15 @@ def load_image(path: File, crop: str | None = None) -> torch.Tensor:
     with warnings.catch_warnings():
         _quiet_pillow()
         try:
-            pixels = _decode(_read_bytes(os.fspath(path)), crop)
+            pixels, _ = _decode(_read_bytes(os.fspath(path)), crop)
         except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
             raise _wrong(path, _reason(error)) from None
     return torch.from_numpy(pixels)
 
 
-def _decode(raw: bytes, crop: str | None) -> np.ndarray:
-    """An image file's bytes -> uint8 (3, 64, 64), below 1 GB. Raises what Pillow does, or _Skip."""
+def _decode(raw: bytes, crop: str | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image file's bytes -> uint8 (3, 64, 64), and its width and height; below 1 GB. Raises what
+    Pillow does, or _Skip."""
     if not raw:
         raise _Skip("empty file")
     Image.init()
@@ -222,7 +225,7 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
         if small.mode == "RGBA":
             white = Image.new("RGBA", small.size, "white")
             small = Image.alpha_composite(white, small).convert("RGB")
-        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))  # (3, 64, 64)
+        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1)), (W, H)  # (3, 64, 64)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -314,9 +317,10 @@ def _say(text: str) -> None:
 # ---- many images
 
 
-def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.ndarray, list]:
-    """Files -> uint8 (N, 3, 64, 64), and per file None or why it was skipped."""
+def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[Any, list, list]:
+    """Files -> uint8 (N, 3, 64, 64), and per file its size, and None or why it was skipped."""
     images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
+    sizes: list[tuple[int, int] | None] = [None] * len(paths)
     reasons: list[str | None] = [None] * len(paths)
     stop = threading.Event()
 
@@ -325,7 +329,7 @@ def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.
             if stop.is_set():
                 break
             try:
-                images[i] = _decode(_read_bytes(paths[i]), crop)
+                images[i], sizes[i] = _decode(_read_bytes(paths[i]), crop)
             except Exception as error:  # noqa: BLE001  as in load_image
                 reasons[i] = _reason(error)
 
@@ -344,7 +348,28 @@ def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-    return images, reasons
+    return images, sizes, reasons
+
+
+def _decode_alike(
+    paths: list[str], crop: str | None, progress: bool
+) -> tuple[np.ndarray, list, str, str]:
+    """Files -> uint8 (N, 3, 64, 64), per file None or why it was skipped, the crop of all of them,
+    and what to tell of it. Without a crop it is the one that the sizes of most ask for."""
+    images, sizes, reasons = _decode_all(paths, crop, progress)
+    counts = Counter(size for size in sizes if size)
+    each = [f"{W}x{H}" + f" ({n})" * (len(counts) > 1) for (W, H), n in counts.most_common()]
+    told = f"{'mixed sizes, ' * (len(each) > 1)}{_some(each)}: crop "
+    if crop is not None:
+        return images, reasons, crop, told + crop
+    asked = [BY_SIZE.get(size, "centre") if size else "" for size in sizes]
+    crop = max(CROPS, key=lambda crop: (asked.count(crop), crop == "centre"))
+    again = [i for i, other in enumerate(asked) if other not in ("", crop)]
+    if again:
+        pixels, _, why = _decode_all([paths[i] for i in again], crop, False)
+        for k, i in enumerate(again):
+            images[i], reasons[i] = pixels[k], why[k]
+    return images, reasons, crop, f"{told}{crop}, by the size of {'most' if again else 'all'}"
 
 
 def load(
@@ -368,7 +393,8 @@ def load(
                           would run other programs (EPS, WMF). Hidden files are ignored.
              "celeba"     root/img_align_celeba/ and root/identity_CelebA.txt; names are the
                           identities, five digits
-    crop     see `crop_box`; None goes by the image's size (celeba: "celeba")
+    crop     see `crop_box`, one for all images; None takes the one that the sizes of most ask for
+             (celeba: "celeba"); images that it does not fit are skipped
     cache    folder for decoded images, one file a (root, crop), used while every file's path, size,
              time and mode are as they were and rebuilt otherwise; None reads the images every time;
              one that cannot be written only warns
@@ -409,11 +435,15 @@ def load(
     else:
         entries, refused = _list_celeba(root), []
     listing = [[file, *about] for file, about in entries]
-    key = [os.path.realpath(root), crop, person_folder or ""]
-    signature = _digest([CACHE_VERSION, pillow_version, name, *key[1:], listing, refused])
-    store = _cache_path(cache, name, key)
+    whose = person_folder or ""
+    signature = _digest([CACHE_VERSION, pillow_version, name, whose, listing, refused])
+    store, guessed = (
+        _cache_path(cache, name, [os.path.realpath(root), asked, whose]) for asked in (crop, None)
+    )
     faces = _read_cache(store, signature)
-    if faces is None:
+    if faces is None and crop:  # a run goes on with the crop that was found for it
+        faces = _read_cache(guessed, signature)
+    if faces is None or crop not in (None, faces.crop):
         found = [file for file, _ in entries]
         if name == "folder":
             listed = _folder_persons(root, found, refused, person_folder)
@@ -421,11 +451,11 @@ def load(
             listed = _celeba_persons(root, found[1:])
         faces = _from_files(name, root, listed, crop, progress)
         _write_cache(store, signature, faces)
+    for note in faces.notes:
+        _say(note)
     if faces.skipped:
         total = len(faces) + len(faces.skipped)
         _say(f"{len(faces.skipped)} of {total} files skipped: {_some(faces.skipped)}")
-    for note in faces.notes:
-        _say(note)
     return faces
 
 
@@ -438,7 +468,8 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
     if not files:
         why = f" ({refused[0]})" if refused else ""
         raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
-    images, reasons = _decode_all([os.path.join(root, file) for file in files], crop, progress)
+    paths = [os.path.join(root, file) for file in files]
+    images, reasons, crop, cropped = _decode_alike(paths, crop, progress)
     shown = [_printable(file) for file in files]
     kept = [i for i, why in enumerate(reasons) if why is None]
     hashes = {i: _hash(images[i]) for i in kept}
@@ -453,6 +484,7 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
             images[k] = images[i]
     names = sorted({persons[i] for i in kept})
     index = {person: k for k, person in enumerate(names)}
+    many = f"{len(kept)} photographs of {len(names)} person{'s' * (len(names) > 1)}"
     return Faces(
         images=torch.from_numpy(images[: len(kept)]),
         person=torch.tensor([index[persons[i]] for i in kept], dtype=torch.int64),
@@ -460,7 +492,8 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
         files=tuple(shown[i] for i in kept),
         skipped=tuple(skipped),
         data=name,
-        notes=tuple(notes),
+        crop=crop,
+        notes=(f"{many}, {cropped}", *notes),
         hashes=torch.tensor([hashes[i] for i in kept], dtype=torch.int64),
     )
 
@@ -765,7 +798,7 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
         fits = fits and person.dtype == torch.int64 and person.shape == (N,)
         if not fits or person.min() < 0 or person.max() >= len(texts["names"]):
             raise ValueError("arrays do not fit together")
-        return Faces(data=about["data"], **texts, **arrays)
+        return Faces(data=about["data"], crop=about["crop"], **texts, **arrays)
     except Exception as error:  # noqa: BLE001  a broken cache costs time, never the run
         _say(f"cache {_printable(str(store))} is broken ({_reason(error)}), made again")
         return None
@@ -774,7 +807,7 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
 def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
     if store is None:
         return
-    about = {key: getattr(faces, key) for key in (*TEXTS, "data")}
+    about = {key: getattr(faces, key) for key in (*TEXTS, "data", "crop")}
     text = json.dumps({**about, "signature": signature}).encode("ascii")
     tensors = {key: getattr(faces, key) for key in ARRAYS}
     arrays = {key: tensor.numpy() for key, tensor in tensors.items() if tensor is not None}
@@ -945,9 +978,9 @@ def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces,
     sizes = config.train_persons or None, config.validation_persons, config.target_persons
     overwrite = overwrite and run.rank() == 0  # the other processes find what it drew
     split = open_split(Path(folder) / "people.json", faces, sizes, config.split_seed, overwrite)
-    record = {key: getattr(config, key) for key in ("data", "root", "crop", "preset", "seed")}
+    record = {key: getattr(config, key) for key in ("data", "preset", "seed")}
     record |= {"root": config.root and str(Path(config.root).resolve()), "options": options}
-    record["person_folder"] = whose
+    record |= {"crop": faces.crop, "person_folder": whose}
     if run.rank() == 0:
         run.write(Path(folder) / "run.json", record)
     return faces, split

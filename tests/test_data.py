@@ -449,6 +449,61 @@ def test_a_photograph_of_two_persons_is_nobodys(folder, tmp_path, capsys):
         load(folder, tmp_path)
 
 
+# ---- crop
+
+
+def sized(root, *sizes):
+    """Photographs of two persons, of these sizes in turn, grey with a white frame."""
+    for i, size in enumerate(sizes):
+        path = root / f"p{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", size, WHITE)
+        edge = size[0] // 8
+        image.paste((10 * i,) * 3, (edge, edge, size[0] - edge, size[1] - edge))
+        image.save(path)
+    return root
+
+
+def framed(faces):
+    """Which images still have their frame: those that were not cropped further."""
+    return (faces.images[:, 0, 0, 0] > 200).tolist()
+
+
+def test_one_crop_for_the_whole_folder(tmp_path, capsys):
+    """A cropped face that happens to be 250 x 250 is not cropped again; what was chosen is told,
+    also from the cache, and kept."""
+    few = sized(tmp_path / "few", (250, 250), (240, 240), (260, 260), (231, 231), (64, 64))
+    for _ in range(2):
+        faces = load(few, tmp_path)
+        assert faces.crop == "centre" and framed(faces) == [True] * 5 and faces.skipped == ()
+        line = "data: 5 photographs of 2 persons, mixed sizes, 250x250 (1); 260x260 (1); 64x64 "
+        assert (
+            capsys.readouterr().err == f"{line}(1); and 2 more: crop centre, by the size of most\n"
+        )
+    most = sized(tmp_path / "most", *[(250, 250)] * 4, (300, 300), (300, 200))
+    faces = load(most, tmp_path)
+    assert faces.crop == "lfw" and framed(faces) == [False] * 5
+    assert len(faces.skipped) == 1 and "5.png: crop lfw needs a square image" in faces.skipped[0]
+    alone = {250: "lfw", 64: "none", 100: "centre"}
+    for side, crop in alone.items():
+        faces = load(sized(tmp_path / f"all {side}", *[(side, side)] * 3), tmp_path)
+        what = f"3 photographs of 2 persons, {side}x{side}: crop {crop}, by the size of all"
+        assert faces.crop == crop and faces.notes[0] == what
+    faces = load(tmp_path / "all 250", tmp_path, crop="none")
+    assert faces.notes[0] == "3 photographs of 2 persons, 250x250: crop none" and all(framed(faces))
+
+
+def test_the_crop_that_was_found_is_read_from_the_cache(tmp_path, monkeypatch):
+    """A run asks for it by name where its first load did not."""
+    root = sized(tmp_path / "in", (250, 250), (250, 250), (100, 100))
+    found = load(root, tmp_path)
+    monkeypatch.setattr(data, "_decode", None)
+    again = load(root, tmp_path, crop=found.crop)
+    assert found.crop == "lfw" and torch.equal(found.images, again.images)
+    with pytest.raises(data.DataError):
+        load(root, tmp_path, crop="none")
+
+
 # ---- celeba
 
 
@@ -926,7 +981,7 @@ def test_open_run(folder, tmp_path, monkeypatch):
     assert json.loads((run / "run.json").read_text()) == {
         "data": "folder",
         "root": str(folder),
-        "crop": "",
+        "crop": "none",
         "preset": "demo",
         "seed": 4,
         "options": {},
