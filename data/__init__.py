@@ -16,6 +16,7 @@ photographs, two CPU cores: 9.5 s the first time, 0.6 s from the cache, n = 1.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -309,9 +310,9 @@ def _check_crop(crop: str | None) -> str | None:
     return crop
 
 
-def _say(text: str) -> None:
+def _say(text: str, file: Any = None) -> None:
     if run.rank() == 0:
-        print(f"data: {text}", file=sys.stderr)
+        print(f"data: {text}", file=file or sys.stderr, flush=True)
 
 
 # ---- many images
@@ -389,8 +390,9 @@ def load(
              "folder"     root/person/image, also below folders that are named as splits (train,
                           test, gallery, ...) and below one folder that holds all others; or flat
                           root/person_0001.jpg, the person is the name before the trailing _number
-                          or -number. Names are compared after Unicode's NFC. Any format Pillow reads, told by content, except those that
-                          would run other programs (EPS, WMF). Hidden files are ignored.
+                          or -number. Names are compared after Unicode's NFC. Any format Pillow
+                          reads, told by content, except those that would run other programs (EPS,
+                          WMF). Hidden files are ignored.
              "celeba"     root/img_align_celeba/ and root/identity_CelebA.txt; names are the
                           identities, five digits
     crop     see `crop_box`, one for all images; None takes the one that the sizes of most ask for
@@ -451,8 +453,8 @@ def load(
             listed = _celeba_persons(root, found[1:])
         faces = _from_files(name, root, listed, crop, progress)
         _write_cache(store, signature, faces)
-    for note in faces.notes:
-        _say(note)
+    for k, note in enumerate(faces.notes):  # the first says what there is, the others warn
+        _say(note, sys.stderr if k else sys.stdout)
     if faces.skipped:
         total = len(faces) + len(faces.skipped)
         _say(f"{len(faces.skipped)} of {total} files skipped: {_some(faces.skipped)}")
@@ -886,10 +888,18 @@ def write_manifest(path: File, faces: Faces, split: Split) -> None:
     """Write people.json atomically.
 
     It holds data, images (how many the data has), seed, the sorted person names of the parts, and
-    sha256 over the canonical JSON (sorted keys, no spaces, ASCII) of all other entries. Raises
-    DataError where the file cannot be written.
+    sha256 over the canonical JSON (sorted keys, no spaces, ASCII) of all other entries. Of
+    photographs also pixels, sha256 over the `Faces.hashes` of all images in order, and trained, the
+    hashes of the train persons' images in base64, 11 bytes an image; of rendered faces neither, as
+    how their pixels are rounded depends on the machine. Raises DataError where the file cannot be
+    written.
     """
     content: dict[str, Any] = {"data": faces.data, "images": len(faces), "seed": split.seed}
+    if faces.data != "synthetic":
+        hashes = _hashes(faces)
+        trained = hashes[np.isin(faces.person.numpy(), split.train)]
+        content["pixels"] = hashlib.sha256(hashes.tobytes()).hexdigest()
+        content["trained"] = base64.b64encode(trained.tobytes()).decode()
     for part in PARTS:
         content[part] = sorted(faces.names[k] for k in getattr(split, part))
     run.write(path, {**content, "sha256": _digest(content)})
@@ -919,12 +929,63 @@ def open_split(
 
 
 def read_manifest(path: File, faces: Faces) -> Split:
-    """The Split that `write_manifest` wrote, as indices into these faces.
+    """The Split that `write_manifest` wrote, as indices into these faces, wherever they lie now.
 
     Raises DataError: unreadable or malformed file, a hash that does not fit, a person named twice
-    or in two parts, persons that are absent from faces, or another number of images (rows name
-    images by index: the data must be the same).
+    or in two parts, persons that are absent from faces, other images or another order of them (rows
+    name images by index). A manifest of an older version has no hashes: one line tells it.
     """
+    held = _manifest(path)
+    persons = [name for part in PARTS for name in held[part]]
+    index = {name: k for k, name in enumerate(faces.names)}
+    that = f"use the data of that run ({_short(held['data'])}) or start a new run"
+    absent = sorted(name for name in persons if name not in index)
+    if absent:
+        what = f"{len(absent)} of its {len(persons)} persons are not in this data"
+        raise _wrong(path, f"{what}, {_short(absent[0])} is one; {that}")
+    if (held["data"], held["images"]) != (faces.data, len(faces)):
+        what = f"was written for {held['images']} images of {_short(held['data'])}, this data has"
+        raise _wrong(path, f"{what} {len(faces)} of {faces.data}; {that}")
+    if faces.data != "synthetic" and not held["pixels"]:
+        _say(f"{_printable(os.fspath(path))} is of an older version: images are not compared")
+    elif faces.data != "synthetic":
+        hashes = _hashes(faces)
+        if hashlib.sha256(hashes.tobytes()).hexdigest() != held["pixels"]:
+            there = f"{np.isin(held['trained'], hashes).sum()} of its {len(held['trained'])}"
+            what = (
+                f"was written for other images, or in another order or crop, {there} train images"
+            )
+            raise _wrong(path, f"{what} are in this data; {that}")
+    parts = [tuple(sorted(index[name] for name in held[part])) for part in PARTS]
+    return Split(parts[0], parts[1], parts[2], held["seed"])
+
+
+def trained_on(path: File, faces: Faces) -> set[str]:
+    """Names of the persons of faces of whom a photograph was trained on, by a manifest's hashes.
+
+    Pixels are compared, so neither names nor places matter; another crop does. Of rendered faces,
+    where the training's were rendered too, all. Raises DataError: as `_manifest`, and where it is
+    of an older version, without hashes.
+    """
+    held = _manifest(path)
+    if held["data"] == "synthetic":
+        return {*faces.names} if faces.data == "synthetic" else set()
+    if not held["pixels"]:
+        what = "is of an older version and does not say which photographs were trained on"
+        raise _wrong(path, f"{what}; start a new run")
+    seen = np.isin(_hashes(faces), held["trained"])
+    return {faces.names[k] for k in faces.person.numpy()[seen]}
+
+
+def _hashes(faces: Faces) -> np.ndarray:
+    """Of each image, int64 (N,), the same on every machine."""
+    if faces.hashes is None:  # not of the loaders
+        return np.array([_hash(image) for image in faces.images.numpy()], dtype="<i8")
+    return faces.hashes.numpy().astype("<i8")
+
+
+def _manifest(path: File) -> dict[str, Any]:
+    """What `write_manifest` wrote; trained as hashes. DataError where it is not whole."""
     try:
         with open(path, "rb") as file:
             held = json.loads(file.read(MAX_TEXT_BYTES).decode("utf-8"))
@@ -949,25 +1010,22 @@ def read_manifest(path: File, faces: Faces) -> Split:
     if len(persons) != len(set(persons)):
         twice = next(name for name in persons if persons.count(name) > 1)
         raise _wrong(path, f"person {_short(twice)} stands in it twice; start a new run")
-    index = {name: k for k, name in enumerate(faces.names)}
-    that = f"use the data of that run ({_short(held['data'])}) or start a new run"
-    absent = sorted(name for name in persons if name not in index)
-    if absent:
-        what = f"{len(absent)} of its {len(persons)} persons are not in this data"
-        raise _wrong(path, f"{what}, {_short(absent[0])} is one; {that}")
-    if held["images"] != len(faces):
-        what = f"was written for {held['images']} images, this data has {len(faces)}"
-        raise _wrong(path, f"{what}; {that}")
-    parts = [tuple(sorted(index[name] for name in held[part])) for part in PARTS]
-    return Split(parts[0], parts[1], parts[2], held["seed"])
+    try:
+        raw = base64.b64decode(held.setdefault("trained", ""), validate=True)
+        held["trained"] = np.frombuffer(raw, dtype="<i8")
+        held["pixels"] = str(held.get("pixels", ""))
+    except (TypeError, ValueError):
+        raise _wrong(path, "its hashes are not whole; restore it or start a new run") from None
+    return held
 
 
 def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces, Split]:
     """The faces and the split of a run, by a script's config; a new run gets its people.json.
 
-    config: its fields data, root, crop, person_folder (if it has one), synthetic_persons, synthetic_images, train_persons (0: all
-    that are left), validation_persons, target_persons, split_seed, seed, preset. overwrite: the
-    persons are drawn again. Rank 0 writes run.json: what to load the same faces with.
+    config: its fields data, root, crop, person_folder (if it has one), synthetic_persons,
+    synthetic_images, train_persons (0: all that are left), validation_persons, target_persons,
+    split_seed, seed, preset. overwrite: the persons are drawn again. Rank 0 writes run.json: what
+    to load the same faces with, by the crop that was found for them.
     Raises DataError.
     """
     rendered = {"persons": config.synthetic_persons, "images_per_person": config.synthetic_images}

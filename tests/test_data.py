@@ -477,9 +477,9 @@ def test_one_crop_for_the_whole_folder(tmp_path, capsys):
         faces = load(few, tmp_path)
         assert faces.crop == "centre" and framed(faces) == [True] * 5 and faces.skipped == ()
         line = "data: 5 photographs of 2 persons, mixed sizes, 250x250 (1); 260x260 (1); 64x64 "
-        assert (
-            capsys.readouterr().err == f"{line}(1); and 2 more: crop centre, by the size of most\n"
-        )
+        said = capsys.readouterr()
+        assert said.out == f"{line}(1); and 2 more: crop centre, by the size of most\n"
+        assert said.err == ""
     most = sized(tmp_path / "most", *[(250, 250)] * 4, (300, 300), (300, 200))
     faces = load(most, tmp_path)
     assert faces.crop == "lfw" and framed(faces) == [False] * 5
@@ -772,11 +772,12 @@ def test_what_a_killed_writer_left_is_removed_after_a_minute(folder, tmp_path):
 def test_concurrent_loads(folder, tmp_path):
     store = str(tmp_path / "cache")
     code = f"import data; print(len(data.load('folder', {str(folder)!r}, cache={store!r})))"
+    line = "data: 8 photographs of 3 persons, 64x64: crop none, by the size of all\n"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert [run.communicate(timeout=120)[0] for run in runs] == ["8\n"] * 2
+    assert [run.communicate(timeout=120)[0] for run in runs] == [f"{line}8\n"] * 2
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -894,7 +895,8 @@ def test_manifest(tmp_path):
     data.write_manifest(tmp_path / "people.json", faces, split)
     assert data.read_manifest(tmp_path / "people.json", faces) == split
     held = json.loads((tmp_path / "people.json").read_text())
-    assert set(held) == {"data", "images", "seed", "train", "validation", "target", "sha256"}
+    known = {"data", "images", "seed", "train", "validation", "target", "sha256"}
+    assert set(held) == known | {"pixels", "trained"} and len(held["trained"]) == 536  # 50 hashes
     assert held["train"] == sorted(faces.names[k] for k in split.train) and held["seed"] == 9
     assert os.listdir(tmp_path) == ["people.json"]
     first = (tmp_path / "people.json").read_bytes()
@@ -917,7 +919,16 @@ def rewrite(path, sign=True, **changes):
         ({"seed": 1}, False, "sha256 does not fit"),
         ({"target": ["p0000"], "train": ["p0000"]}, True, "stands in it twice"),
         ({"target": ["nobody"]}, True, "1 of its .* persons are not in this data, nobody is one"),
-        ({"images": 7}, True, "was written for 7 images, this data has 200"),
+        ({"images": 7}, True, "was written for 7 images of folder, this data has 200 of folder"),
+        ({"data": "synthetic"}, True, "for 200 images of synthetic, this data has 200 of folder"),
+        (
+            {"pixels": "0"},
+            True,
+            "for other images, or in another order or crop, 50 of its 50 train",
+        ),
+        ({"trained": "AAAA"}, True, "its hashes are not whole"),
+        ({"trained": "é"}, True, "its hashes are not whole"),
+        ({"trained": 7}, True, "its hashes are not whole"),
         ({"train": "p0000"}, True, "'train' is not a list of names"),
         ({"train": [1]}, True, "'train' is not a list of names"),
         ({"seed": "0"}, True, "is not a manifest"),
@@ -1020,6 +1031,152 @@ def test_whose_folder_it_is_goes_into_the_run(tmp_path, monkeypatch):
     shutil.copytree("in", "other")
     with pytest.raises(data.DataError, match="a.c: is the person a or c"):
         attacks.judged(attacks.Config(data="folder", root="other"), tmp_path / "run", about)
+
+
+# ---- trained on
+
+
+PERSONS = ("ann", "bob", "carl", "dora", "eve", "fred")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run's folder with people.json and run.json, of six persons with four photographs of 250 x
+    250 each, two persons trained on; and the faces."""
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(PERSONS):
+        for i in range(4):
+            path = tmp_path / "faces" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng([k, i]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((250, 250)).save(path)
+    config = Config(root="faces", validation_persons=4)
+    faces, split = data.open_run(config, tmp_path / "run")
+    assert len(split.train) == 2 and faces.crop == "lfw"
+    return tmp_path / "run", {faces.names[k] for k in split.train}
+
+
+def others(run, root, **flags):
+    """Who is judged of the photographs below root, near and far."""
+    import attacks
+
+    about = json.loads((run / "run.json").read_text())
+    config = attacks.Config(data="folder", root=str(root), min_images=4, **flags)
+    found = attacks.judged(config, run, about)
+    assert {*found.targets} <= {*found.near}
+    return [{found.faces.names[k] for k in part} for part in (found.near, found.far)]
+
+
+@pytest.mark.parametrize("how", ["same", "copied", "moved", "within", "renamed", "one", "cropped"])
+def test_who_was_trained_on_is_left_out(how, run, tmp_path, capsys):
+    """Wherever their photographs lie, whatever they are called, if one of them was trained on."""
+    folder, trained = run
+    root, flags, left = tmp_path / "other", {}, {*PERSONS} - trained
+    if how == "same":
+        root = tmp_path / "faces"
+    elif how == "moved":
+        (tmp_path / "faces").rename(root)
+    else:
+        shutil.copytree(tmp_path / "faces", root / "deep" if how == "within" else root)
+    if how == "renamed":
+        for name in PERSONS:
+            (root / name).rename(root / f"{name} 2")
+        left = {f"{name} 2" for name in left}
+    elif how == "one":
+        for name in trained:
+            for i in range(3):
+                Image.new("RGB", (250, 250), (i, len(name), 9)).save(root / name / f"{i}.png")
+    elif how == "cropped":
+        flags["crop"] = "centre"
+    capsys.readouterr()
+    assert others(folder, root, **flags) == [left, set()]
+    line = f"--root {root}: 2 of 6 persons left out, the embedding was trained on these persons"
+    out = capsys.readouterr().out.splitlines()
+    assert [text for text in out if not text.startswith("data: 24 photographs of 6")] == [line]
+
+
+def test_nobody_is_left_to_judge(run, tmp_path, capsys):
+    folder, trained = run
+    for name in trained:
+        shutil.copytree(tmp_path / "faces" / name, tmp_path / "other" / name)
+    what = "2 of 2 persons left out, the embedding was trained on these persons: nobody else has 4"
+    with pytest.raises(data.DataError, match=what) as caught:
+        others(folder, tmp_path / "other")
+    assert "\n" not in str(caught.value) and "left out" not in capsys.readouterr().out
+    fill(tmp_path / "new", *(f"{name}/{i}.png" for name in "xy" for i in range(4)))
+    assert others(folder, tmp_path / "new") == [{"x", "y"}, set()]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_rendered_faces_were_trained_on_where_they_were(tmp_path, monkeypatch):
+    """Rendered pixels depend on the machine: all of them count as trained on, or none."""
+    import attacks
+
+    monkeypatch.chdir(tmp_path)
+    data.open_run(Config(data="synthetic"), tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    held = json.loads((tmp_path / "run" / "people.json").read_text())
+    assert about["crop"] == "" and "trained" not in held and "pixels" not in held
+    few = data.load("synthetic", persons=2, images_per_person=2)
+    monkeypatch.setattr(data, "load", lambda *_, **__: few)
+    with pytest.raises(data.DataError, match="2 of 2 persons left out"):
+        attacks.judged(attacks.Config(data="synthetic"), tmp_path / "run", about)
+    fill(tmp_path / "in", *(f"person-0000{k}/{i}.png" for k in "01" for i in range(4)))
+    monkeypatch.undo()
+    assert others(tmp_path / "run", tmp_path / "in") == [{"person-00000", "person-00001"}, set()]
+
+
+def test_data_that_moved_goes_on(run, tmp_path):
+    """Photographs are known by their pixels: the same ones at another root are the same run's."""
+    import attacks
+
+    folder, trained = run
+    before = (folder / "people.json").read_bytes()
+    (tmp_path / "faces").rename(tmp_path / "moved")
+    about = json.loads((folder / "run.json").read_text())
+    with pytest.raises(data.DataError, match="faces: cannot be read"):
+        attacks.judged(attacks.Config(), folder, about)
+    there = attacks.judged(attacks.Config(root=str(tmp_path / "moved")), folder, about)
+    faces, split = data.open_run(Config(root="moved", validation_persons=4), folder)
+    assert {faces.names[k] for k in split.train} == trained and there.far == list(split.validation)
+    assert (folder / "people.json").read_bytes() == before
+    about = json.loads((folder / "run.json").read_text())
+    assert about["root"] == str(tmp_path / "moved") and about["crop"] == "lfw"
+    assert attacks.judged(attacks.Config(), folder, about).far == list(split.validation)
+
+
+@pytest.mark.parametrize("how", ["other pixels", "other order", "other crop"])
+def test_other_photographs_of_the_same_names(how, run, tmp_path):
+    folder, trained = run
+    config = Config(root="faces", validation_persons=4)
+    one = tmp_path / "faces" / min(trained) / "0.png"
+    there = 8
+    if how == "other pixels":
+        Image.new("RGB", (250, 250)).save(one)
+        there = 7
+    elif how == "other order":
+        one.rename(one.with_name("9.png"))
+    else:
+        config.crop, there = "none", 0
+    what = f"people.json: was written for other images, .* {there} of its 8 train images are in"
+    with pytest.raises(data.DataError, match=what):
+        data.open_run(config, folder)
+
+
+def test_a_manifest_of_an_older_version(run, tmp_path, capsys):
+    """The run itself goes on, with a line; other photographs cannot be told from its own."""
+    folder, trained = run
+    held = json.loads((folder / "people.json").read_text())
+    del held["pixels"], held["trained"]
+    (folder / "people.json").write_text(json.dumps(held))
+    rewrite(folder / "people.json")
+    capsys.readouterr()
+    faces, split = data.open_run(Config(root="faces", validation_persons=4), folder)
+    assert {faces.names[k] for k in split.train} == trained
+    line = f"data: {folder / 'people.json'} is of an older version: images are not compared"
+    assert told(capsys, faces) == [line]
+    with pytest.raises(data.DataError, match="does not say which photographs were trained on"):
+        others(folder, tmp_path / "faces")
 
 
 # ---- LFW
