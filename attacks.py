@@ -836,12 +836,12 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
 
     manifest, root = folder / "people.json", config.root or None
     if config.data:
-        whose = {"person_folder": getattr(config, "person_folder", "") or None}
-        faces = data.load(config.data, root, crop=config.crop or None, **whose)
+        whose = getattr(config, "person_folder", "") or None
+        faces = data.load(config.data, root, crop=config.crop or None, person_folder=whose)
         seen = data.trained_on(manifest, faces)
         if about["crop"] not in ("", faces.crop):  # as they looked in the training
             with contextlib.suppress(run.UsageError):  # a crop that fits none of them
-                again = data.load(config.data, root, crop=about["crop"], **whose)
+                again = data.load(config.data, root, crop=about["crop"], person_folder=whose)
                 seen |= data.trained_on(manifest, again)
         others = [p for p, name in enumerate(faces.names) if name not in seen]
         n = faces.person.bincount(minlength=len(faces.names)).tolist()

@@ -67,8 +67,10 @@ CACHE_VERSION = 2
 # pixels Pillow decodes
 UNUSED_FORMATS = frozenset({"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
 # folders that hold persons and are none, in one or several of these words
-SPLITS = "train training test testing val valid validation dev eval evaluation gallery probe query"
-SPLITS = frozenset(f"{SPLITS} images image imgs photos pictures faces data set split fold".split())
+SPLITS = {*"train training test testing val valid validation dev eval evaluation".split()}
+SPLITS |= {
+    *"gallery probe query images image imgs photos pictures faces data set split fold".split()
+}
 CAMERA = re.compile(  # what cameras, scanners and counters call a file
     r"(img|image|pict?|picture|photo|dsc[nf]?|mvi|pxl|cimg|gopr|dji|scan|frame|p\d{6}|(19|20)\d{6})"
     r"[\W\d_]*",
@@ -502,7 +504,9 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
 
 def _hash(image: np.ndarray) -> int:
     """Of an image's pixels; among a million two different ones share it once in 10^7 times."""
-    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(image.data, digest_size=8).digest(), "little", signed=True
+    )
 
 
 def _refuse_copies(
@@ -613,10 +617,8 @@ def _folder_persons(
     deep = sorted(folder for folder, path in paths.items() if len(path) > 1)
     if deep and not person_folder:
         first, last = (_short(paths[deep[0]][k]) for k in (0, -1))
-        what = f"is the person {first} or {last}? give --person-folder first (below it are its"
-        raise _wrong(
-            os.path.join(root, deep[0]), f"{what} sessions) or last (above it collections)"
-        )
+        what = f"is the person {first} or {last}? give --person-folder first (sessions below it)"
+        raise _wrong(os.path.join(root, deep[0]), f"{what} or last (collections above it)")
 
     if not within:
         stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
@@ -641,9 +643,8 @@ def _doubts(files: list[str], persons: list[str], flat: bool) -> list[str]:
     for name in sorted(counts):
         spelt.setdefault(re.sub(r"[\s_]", "", name).casefold(), []).append(_short(name))
     if alike := [" and ".join(names) for names in spelt.values() if len(names) > 1]:
-        notes.append(
-            f"names alike but for case or spaces, taken for several persons: {_some(alike)}"
-        )
+        what = "names alike but for case or spaces, taken for several persons"
+        notes.append(f"{what}: {_some(alike)}")
     alone = sorted(_short(name) for name, n in counts.items() if n == 1)
     if not flat and len(counts) > 2 and 0 < len(alone) <= max(1, len(counts) // 20):
         notes.append(f"a folder of one file beside folders of more, is it a person: {_some(alone)}")
@@ -952,10 +953,8 @@ def read_manifest(path: File, faces: Faces) -> Split:
         hashes = _hashes(faces)
         if hashlib.sha256(hashes.tobytes()).hexdigest() != held["pixels"]:
             there = f"{np.isin(held['trained'], hashes).sum()} of its {len(held['trained'])}"
-            what = (
-                f"was written for other images, or in another order or crop, {there} train images"
-            )
-            raise _wrong(path, f"{what} are in this data; {that}")
+            what = "was written for other images, another order, another crop or Pillow:"
+            raise _wrong(path, f"{what} {there} train images are in this data; {that}")
     parts = [tuple(sorted(index[name] for name in held[part])) for part in PARTS]
     return Split(parts[0], parts[1], parts[2], held["seed"])
 
@@ -986,36 +985,29 @@ def _hashes(faces: Faces) -> np.ndarray:
 
 def _manifest(path: File) -> dict[str, Any]:
     """What `write_manifest` wrote; trained as hashes. DataError where it is not whole."""
-    try:
-        with open(path, "rb") as file:
-            held = json.loads(file.read(MAX_TEXT_BYTES).decode("utf-8"))
-    except OSError as error:
-        what = f"cannot be read ({_reason(error)}); give the folder of a finished run"
-        raise _wrong(path, what) from None
-    except (ValueError, RecursionError):
-        raise _wrong(path, "is not valid JSON; restore it or start a new run") from None
+
+    def wrong(what: str) -> DataError:
+        return _wrong(path, f"{what}; restore it or start a new run")
+
+    held = run.read_json(path, "restore it, give the folder of a finished run or start a new one")
     kinds = {"seed": int, "images": int, "data": str, "sha256": str}
-    if not isinstance(held, dict) or any(
-        type(held.get(k)) is not kind for k, kind in kinds.items()
-    ):
-        raise _wrong(path, "is not a manifest of persons; restore it or start a new run")
+    if any(type(held.get(key)) is not kind for key, kind in kinds.items()):
+        raise wrong("is not a manifest of persons")
     for part in PARTS:
         names = held.get(part)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise _wrong(path, f"{part!r} is not a list of names; restore it or start a new run")
+            raise wrong(f"{part!r} is not a list of names")
     if _digest({key: value for key, value in held.items() if key != "sha256"}) != held["sha256"]:
-        what = "its sha256 does not fit, it was changed by hand"
-        raise _wrong(path, f"{what}; restore it or start a new run")
-    persons = [name for part in PARTS for name in held[part]]
-    if len(persons) != len(set(persons)):
-        twice = next(name for name in persons if persons.count(name) > 1)
-        raise _wrong(path, f"person {_short(twice)} stands in it twice; start a new run")
+        raise wrong("its sha256 does not fit, it was changed by hand")
+    counts = Counter(name for part in PARTS for name in held[part])
+    if twice := [name for name, n in counts.items() if n > 1]:
+        raise wrong(f"person {_short(twice[0])} stands in it twice")
     try:
         raw = base64.b64decode(held.setdefault("trained", ""), validate=True)
         held["trained"] = np.frombuffer(raw, dtype="<i8")
         held["pixels"] = str(held.get("pixels", ""))
     except (TypeError, ValueError):
-        raise _wrong(path, "its hashes are not whole; restore it or start a new run") from None
+        raise wrong("its hashes are not whole") from None
     return held
 
 

@@ -924,7 +924,7 @@ def rewrite(path, sign=True, **changes):
         (
             {"pixels": "0"},
             True,
-            "for other images, or in another order or crop, 50 of its 50 train",
+            "for other images, another order, .* Pillow: 50 of its 50 train",
         ),
         ({"trained": "AAAA"}, True, "its hashes are not whole"),
         ({"trained": "é"}, True, "its hashes are not whole"),
@@ -955,7 +955,7 @@ def test_manifest_that_is_none(text, tmp_path):
 
 def test_manifest_absent_or_not_writable(tmp_path):
     faces = made([2])
-    with pytest.raises(data.DataError, match="cannot be read"):
+    with pytest.raises(data.DataError, match="no such file: .* give the folder"):
         data.read_manifest(tmp_path / "people.json", faces)
     (tmp_path / "file").write_text("")
     with pytest.raises(data.DataError, match="cannot be written"):
