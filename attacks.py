@@ -359,8 +359,8 @@ def frozen(embed: Embed) -> Iterator[None]:
 
 
 def held(owner: Any) -> Iterator[Any]:
-    """What a callable refers to: attributes, closure, defaults, the globals that its code names, the
-    parts of a method or partial."""
+    """What a callable refers to: attributes, closure, defaults, globals its code names, parts of a
+    method or partial."""
     import dis
 
     for part in owner.modules() if isinstance(owner, torch.nn.Module) else [owner]:
