@@ -350,12 +350,22 @@ def to_tanh(x: Tensor) -> Tensor:
     return torch.atanh((2 * x - 1) * 0.999999)
 
 
+def place_patches(images: Tensor, patches: Tensor, places: Tensor) -> Tensor:
+    """Images (B, C, H, W), each with the patches (1, K, C, h, w) at places (K, 2) ->
+    (B, K, C, H, W)."""
+    out, (h, w) = images[:, None].repeat(1, len(places), 1, 1, 1), patches.shape[3:]
+    for k, (top, left) in enumerate(places.tolist()):
+        out[:, k, :, top : top + h, left : left + w] = patches[:, k]
+    return out
+
+
 def tanh_perturb(w: Tensor, delta: Tensor) -> Tensor:
     """The pixels under the mask, in [0, 1] whatever delta is: Adam needs no projection."""
     return (torch.tanh(w + delta) + 1) / 2
 
 
 try:
+    from kernels.place_patches import place_patches  # type: ignore[no-redef,assignment]
     from kernels.tanh_perturb import tanh_perturb  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
@@ -665,6 +675,125 @@ def worst(*results: Attacked) -> Attacked:
     for result in results:
         count(best, result)
     return best
+
+
+# A certificate: no patch, whatever it shows and wherever it sits (not in the paper)
+
+Size = int | tuple[int, int]  # a side, or height and width, pixels
+
+
+class Cover(NamedTuple):
+    """What the rule hides, and which of it holds which place of a patch."""
+
+    masks: Tensor  # (K, H, W) bool
+    holds: Tensor  # (L, K) bool: mask k hides all of place l
+    corners: Tensor | None = None  # (K, 2) = (top, left), of rectangles all of one size
+
+
+def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
+    """Rectangles at stride mask - patch + 1 both ways, flush edges included: each of the
+    (height - patch + 1) x (width - patch + 1) places of a patch lies inside at least one.
+
+    Raises ValueError unless the mask is larger than the patch and fits the image.
+    """
+    (ph, pw), (mh, mw) = ((s, s) if isinstance(s, int) else s for s in (patch, mask))
+    if not (1 <= ph < mh <= height and 1 <= pw < mw <= width):
+        told = f"a mask of {mh}x{mw} against a patch of {ph}x{pw} in {height}x{width}"
+        raise ValueError(f"{told}: the mask must be larger than the patch and fit the image")
+    inside, holds, starts = [], [], []
+    for n, p, m in ((height, ph, mh), (width, pw, mw)):
+        start = torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))  # (k,)
+        pixel, place = torch.arange(n)[:, None], torch.arange(n - p + 1)[:, None]
+        inside.append((pixel >= start) & (pixel < start + m))  # (n, k)
+        holds.append((place >= start) & (place + p <= start + m))  # (n - p + 1, k)
+        starts.append(start)
+    masks = (inside[0].T[:, None, :, None] & inside[1].T[None, :, None, :]).flatten(0, 1)
+    held = holds[0][:, None, :, None] & holds[1][None, :, None, :]  # (rows, cols, k rows, k cols)
+    return Cover(masks, held.flatten(2).flatten(0, 1), torch.cartesian_prod(*starts))
+
+
+def cover_of(masks: Tensor, patches: Tensor) -> Cover:
+    """masks (K, H, W) that hide, patches (L, H, W) that an attacker may fill, bool: a threat model
+    that is a list of places, as App. C's. Raises ValueError where no mask holds a patch."""
+    uncovered = patches.flatten(1).float() @ (~masks).flatten(1).float().T  # (L, K)
+    return checked(Cover(masks, uncovered == 0))
+
+
+def checked(rule: Cover) -> Cover:
+    """The cover; ValueError where a place lies inside no mask: the bound would be none."""
+    if len(missing := (~rule.holds.any(1)).nonzero()):
+        raise ValueError(f"{len(missing)} places of the patch lie inside no mask")
+    return rule
+
+
+class Covered(torch.nn.Module):
+    """The rule: cover the image by each mask, judge it by the largest distance to the anchor.
+
+    embed   any, mirrored or not: the mask comes before the mirror
+    anchor  (C, H, W), the defender's own clean image; masked: it is covered as the candidate is
+    fill    (C, H, W), what covers: it must not depend on the candidate
+
+    Its features (N, D) of an image are those of the mask that decides, so that their squared
+    distance to `self.anchor` (D,) is the squared score: every attack runs on it as on any embedding.
+    """
+
+    def __init__(
+        self, embed: Embed, anchor: Tensor, rule: Cover, fill: Tensor, masked: bool = False
+    ) -> None:
+        super().__init__()
+        self.embed, self.views = embed, views_of(embed) * len(rule.masks)
+        self.masks, self.fill = rule.masks[:, None].to(anchor.device), fill.to(anchor)
+        self.patches = self.corners = None  # the fill under each mask (1, K, C, h, w), and where
+        if rule.corners is not None:
+            h, w = (int(rule.masks[0].any(side).sum()) for side in (1, 0))
+            parts = [self.fill[:, r : r + h, c : c + w] for r, c in rule.corners.tolist()]
+            self.patches = torch.stack(parts)[None]
+            self.corners = rule.corners.to(anchor.device)
+        plain = embed.embed if isinstance(embed, Mirrored) else embed
+        self.anchor = extract(plain, anchor[None])[0]
+        several = self.cover(anchor[None])[0] if masked else anchor[None]
+        found = extract(plain, several)
+        self.anchors = found.expand(len(rule.masks), -1)  # (K, D)
+
+    def cover(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, C, H, W)."""
+        if self.patches is None or images.dtype != torch.float32:
+            return torch.where(self.masks, self.fill, images[:, None])
+        return place_patches(images, self.patches, self.corners)
+
+    @torch.no_grad()
+    def squared(self, images: Tensor, chunk: int = 256) -> Tensor:
+        """Squared distances (N, K) under each mask; one that is no number is taken as 0."""
+        found = images.new_zeros(len(images), len(self.masks))
+        for n, image in enumerate(images):
+            parts = zip(self.cover(image[None])[0].split(chunk), self.anchors.split(chunk))
+            found[n] = torch.cat([squared_distance(self.embed(x), a) for x, a in parts])
+        return found.nan_to_num(nan=0.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        k = self.squared(images.detach()).argmax(1)  # (N,)
+        features = self.embed(torch.where(self.masks[k], self.fill, images))
+        V = features.shape[1] // self.anchors.shape[1]
+        moved = (self.anchor - self.anchors[k]) / math.sqrt(V)  # nothing, unless masked
+        return features + torch.cat([moved] * V, 1)
+
+
+@torch.no_grad()
+def certify(rule: Covered, holds: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Score (N,) under the rule and the bound (N,) below which no patch brings it.
+
+    A patch at place l lies inside every mask k that holds it. Covered by k, the image is what it is
+    without the patch: d_k is known. The score is the largest of all d_k, so at least that of these;
+    the attacker chooses l, so the bound is the smallest over l. An intruder whose bound is delta or
+    more is refused by eq. (1) under the rule, whatever the patch shows. It bounds the rule, not F;
+    this photograph, not another pose; one patch of at most that size; and nothing on evasion. F
+    must not depend on the rest of the batch. holds (L, K) of the `Cover`; images (N, C, H, W).
+    """
+    with frozen(rule):
+        d = rule.squared(images).sqrt()  # (N, K)
+    holds = checked(Cover(rule.masks, holds)).holds.to(d.device)
+    least = [torch.where(holds, each, -math.inf).amax(1).amin() for each in d]
+    return d.amax(1), torch.stack(least) if least else d.new_empty(0)
 
 
 # Every attack by its name
