@@ -963,24 +963,32 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
     import data
     from data import run
 
-    root = config.root or None
+    manifest, root = folder / "people.json", config.root or None
     if config.data:
-        same = Path(config.root).resolve() == Path(about["root"]).resolve()
-        if same and config.data == about["data"]:
-            told = "the embedding was trained on these persons: leave out --data and --root"
-            raise run.UsageError(f"--root {root}: {told}")
-        faces = data.load(config.data, root, crop=config.crop or None)
-        counts = torch.bincount(faces.person, minlength=len(faces.names)).tolist()
-        near = [p for p, n in enumerate(counts) if n >= config.min_images]
-        far = [p for p, n in enumerate(counts) if n < config.min_images]
+        whose = getattr(config, "person_folder", "") or None
+        faces = data.load(config.data, root, crop=config.crop or None, person_folder=whose)
+        seen = data.trained_on(manifest, faces)
+        if about["crop"] not in ("", faces.crop):  # as they looked in the training
+            with contextlib.suppress(run.UsageError):  # a crop that fits none of them
+                again = data.load(config.data, root, crop=about["crop"], person_folder=whose)
+                seen |= data.trained_on(manifest, again)
+        others = [p for p, name in enumerate(faces.names) if name not in seen]
+        n = faces.person.bincount(minlength=len(faces.names)).tolist()
+        near = [p for p in others if n[p] >= config.min_images]
+        far = [p for p in others if n[p] < config.min_images]
+        told = f"--root {root}: {len(seen)} of {len(n)} persons left out, the embedding was"
+        told = f"{told} trained on these persons" if seen else f"--root {root}"
         if not near:
-            told = f"nobody has {config.min_images} images: lower --min-images or add images"
-            raise run.UsageError(f"--root {root}: {told}")
+            nobody = f"nobody{' else' * bool(seen)} has {config.min_images} images"
+            raise run.UsageError(f"{told}: {nobody}: lower --min-images or add images")
+        if seen:
+            print(told, flush=True)
         rows = f"attacks-{Path(root).resolve().name if root else config.data}"
     else:
         options = {"crop": about["crop"] or None, **about["options"]}
-        faces = data.load(about["data"], about["root"] or None, **options)
-        split = data.read_manifest(folder / "people.json", faces)
+        options["person_folder"] = about.get("person_folder") or None
+        faces = data.load(about["data"], root or about["root"] or None, **options)
+        split = data.read_manifest(manifest, faces)
         near, far, rows = list(split.target), list(split.validation), "attacks"
     by_name = [stable_generator(config.seed, faces.names[p]).initial_seed() for p in near]
     drawn = [p for _, p in sorted(zip(by_name, near))]

@@ -43,6 +43,7 @@ class Config:
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
     crop: str = ""  # lfw | centre | celeba | none; empty: by image size
+    person_folder: str = ""  # first | last: which folder below root is the person's, if several
     seed: int = 0  # not in the paper: of the training, and of who is judged
     split_seed: int = 0  # not in the paper: who is train, validation, target
     train_persons: int = 9177  # Sec. 4: of the generator; 0: all that are left
@@ -623,6 +624,7 @@ CHOICES = {
     "positive": ("reconstruct", "transfer"),
     "hinge": ("distance", "squared"),
     "data": ("synthetic", "folder", "celeba"),
+    "person_folder": ("", "first", "last"),
     "fill": ("gaussian", "uniform"),
     "generate_from": ("clean", "erased"),
     "attacked": ("auto", "erased", "all"),
@@ -711,7 +713,7 @@ def generator_file(config: Config, folder: Path) -> Path | None:
     if not path.exists():
         preset = "demo" if config.preset == "demo" else "paper"
         usual = generator.Config(**{**generator.PRESETS[preset], "preset": preset})
-        names = ("data", "root", "crop", "seed", "split_seed", "train_persons")
+        names = ("data", "root", "crop", "person_folder", "seed", "split_seed", "train_persons")
         names += ("validation_persons", "target_persons", "synthetic_persons", "synthetic_images")
         flags = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
         told = "".join(f" --{n.replace('_', '-')} {v}" for n, v in flags.items())
@@ -790,7 +792,7 @@ def train(argv: Sequence[str] | None) -> int:
     # of rendered faces the factors: how a pixel is rounded depends on the number of threads
     images = people.images if faces.identity is None else faces.identity
     made_of = {
-        "config": dataclasses.asdict(config),
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "root"},
         "people": run.read_json(args.run / "people.json")["sha256"],
         "images": run.fingerprint(images, faces.content),
         "generator": run.fingerprint(file) if file else "",
@@ -866,7 +868,7 @@ def verify(config: Config, args, device: torch.device) -> int:
         delta = float(run.read_json(folder / "result.json")["threshold"])
         if not 0 < delta < math.inf:
             raise ValueError(f"threshold {delta}")
-    crop = config.crop or None
+    crop = config.crop or run.read_json(args.run / "run.json").get("crop") or None
     target, candidate = (data.load_image(Path(p), crop=crop)[None].to(device) for p in args.verify)
     views = torch.cat([features(embed, candidate, mirror) for mirror in (False, True)], 1)
     anchor = torch.cat([features(embed, target)] * 2, 1)

@@ -40,7 +40,8 @@ class Config:
     preset: str = "paper"  # demo | paper; on the command line demo unless named
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
-    crop: str = ""  # lfw | centre | celeba; empty: by image size
+    crop: str = ""  # lfw | centre | celeba | none; empty: by image size
+    person_folder: str = ""  # first | last: which folder below root is the person's, if several
     seed: int = 0  # not in the paper: of everything random in the training
     split_seed: int = 0  # not in the paper: who is train, validation, target
     train_persons: int = 9177  # Sec. 4: of G; 0: all that are left
@@ -457,6 +458,7 @@ def report(lord: Lord, images: Tensor, person: Tensor) -> dict[str, float]:
 
 CHOICES = {
     "data": ("synthetic", "folder", "celeba"),
+    "person_folder": ("", "first", "last"),
     "loss": ("vgg", "pyramid"),
     **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons")},
     **{k: (1e-12, 1e9) for k in ("lr", "encoder_lr")},
@@ -571,7 +573,7 @@ def train(argv: Sequence[str] | None) -> None:
     # of rendered faces the factors: how a pixel is rounded depends on the number of threads
     held = (images,) if faces.identity is None else (faces.identity, faces.content)
     made_of = {
-        "config": dataclasses.asdict(config),
+        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "root"},
         "people": run.read_json(args.run / "people.json")["sha256"],
         "images": run.fingerprint(*held),
     }

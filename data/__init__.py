@@ -16,6 +16,7 @@ photographs, two CPU cores: 9.5 s the first time, 0.6 s from the cache, n = 1.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -24,7 +25,9 @@ import re
 import stat
 import sys
 import threading
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -47,6 +50,7 @@ except ImportError:  # the bar is a comfort
 File = str | os.PathLike[str]  # a path
 SIZE = 64  # side of every image, pixels (App. A)
 CROPS = ("lfw", "centre", "celeba", "none")
+BY_SIZE = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}  # otherwise centre
 DATA_SETS = ("synthetic", "folder", "celeba")
 MAX_PIXELS = 50_000_000  # larger images are skipped before they are decoded
 MAX_BYTES = 256 * 2**20  # larger files are skipped before they are read
@@ -58,10 +62,20 @@ PUT_IDENTITIES = "put CelebA's identity file there"
 MAX_DEPTH = 8  # folders below the root
 MAX_FILES = 2_000_000  # below one root; more is a whole disk given by mistake
 MAX_TEXT_BYTES = 64 * 2**20  # identity file or manifest
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # Left out: EPS and WMF call other programs, FITS unpacks gzip without a bound, the rest hold no
 # pixels Pillow decodes
 UNUSED_FORMATS = frozenset({"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
+# folders that hold persons and are none, in one or several of these words
+SPLITS = {*"train training test testing val valid validation dev eval evaluation".split()}
+SPLITS |= {
+    *"gallery probe query images image imgs photos pictures faces data set split fold".split()
+}
+CAMERA = re.compile(  # what cameras, scanners and counters call a file
+    r"(img|image|pict?|picture|photo|dsc[nf]?|mvi|pxl|cimg|gopr|dji|scan|frame|p\d{6}|(19|20)\d{6})"
+    r"[\W\d_]*",
+    re.IGNORECASE,
+)
 NOT_PHOTOGRAPHS = frozenset({"thumbs.db", "desktop.ini"})
 TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,6 +103,9 @@ class Faces:
     files    N sources: path relative to the root, or "person-00003/0007" for rendered faces
     skipped  files that were not used, "path: reason"
     data     which loader made them: "synthetic", "folder" or "celeba"
+    crop     of all the photographs, see `crop_box`; "" for rendered faces
+    notes    what was loaded, and what to look at before its numbers are believed, one line each
+    hashes   photographs only: int64 (N,), the first 8 bytes of each image's blake2b
     identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); their columns
              are named in data.synthetic
     """
@@ -101,6 +118,9 @@ class Faces:
     data: str = "folder"
     identity: torch.Tensor | None = None
     content: torch.Tensor | None = None
+    crop: str = ""
+    notes: tuple[str, ...] = ()
+    hashes: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -131,8 +151,7 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     """
     crop = _check_crop(crop)
     if crop is None:
-        by_size = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}
-        crop = by_size.get((width, height), "centre")
+        crop = BY_SIZE.get((width, height), "centre")
     this = f"this image is {width}x{height}; use crop centre"
     if crop == "lfw":
         if width != height:
@@ -163,14 +182,15 @@ def load_image(path: File, crop: str | None = None) -> torch.Tensor:
     with warnings.catch_warnings():
         _quiet_pillow()
         try:
-            pixels = _decode(_read_bytes(os.fspath(path)), crop)
+            pixels, _ = _decode(_read_bytes(os.fspath(path)), crop)
         except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
             raise _wrong(path, _reason(error)) from None
     return torch.from_numpy(pixels)
 
 
-def _decode(raw: bytes, crop: str | None) -> np.ndarray:
-    """An image file's bytes -> uint8 (3, 64, 64), below 1 GB. Raises what Pillow does, or _Skip."""
+def _decode(raw: bytes, crop: str | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image file's bytes -> uint8 (3, 64, 64), and its width and height; below 1 GB. Raises what
+    Pillow does, or _Skip."""
     if not raw:
         raise _Skip("empty file")
     Image.init()
@@ -208,7 +228,7 @@ def _decode(raw: bytes, crop: str | None) -> np.ndarray:
         if small.mode == "RGBA":
             white = Image.new("RGBA", small.size, "white")
             small = Image.alpha_composite(white, small).convert("RGB")
-        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))  # (3, 64, 64)
+        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1)), (W, H)  # (3, 64, 64)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -273,6 +293,11 @@ def _short(text: str) -> str:
     return _printable(text)[:60]
 
 
+def _some(texts: Sequence[str]) -> str:
+    more = [f"and {len(texts) - 3} more"] if len(texts) > 3 else []
+    return "; ".join([*texts[:3], *more])
+
+
 def _wrong(path: File, what: str) -> DataError:
     """The error for a file or folder."""
     return DataError(f"{_printable(os.fspath(path))}: {what}")
@@ -287,16 +312,18 @@ def _check_crop(crop: str | None) -> str | None:
     return crop
 
 
-def _say(text: str) -> None:
-    print(f"data: {text}", file=sys.stderr)
+def _say(text: str, file: Any = None) -> None:
+    if run.rank() == 0:
+        print(f"data: {text}", file=file or sys.stderr, flush=True)
 
 
 # ---- many images
 
 
-def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.ndarray, list]:
-    """Files -> uint8 (kept, 3, 64, 64), allocated once, and per file None or why it was skipped."""
+def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[Any, list, list]:
+    """Files -> uint8 (N, 3, 64, 64), and per file its size, and None or why it was skipped."""
     images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
+    sizes: list[tuple[int, int] | None] = [None] * len(paths)
     reasons: list[str | None] = [None] * len(paths)
     stop = threading.Event()
 
@@ -305,7 +332,7 @@ def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.
             if stop.is_set():
                 break
             try:
-                images[i] = _decode(_read_bytes(paths[i]), crop)
+                images[i], sizes[i] = _decode(_read_bytes(paths[i]), crop)
             except Exception as error:  # noqa: BLE001  as in load_image
                 reasons[i] = _reason(error)
 
@@ -324,11 +351,28 @@ def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[np.
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-    kept = [i for i, reason in enumerate(reasons) if reason is None]
-    for k, i in enumerate(kept):
-        if k < i:
-            images[k] = images[i]
-    return images[: len(kept)], reasons
+    return images, sizes, reasons
+
+
+def _decode_alike(
+    paths: list[str], crop: str | None, progress: bool
+) -> tuple[np.ndarray, list, str, str]:
+    """Files -> uint8 (N, 3, 64, 64), per file None or why it was skipped, the crop of all of them,
+    and what to tell of it. Without a crop it is the one that the sizes of most ask for."""
+    images, sizes, reasons = _decode_all(paths, crop, progress)
+    counts = Counter(size for size in sizes if size)
+    each = [f"{W}x{H}" + f" ({n})" * (len(counts) > 1) for (W, H), n in counts.most_common()]
+    told = f"{'mixed sizes, ' * (len(each) > 1)}{_some(each)}: crop "
+    if crop is not None:
+        return images, reasons, crop, told + crop
+    asked = [BY_SIZE.get(size, "centre") if size else "" for size in sizes]
+    crop = max(CROPS, key=lambda crop: (asked.count(crop), crop == "centre"))
+    again = [i for i, other in enumerate(asked) if other not in ("", crop)]
+    if again:
+        pixels, _, why = _decode_all([paths[i] for i in again], crop, False)
+        for k, i in enumerate(again):
+            images[i], reasons[i] = pixels[k], why[k]
+    return images, reasons, crop, f"{told}{crop}, by the size of {'most' if again else 'all'}"
 
 
 def load(
@@ -338,23 +382,32 @@ def load(
     crop: str | None = None,
     cache: File | None = "runs/cache",
     progress: bool = True,
+    person_folder: str | None = None,
     **options: int,
 ) -> Faces:
     """Load a data set -> Faces.
 
     name     "synthetic"  rendered heads; options persons=370, images_per_person=12, seed=0; takes
                           no root and no crop
-             "folder"     root/person/.../image, the person is the first folder; or flat
+             "folder"     root/person/image, also below folders that are named as splits (train,
+                          test, gallery, ...) and below one folder that holds all others; or flat
                           root/person_0001.jpg, the person is the name before the trailing _number
-                          or -number. Any format Pillow reads, told by content, except those that
-                          would run other programs (EPS, WMF). Hidden files are ignored.
+                          or -number. Names are compared after Unicode's NFC. Any format Pillow
+                          reads, told by content, except those that would run other programs (EPS,
+                          WMF). Hidden files are ignored.
              "celeba"     root/img_align_celeba/ and root/identity_CelebA.txt; names are the
                           identities, five digits
-    crop     see `crop_box`; None goes by the image's size (celeba: "celeba")
+    crop     see `crop_box`, one for all images; None takes the one that the sizes of most ask for
+             (celeba: "celeba"); images that it does not fit are skipped
     cache    folder for decoded images, one file a (root, crop), used while every file's path, size,
              time and mode are as they were and rebuilt otherwise; None reads the images every time;
              one that cannot be written only warns
     progress a bar while 500 or more images are decoded
+    person_folder  of root/a/b/image, "folder" alone: "first", a is the person and b a session, or
+             "last", b is the person and a a collection; without it such a folder is refused
+    Photographs with the same pixels, once decoded: of one person the first is kept; those filed
+    under several persons are left out of all, as nobody knows whose they are. Both are named in
+    `skipped` and told on stderr.
     Raises DataError: unknown name, crop or option, missing or empty folder, no readable image, bad
     identity file.
     """
@@ -363,9 +416,12 @@ def load(
     if name not in DATA_SETS:
         raise DataError(f"unknown data {name!r}: choose {', '.join(DATA_SETS)}")
     if name == "synthetic":
-        if root or crop:
-            raise DataError("synthetic faces take no root and no crop: choose folder or celeba")
+        if root or crop or person_folder:
+            no = "no root, no crop and no person folder"
+            raise DataError(f"synthetic faces take {no}: choose folder or celeba")
         return _load_synthetic(cache, progress, options)
+    if person_folder and (name != "folder" or person_folder not in ("first", "last")):
+        raise DataError(f"--person-folder {person_folder}: first or last, of --data folder alone")
     if options:
         raise DataError(f"{name} takes no option {', '.join(sorted(options))}")
     if not root:
@@ -383,45 +439,101 @@ def load(
     else:
         entries, refused = _list_celeba(root), []
     listing = [[file, *about] for file, about in entries]
-    signature = _digest([CACHE_VERSION, pillow_version, name, crop, listing, refused])
-    store = _cache_path(cache, name, [os.path.realpath(root), crop])
+    whose = person_folder or ""
+    signature = _digest([CACHE_VERSION, pillow_version, name, whose, listing, refused])
+    store, guessed = (
+        _cache_path(cache, name, [os.path.realpath(root), asked, whose]) for asked in (crop, None)
+    )
     faces = _read_cache(store, signature)
-    if faces is None:
+    if faces is None and crop:  # a run goes on with the crop that was found for it
+        faces = _read_cache(guessed, signature)
+    if faces is None or crop not in (None, faces.crop):
         found = [file for file, _ in entries]
         if name == "folder":
-            listed = _folder_persons(found, refused)
+            listed = _folder_persons(root, found, refused, person_folder)
         else:
             listed = _celeba_persons(root, found[1:])
         faces = _from_files(name, root, listed, crop, progress)
         _write_cache(store, signature, faces)
+    for k, note in enumerate(faces.notes):  # the first says what there is, the others warn
+        _say(note, sys.stderr if k else sys.stdout)
     if faces.skipped:
-        told = [*faces.skipped[:3]]
-        if len(faces.skipped) > 3:
-            told.append(f"and {len(faces.skipped) - 3} more")
         total = len(faces) + len(faces.skipped)
-        _say(f"{len(faces.skipped)} of {total} files skipped: {'; '.join(told)}")
+        _say(f"{len(faces.skipped)} of {total} files skipped: {_some(faces.skipped)}")
     return faces
 
 
-Listed = tuple[list[str], list[str], list[str]]  # files, the person of each, what was refused
+# files, the person of each, what was refused, what to look at
+Listed = tuple[list[str], list[str], list[str], list[str]]
 
 
 def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress: bool) -> Faces:
-    files, persons, refused = listed
+    files, persons, refused, notes = listed
     if not files:
         why = f" ({refused[0]})" if refused else ""
         raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
-    images, reasons = _decode_all([os.path.join(root, file) for file in files], crop, progress)
-    skipped = [f"{_printable(file)}: {why}" for file, why in zip(files, reasons) if why is not None]
-    skipped = [*refused, *skipped]
-    if not len(images):
-        raise _wrong(root, f"none of its {len(files)} files is a readable image ({skipped[-1]})")
+    paths = [os.path.join(root, file) for file in files]
+    images, reasons, crop, cropped = _decode_alike(paths, crop, progress)
+    shown = [_printable(file) for file in files]
     kept = [i for i, why in enumerate(reasons) if why is None]
+    hashes = {i: _hash(images[i]) for i in kept}
+    notes = [*notes, *_refuse_copies(hashes, persons, shown, reasons)]
+    skipped = [f"{file}: {why}" for file, why in zip(shown, reasons) if why is not None]
+    skipped = [*refused, *skipped]
+    kept = [i for i in kept if reasons[i] is None]
+    if not kept:
+        raise _wrong(root, f"none of its {len(files)} files can be used ({skipped[-1]})")
+    for k, i in enumerate(kept):  # in place: no second copy of all images
+        if k < i:
+            images[k] = images[i]
     names = sorted({persons[i] for i in kept})
     index = {person: k for k, person in enumerate(names)}
-    person = torch.tensor([index[persons[i]] for i in kept], dtype=torch.int64)
-    used = tuple(_printable(files[i]) for i in kept)
-    return Faces(torch.from_numpy(images), person, tuple(names), used, tuple(skipped), name)
+    many = f"{len(kept)} photographs of {len(names)} person{'s' * (len(names) > 1)}"
+    return Faces(
+        images=torch.from_numpy(images[: len(kept)]),
+        person=torch.tensor([index[persons[i]] for i in kept], dtype=torch.int64),
+        names=tuple(names),
+        files=tuple(shown[i] for i in kept),
+        skipped=tuple(skipped),
+        data=name,
+        crop=crop,
+        notes=(f"{many}, {cropped}", *notes),
+        hashes=torch.tensor([hashes[i] for i in kept], dtype=torch.int64),
+    )
+
+
+def _hash(image: np.ndarray) -> int:
+    """Of an image's pixels; among a million two different ones share it once in 10^7 times."""
+    return int.from_bytes(
+        hashlib.blake2b(image.data, digest_size=8).digest(), "little", signed=True
+    )
+
+
+def _refuse_copies(
+    hashes: dict[int, int], persons: list[str], files: list[str], reasons: list[str | None]
+) -> list[str]:
+    """Writes into reasons what has the same pixels as another; returns what to tell.
+
+    hashes: file index -> hash, of the files that have no reason yet.
+    """
+    alike: dict[int, list[int]] = {}
+    for i, value in hashes.items():
+        alike.setdefault(value, []).append(i)
+    copies, shared = 0, []
+    for first, *rest in alike.values():
+        others = [i for i in rest if persons[i] != persons[first]]
+        for i in rest:
+            reasons[i] = f"the same photograph as {files[first]}"
+        if others:
+            reasons[first] = f"the same photograph as {files[others[0]]}, of another person"
+            shared.append(f"{files[first]} = {files[others[0]]}")
+        else:
+            copies += len(rest)
+    notes = [f"{copies} exact copies of a person's own photographs left out"] if copies else []
+    if shared:
+        what = "photographs are filed under two persons or more and left out of all"
+        notes.append(f"{len(shared)} {what}: {_some(shared)}")
+    return notes
 
 
 # ---- folder
@@ -433,10 +545,14 @@ Entry = tuple[str, tuple[int, int, int]]  # path relative to the root, (size, mt
 def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
     """Every regular file below root, sorted by path, and what was refused. Links are followed, no
     folder twice."""
+
+    def which(folder: str, about: os.stat_result) -> object:
+        # os.scandir gives no inode on Windows, nor do some network drives
+        return (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(folder)
+
     entries: list[Entry] = []
     refused: list[str] = []
-    about = os.stat(root)
-    seen = {(about.st_dev, about.st_ino)}
+    seen = {which(root, os.stat(root)), os.path.realpath(root)}
     todo = [("", 0)]
     while todo:
         folder, depth = todo.pop(0)
@@ -459,12 +575,12 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
                 refused.append(f"{_printable(path)}: {_reason(error)}")
                 continue
             if stat.S_ISDIR(about.st_mode):
-                if (about.st_dev, about.st_ino) in seen:
+                if (this := which(os.path.join(root, path), about)) in seen:
                     refused.append(f"{_printable(path)}: link to a folder that is read already")
                 elif depth >= MAX_DEPTH:
                     refused.append(f"{_printable(path)}: more than {MAX_DEPTH} folders deep")
                 else:
-                    seen.add((about.st_dev, about.st_ino))
+                    seen.add(this)
                     todo.append((path, depth + 1))
             elif stat.S_ISREG(about.st_mode):
                 entries.append((path, (about.st_size, about.st_mtime_ns, about.st_mode)))
@@ -476,19 +592,73 @@ def _list_folder(root: str) -> tuple[list[Entry], list[str]]:
     return sorted(entries), sorted(refused)
 
 
-def _folder_persons(files: list[str], refused: list[str]) -> Listed:
+def _is_split(folder: str) -> bool:
+    words = re.findall(r"[^\W\d_]+", folder.casefold())
+    return bool(words) and SPLITS.issuperset(words)
+
+
+def _folder_persons(
+    root: str, files: list[str], refused: list[str], person_folder: str | None
+) -> Listed:
     """The files that can be photographs, and whose they are."""
-    nested = [file for file in files if os.sep in file]
-    if not nested:
-        stems = [os.path.splitext(file)[0] for file in files]
-        return files, [_printable(re.sub(r"(?<=.)[_-]\d+$", "", stem)) for stem in stems], refused
-    tops = {file.split(os.sep)[0] for file in nested}
-    # an archive unpacked one folder too deep
-    depth = int(len(tops) == 1 and all(file.count(os.sep) > 1 for file in nested))
-    persons = [_printable(file.split(os.sep)[depth]) for file in nested]
-    loose = [_printable(file) for file in files if os.sep not in file]
-    beside = [f"{file}: lies beside the persons' folders" for file in loose]
-    return nested, persons, [*refused, *beside]
+    paths = {folder: folder.split(os.sep) for folder in {*map(os.path.dirname, files)} if folder}
+    inside: dict[tuple[str, ...], set[str]] = {}
+    for path in paths.values():
+        for k, name in enumerate(path):
+            inside.setdefault((*path[:k],), set()).add(name)
+    # a level only where all are named so: beside ann and bob, dev is a person
+    splits = {parent for parent, names in inside.items() if all(map(_is_split, names))}
+    for path in paths.values():
+        path[:] = [name for k, name in enumerate(path) if (*path[:k],) not in splits]
+    within = [path for path in paths.values() if path]
+    if not person_folder and len({path[0] for path in within}) == 1 < min(map(len, within)):
+        for path in within:  # an archive unpacked one folder too deep
+            del path[0]
+    deep = sorted(folder for folder, path in paths.items() if len(path) > 1)
+    if deep and not person_folder:
+        first, last = (_short(paths[deep[0]][k]) for k in (0, -1))
+        what = f"is the person {first} or {last}? give --person-folder first (sessions below it)"
+        raise _wrong(os.path.join(root, deep[0]), f"{what} or last (collections above it)")
+
+    if not within:
+        stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
+        names, loose = [re.sub(r"(?<=.)[_-]\d+$", "", stem) for stem in stems], []
+    else:
+        loose = [file for file in files if not paths.get(os.path.dirname(file))]
+        files = [file for file in files if paths.get(os.path.dirname(file))]
+        which = 0 if person_folder == "first" else -1
+        names = [paths[os.path.dirname(file)][which] for file in files]
+    persons = [_printable(unicodedata.normalize("NFC", name)) for name in names]
+    notes = _doubts(files, persons, flat=not within)
+    if levels := sorted({_short(name) for parent in splits for name in inside[parent]}):
+        notes.append(f"folders taken for splits, not for persons: {_some(levels)}")
+    beside = [f"{_printable(file)}: lies beside the persons' folders" for file in loose]
+    return files, persons, [*refused, *beside], notes
+
+
+def _doubts(files: list[str], persons: list[str], flat: bool) -> list[str]:
+    """What looks as if a name were none, one line each."""
+    notes, counts = [], Counter(persons)
+    spelt: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        spelt.setdefault(re.sub(r"[\s_]", "", name).casefold(), []).append(_short(name))
+    if alike := [" and ".join(names) for names in spelt.values() if len(names) > 1]:
+        what = "names alike but for case or spaces, taken for several persons"
+        notes.append(f"{what}: {_some(alike)}")
+    alone = sorted(_short(name) for name, n in counts.items() if n == 1)
+    if not flat and len(counts) > 2 and 0 < len(alone) <= max(1, len(counts) // 20):
+        notes.append(f"a folder of one file beside folders of more, is it a person: {_some(alone)}")
+
+    def numbered(name: str) -> bool:
+        digits = counts[name] == 1 and not any(map(str.isalpha, name))
+        return digits or CAMERA.fullmatch(name) is not None
+
+    run_of = [k for k, name in enumerate(persons) if flat and numbered(name)]
+    if len(run_of) > 1:
+        n, shown = len({persons[k] for k in run_of}), _printable(files[run_of[0]])
+        told = f"{len(run_of)} files named like {shown} are taken for {n} person{'s' * (n > 1)}"
+        notes.append(f"{told}; if they are not, put each person's photographs into a folder")
+    return notes
 
 
 # ---- celeba
@@ -556,7 +726,7 @@ def _celeba_persons(root: str, files: list[str]) -> Listed:
     order = sorted(identities)
     extra = sorted(by_name.keys() - identities.keys())
     refused = [f"{_printable(by_name[image])}: no line in {IDENTITY_FILE}" for image in extra]
-    return [by_name[image] for image in order], [identities[image] for image in order], refused
+    return [by_name[image] for image in order], [identities[image] for image in order], refused, []
 
 
 # ---- synthetic
@@ -595,7 +765,8 @@ def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int])
 # ---- cache: one .npz a data set, read without pickle
 
 
-ARRAYS = ("images", "person", "identity", "content")
+ARRAYS = ("images", "person", "identity", "content", "hashes")
+TEXTS = ("names", "files", "skipped", "notes")
 
 
 def _digest(content: Any) -> str:
@@ -624,13 +795,13 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
             keys = [key for key in ARRAYS if key in held]
             arrays: Any = {key: torch.from_numpy(held[key]) for key in keys}
         images, person = arrays["images"], arrays["person"]
-        names, files, skipped = (tuple(about[key]) for key in ("names", "files", "skipped"))
-        N = len(files)
+        texts: Any = {key: tuple(about[key]) for key in TEXTS}
+        N = len(texts["files"])
         fits = images.dtype == torch.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
         fits = fits and person.dtype == torch.int64 and person.shape == (N,)
-        if not fits or person.min() < 0 or person.max() >= len(names):
+        if not fits or person.min() < 0 or person.max() >= len(texts["names"]):
             raise ValueError("arrays do not fit together")
-        return Faces(names=names, files=files, skipped=skipped, data=about["data"], **arrays)
+        return Faces(data=about["data"], crop=about["crop"], **texts, **arrays)
     except Exception as error:  # noqa: BLE001  a broken cache costs time, never the run
         _say(f"cache {_printable(str(store))} is broken ({_reason(error)}), made again")
         return None
@@ -639,7 +810,7 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
 def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
     if store is None:
         return
-    about = {key: getattr(faces, key) for key in ("names", "files", "skipped", "data")}
+    about = {key: getattr(faces, key) for key in (*TEXTS, "data", "crop")}
     text = json.dumps({**about, "signature": signature}).encode("ascii")
     tensors = {key: getattr(faces, key) for key in ARRAYS}
     arrays = {key: tensor.numpy() for key, tensor in tensors.items() if tensor is not None}
@@ -651,11 +822,6 @@ def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
 
 
 # ---- persons
-
-
-def person_images(faces: Faces, person: int) -> torch.Tensor:
-    """Indices of one person's images, int64, ascending."""
-    return torch.nonzero(faces.person == person).flatten()
 
 
 def image_counts(faces: Faces) -> torch.Tensor:
@@ -723,10 +889,18 @@ def write_manifest(path: File, faces: Faces, split: Split) -> None:
     """Write people.json atomically.
 
     It holds data, images (how many the data has), seed, the sorted person names of the parts, and
-    sha256 over the canonical JSON (sorted keys, no spaces, ASCII) of all other entries. Raises
-    DataError where the file cannot be written.
+    sha256 over the canonical JSON (sorted keys, no spaces, ASCII) of all other entries. Of
+    photographs also pixels, sha256 over the `Faces.hashes` of all images in order, and trained, the
+    hashes of the train persons' images in base64, 11 bytes an image; of rendered faces neither, as
+    how their pixels are rounded depends on the machine. Raises DataError where the file cannot be
+    written.
     """
     content: dict[str, Any] = {"data": faces.data, "images": len(faces), "seed": split.seed}
+    if faces.data != "synthetic":
+        hashes = _hashes(faces)
+        trained = hashes[np.isin(faces.person.numpy(), split.train)]
+        content["pixels"] = hashlib.sha256(hashes.tobytes()).hexdigest()
+        content["trained"] = base64.b64encode(trained.tobytes()).decode()
     for part in PARTS:
         content[part] = sorted(faces.names[k] for k in getattr(split, part))
     run.write(path, {**content, "sha256": _digest(content)})
@@ -756,65 +930,107 @@ def open_split(
 
 
 def read_manifest(path: File, faces: Faces) -> Split:
-    """The Split that `write_manifest` wrote, as indices into these faces.
+    """The Split that `write_manifest` wrote, as indices into these faces, wherever they lie now.
 
     Raises DataError: unreadable or malformed file, a hash that does not fit, a person named twice
-    or in two parts, persons that are absent from faces, or another number of images (rows name
-    images by index: the data must be the same).
+    or in two parts, persons that are absent from faces, other images or another order of them (rows
+    name images by index). A manifest of an older version has no hashes: one line tells it.
     """
-    try:
-        with open(path, "rb") as file:
-            held = json.loads(file.read(MAX_TEXT_BYTES).decode("utf-8"))
-    except OSError as error:
-        what = f"cannot be read ({_reason(error)}); give the folder of a finished run"
-        raise _wrong(path, what) from None
-    except (ValueError, RecursionError):
-        raise _wrong(path, "is not valid JSON; restore it or start a new run") from None
-    kinds = {"seed": int, "images": int, "data": str, "sha256": str}
-    if not isinstance(held, dict) or any(
-        type(held.get(k)) is not kind for k, kind in kinds.items()
-    ):
-        raise _wrong(path, "is not a manifest of persons; restore it or start a new run")
-    for part in PARTS:
-        names = held.get(part)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise _wrong(path, f"{part!r} is not a list of names; restore it or start a new run")
-    if _digest({key: value for key, value in held.items() if key != "sha256"}) != held["sha256"]:
-        what = "its sha256 does not fit, it was changed by hand"
-        raise _wrong(path, f"{what}; restore it or start a new run")
+    held = _manifest(path)
     persons = [name for part in PARTS for name in held[part]]
-    if len(persons) != len(set(persons)):
-        twice = next(name for name in persons if persons.count(name) > 1)
-        raise _wrong(path, f"person {_short(twice)} stands in it twice; start a new run")
     index = {name: k for k, name in enumerate(faces.names)}
     that = f"use the data of that run ({_short(held['data'])}) or start a new run"
     absent = sorted(name for name in persons if name not in index)
     if absent:
         what = f"{len(absent)} of its {len(persons)} persons are not in this data"
         raise _wrong(path, f"{what}, {_short(absent[0])} is one; {that}")
-    if held["images"] != len(faces):
-        what = f"was written for {held['images']} images, this data has {len(faces)}"
-        raise _wrong(path, f"{what}; {that}")
+    if (held["data"], held["images"]) != (faces.data, len(faces)):
+        what = f"was written for {held['images']} images of {_short(held['data'])}, this data has"
+        raise _wrong(path, f"{what} {len(faces)} of {faces.data}; {that}")
+    if faces.data != "synthetic" and not held["pixels"]:
+        _say(f"{_printable(os.fspath(path))} is of an older version: images are not compared")
+    elif faces.data != "synthetic":
+        hashes = _hashes(faces)
+        if hashlib.sha256(hashes.tobytes()).hexdigest() != held["pixels"]:
+            there = f"{np.isin(held['trained'], hashes).sum()} of its {len(held['trained'])}"
+            what = "was written for other images, another order, another crop or Pillow:"
+            raise _wrong(path, f"{what} {there} train images are in this data; {that}")
     parts = [tuple(sorted(index[name] for name in held[part])) for part in PARTS]
     return Split(parts[0], parts[1], parts[2], held["seed"])
+
+
+def trained_on(path: File, faces: Faces) -> set[str]:
+    """Names of the persons of faces of whom a photograph was trained on, by a manifest's hashes.
+
+    Pixels are compared, so neither names nor places matter; another crop does. Of rendered faces,
+    where the training's were rendered too, all. Raises DataError: as `_manifest`, and where it is
+    of an older version, without hashes.
+    """
+    held = _manifest(path)
+    if held["data"] == "synthetic":
+        return {*faces.names} if faces.data == "synthetic" else set()
+    if not held["pixels"]:
+        what = "is of an older version and does not say which photographs were trained on"
+        raise _wrong(path, f"{what}; start a new run")
+    seen = np.isin(_hashes(faces), held["trained"])
+    return {faces.names[k] for k in faces.person.numpy()[seen]}
+
+
+def _hashes(faces: Faces) -> np.ndarray:
+    """Of each image, int64 (N,), the same on every machine."""
+    if faces.hashes is None:  # not of the loaders
+        return np.array([_hash(image) for image in faces.images.numpy()], dtype="<i8")
+    return faces.hashes.numpy().astype("<i8")
+
+
+def _manifest(path: File) -> dict[str, Any]:
+    """What `write_manifest` wrote; trained as hashes. DataError where it is not whole."""
+
+    def wrong(what: str) -> DataError:
+        return _wrong(path, f"{what}; restore it or start a new run")
+
+    held = run.read_json(path, "restore it, give the folder of a finished run or start a new one")
+    kinds = {"seed": int, "images": int, "data": str, "sha256": str}
+    if any(type(held.get(key)) is not kind for key, kind in kinds.items()):
+        raise wrong("is not a manifest of persons")
+    for part in PARTS:
+        names = held.get(part)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise wrong(f"{part!r} is not a list of names")
+    if _digest({key: value for key, value in held.items() if key != "sha256"}) != held["sha256"]:
+        raise wrong("its sha256 does not fit, it was changed by hand")
+    counts = Counter(name for part in PARTS for name in held[part])
+    if twice := [name for name, n in counts.items() if n > 1]:
+        raise wrong(f"person {_short(twice[0])} stands in it twice")
+    try:
+        raw = base64.b64decode(held.setdefault("trained", ""), validate=True)
+        held["trained"] = np.frombuffer(raw, dtype="<i8")
+        held["pixels"] = str(held.get("pixels", ""))
+    except (TypeError, ValueError):
+        raise wrong("its hashes are not whole") from None
+    return held
 
 
 def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces, Split]:
     """The faces and the split of a run, by a script's config; a new run gets its people.json.
 
-    config: its fields data, root, crop, synthetic_persons, synthetic_images, train_persons (0: all
-    that are left), validation_persons, target_persons, split_seed, seed, preset. overwrite: the
-    persons are drawn again. Rank 0 writes run.json: what to load the same faces with.
+    config: its fields data, root, crop, person_folder (if it has one), synthetic_persons,
+    synthetic_images, train_persons (0: all that are left), validation_persons, target_persons,
+    split_seed, seed, preset. overwrite: the persons are drawn again. Rank 0 writes run.json: what
+    to load the same faces with, by the crop that was found for them.
     Raises DataError.
     """
     rendered = {"persons": config.synthetic_persons, "images_per_person": config.synthetic_images}
     options = rendered if config.data == "synthetic" else {}
-    faces = load(config.data, config.root or None, crop=config.crop or None, **options)
+    whose = getattr(config, "person_folder", "")
+    more = {"crop": config.crop or None, "person_folder": whose or None}
+    faces = load(config.data, config.root or None, **more, **options)
     sizes = config.train_persons or None, config.validation_persons, config.target_persons
     overwrite = overwrite and run.rank() == 0  # the other processes find what it drew
     split = open_split(Path(folder) / "people.json", faces, sizes, config.split_seed, overwrite)
-    record = {key: getattr(config, key) for key in ("data", "root", "crop", "preset", "seed")}
+    record = {key: getattr(config, key) for key in ("data", "preset", "seed")}
     record |= {"root": config.root and str(Path(config.root).resolve()), "options": options}
+    record |= {"crop": faces.crop, "person_folder": whose}
     if run.rank() == 0:
         run.write(Path(folder) / "run.json", record)
     return faces, split

@@ -26,6 +26,9 @@ for seed in ${SEEDS:-0}; do
     case $method in ours | transfer) attacks=all ;; esac
     [ "$method" != ours ] || defences=all
     python attacks.py --run "$run" --method "$name" --attacks "$attacks" --defences "$defences"
+    case $method in weak-at | doa-*) # Fig. 3, by networks that never saw a generated image
+      [ ! -f "$run/generator.pt" ] || python -m results.figures "$run" "$method" ;;
+    esac
   done
   python metrics.py --run "$run"
 done

@@ -12,6 +12,7 @@ import random
 import resource
 import struct
 import time
+import unicodedata
 import warnings
 import zlib
 
@@ -155,14 +156,16 @@ def test_folder_of_damaged_images(tmp_path, capfd):
             kind, raw = rng.choice(kinds)
             raw = mutate(raw, rng.choice(kinds)[1], rng)
             (root / f"person {k}" / f"{i}.{kind.lower()}").write_bytes(raw)
-        Image.new("RGB", (30, 30)).save(root / f"person {k}" / "good.png")
+        Image.new("RGB", (30, 30), (k, 0, 0)).save(root / f"person {k}" / "good.png")
     faces = data.load("folder", root, cache=tmp_path / "cache")
     assert len(faces) + len(faces.skipped) == 65 and len(faces.names) == 5 and len(faces) >= 5
     out, err = capfd.readouterr()
     ours = [
         line for line in err.splitlines() if line.startswith("data: ")
     ]  # libtiff may add lines of its own
-    assert out == "" and len(ours) == 1 and f"{len(faces.skipped)} of 65 files skipped" in ours[0]
+    assert out == f"data: {faces.notes[0]}\n" and "65 files skipped" in ours[-1]
+    assert f"{len(faces.skipped)} of 65" in ours[-1]
+    assert ours[:-1] == [f"data: {note}" for note in faces.notes[1:]]
     assert "Traceback" not in err
 
 
@@ -259,12 +262,13 @@ def test_absurd_exif(exif, tmp_path):
 
 def test_folder_of_traps(tmp_path, capsys):
     root = tmp_path / "my faces"
-    for name in ("ann", "name with spaces", "数学 é\u202e", "line\nend", "back\\slash"):
+    names = ("ann", "name with spaces", "数学 é\u202e", "line\nend", "back\\slash")
+    for grey, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(root / name / "ok.png")
-    Image.new("RGB", (64, 64)).save(root / "ann" / "wrong.jpg", "PNG")
+        Image.new("RGB", (64, 64), (grey,) * 3).save(root / name / "ok.png")
+    Image.new("RGB", (64, 64), "red").save(root / "ann" / "wrong.jpg", "PNG")
     with open(os.fsencode(root / "ann") + b"/\xff\xfe.png", "wb") as file:
-        Image.new("RGB", (64, 64)).save(file, "PNG")
+        Image.new("RGB", (64, 64), "blue").save(file, "PNG")
     (root / "ann" / "loop").symlink_to(root)
     (root / "ann" / "self").symlink_to(root / "ann" / "self")
     (root / "ann" / "broken.jpg").symlink_to(root / "absent.jpg")
@@ -287,11 +291,87 @@ def test_folder_of_traps(tmp_path, capsys):
     assert set(reasons) == {*refused, "self", "broken.jpg", "half.png", "8"}
     assert all(reason in reasons[name] for name, reason in refused.items())
     assert reasons["zero.jpg"] == "empty file"
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "10 of 17 files skipped" in err and "and 7 more" in err
+    assert "7 photographs of 5 persons, 64x64: crop none" in out
     split = data.split_persons(faces, 5, 0, 0)
     data.write_manifest(tmp_path / "people.json", faces, split)
     assert data.read_manifest(tmp_path / "people.json", faces) == split
+
+
+PERSONS = ["Zoë Müller", "zoë müller", "ZoëMüller", "ann", "Dev", "bob_2", "数学", "IMG", "o'b - é"]
+LEVELS = ["train", "Test", "VAL", "gallery", "probe_images", "dev-1", "query set"]
+# how a person's k-th photograph is filed: {p} person, {s} split, {c} collection, {k} number
+LAYOUTS = {
+    "{p}/{k}.png": "",
+    "{s}/{p}/{k}.png": "",
+    "lfw/{p}/{k}.png": "",
+    "faces/{s}/{p}/images/{k}.png": "",
+    "{p}_{k}.png": "",
+    "{s}/{p}-{k}.png": "",
+    "{p}/day {c}/{k}.png": "first",
+    "{s}/{p}/{c}/more/{k}.png": "first",
+    "{c}/{p}/{k}.png": "last",
+    "all of it/{c}/{s}/{p}/{k}.png": "last",
+}
+
+
+def spelt(text, rng):
+    return unicodedata.normalize(rng.choice(("NFC", "NFD")), text)
+
+
+def test_arbitrary_layouts(tmp_path, capfd):
+    """Persons filed in every way, names spelt in every way, photographs twice: each photograph is
+    once there, and its person's, or it is one line; what is left out is named."""
+    rng, asked = random.Random(8), 0
+    for n in range(50 * FUZZ):
+        root, pattern = tmp_path / str(n), rng.choice(list(LAYOUTS))
+        persons, whose = rng.sample(PERSONS, rng.randrange(2, 6)), {}
+        groups = [(rng.choice("ab"), rng.choice(LEVELS)) for _ in range(rng.randrange(1, 4))]
+        groups += [("a", groups[0][1]), ("b", groups[0][1])]  # at least two of everything
+        for c, s in groups:
+            for p in persons:
+                for _ in range(rng.randrange(1, 3)):
+                    path = pattern.format(p=p, s=s, c=c, k=len(whose))
+                    path = root / spelt(path, rng)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    colour = len(whose) if rng.random() < 0.8 else rng.randrange(len(whose) + 1)
+                    Image.new("RGB", (64, 64), (colour, 7, n % 256)).save(path)
+                    whose[str(path.relative_to(root))] = (p, colour)
+        right = LAYOUTS[pattern]
+        given = rng.choice((None, None, right or "last", "first" if right == "first" else "last"))
+        capfd.readouterr()
+        if right and given is None:
+            with pytest.raises(data.DataError, match="give --person-folder first .* or last") as e:
+                data.load("folder", root, cache=None)
+            one_line(e.value)
+            asked += 1
+            continue
+        faces = data.load("folder", root, cache=None, person_folder=given)
+        of = {}
+        for p, colour in whose.values():
+            of.setdefault(colour, set()).add(p)
+        once = {colour: min(found) for colour, found in of.items() if len(found) == 1}
+        assert faces.images[:, 0, 0, 0].sort().values.tolist() == sorted(once), pattern
+        for k, file in enumerate(faces.files):
+            p, colour = whose[file]
+            assert faces.names[int(faces.person[k])] == p == once[colour]
+            assert int(faces.images[k, 0, 0, 0]) == colour
+        left_out = {line.split(": ")[0] for line in faces.skipped}
+        assert left_out == whose.keys() - {*faces.files}
+        out, err = capfd.readouterr()
+        assert out == f"data: {faces.notes[0]}\n" and f"{len(faces)} photographs of" in out
+        assert all(line.startswith("data: ") for line in err.splitlines())
+        told = {
+            "filed under two persons": len(once) < len(of),
+            "exact copies": len(left_out) > sum(of[c] != {p} for p, c in whose.values()),
+            "names alike": len({*persons} & {*PERSONS[:3]}) > 1,
+            "taken for splits": "{s}" in pattern or "images" in pattern,
+            "files skipped": bool(left_out),
+        }
+        assert {what: what in err for what in told} == told, (pattern, persons, err)
+    print(f"{50 * FUZZ} folders, {asked} asked about")
+    assert asked
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

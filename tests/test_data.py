@@ -1,9 +1,11 @@
 """data: decoding, loaders, cache, splits, manifest. Small images made here; LFW where it lies
 beside the repository."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -62,10 +64,24 @@ def folder(tmp_path):
     return root
 
 
+def fill(root, *paths):
+    """Photographs at these paths, each of another colour than all others."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        colour = (*np.random.default_rng(list(path.encode())).integers(0, 256, 3).tolist(),)
+        Image.new("RGB", (64, 64), colour).save(root / path)
+
+
 def load(root, tmp_path, **more):
     return data.load(
         "folder", root, cache=more.pop("cache", tmp_path / "cache"), progress=False, **more
     )
+
+
+def told(capsys, faces):
+    """The lines on stderr since the last look, but for the notes of these faces."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.removeprefix("data: ") not in faces.notes]
 
 
 def made(counts, names=None):
@@ -231,23 +247,119 @@ def test_folder(folder, tmp_path):
     assert faces.names == ("ann", "bob b", "çelik") and faces.data == "folder" and len(faces) == 8
     assert faces.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 60, 70, 80, 120]
     assert faces.files[4] == os.path.join("bob b", "0.png") and faces.skipped == ()
-    assert data.person_images(faces, 1).tolist() == [4, 5, 6] and data.image_counts(
-        faces
-    ).tolist() == [4, 3, 1]
+    assert data.image_counts(faces).tolist() == [4, 3, 1]
 
 
-def test_nested_folders_belong_to_the_first(tmp_path):
-    for path in ("ann/2001/a.png", "ann/2002/deep/b.png", "bob/c.png"):
-        (tmp_path / "in" / path).parent.mkdir(parents=True, exist_ok=True)
-        quarters().save(tmp_path / "in" / path)
-    faces = load(tmp_path / "in", tmp_path)
-    assert faces.names == ("ann", "bob") and faces.person.tolist() == [0, 0, 1]
+NESTED = ("ann/2001/a.png", "ann/2002/deep/b.png", "bob/c.png")
+
+
+def persons_of(tmp_path, *paths, **options):
+    """The names that these photographs are filed under, with how many each."""
+    shutil.rmtree(tmp_path / "in", ignore_errors=True)
+    fill(tmp_path / "in", *paths)
+    faces = load(tmp_path / "in", tmp_path, **options)
+    return dict(zip(faces.names, data.image_counts(faces).tolist())), faces
+
+
+def test_nested_folders_are_asked_about(tmp_path):
+    """A person's sessions, or a collection's persons: who knows."""
+    with pytest.raises(
+        data.DataError, match=r"ann.2001: is the person ann or 2001\? give --person-folder first"
+    ):
+        persons_of(tmp_path, *NESTED)
+    found, faces = persons_of(tmp_path, *NESTED, person_folder="first")
+    assert found == {"ann": 2, "bob": 1} and faces.person.tolist() == [0, 0, 1]
+    last, _ = persons_of(tmp_path, *NESTED, person_folder="last")
+    assert last == {"2001": 1, "deep": 1, "bob": 1}
+    with pytest.raises(data.DataError, match="--person-folder middle: first or last"):
+        persons_of(tmp_path, *NESTED, person_folder="middle")
+    with pytest.raises(data.DataError, match="no person folder"):
+        data.load("synthetic", person_folder="first")
+    with pytest.raises(data.DataError, match="--person-folder last: .* of --data folder alone"):
+        data.load("celeba", tmp_path, person_folder="last")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("train/ann/0.png", "train/bob/1.png", "test/ann/2.png", "Test/bob/3.png"),
+        ("Gallery/ann/0.png", "probe/ann/1.png", "query/bob/2.png", "valid/bob/3.png"),
+        ("ann/images/0.png", "ann/images/1.png", "bob/images/2.png", "bob/images/3.png"),
+        (
+            "images/train_1/ann/0.png",
+            "images/dev/ann/1.png",
+            *(f"images/val/bob/{i}.png" for i in (2, 3)),
+        ),
+        (
+            "faces-1.0/ann/0.png",
+            "faces-1.0/ann/1.png",
+            "faces-1.0/bob/2.png",
+            "faces-1.0/bob/3.png",
+        ),
+        ("train/ann_0.png", "train/ann_1.png", "test/bob_2.png", "validation/bob_3.png"),
+        ("lfw/ann/0.png", "lfw/ann/1.png", "lfw/bob/2.png", "lfw/bob/3.png"),  # one too deep
+        ("lfw/train/ann/0.png", "lfw/train/ann/1.png", "lfw/test/bob/2.png", "lfw/test/bob/3.png"),
+    ],
+    ids=lambda paths: paths[0],
+)
+def test_splits_are_levels(paths, tmp_path):
+    found, faces = persons_of(tmp_path, *paths)
+    assert found == {"ann": 2, "bob": 2}
+    splits = [note for note in faces.notes if "taken for splits" in note]
+    assert len(splits) == (not paths[0].startswith("lfw/ann"))
+
+
+def test_a_person_of_a_splits_name(tmp_path):
+    """Beside persons' folders it is one of them; beside splits another level is asked about."""
+    assert persons_of(tmp_path, "ann/0.png", "Dev/1.png")[0] == {"Dev": 1, "ann": 1}
+    with pytest.raises(data.DataError, match="extra or bob"):
+        persons_of(tmp_path, "train/ann/0.png", "extra/bob/1.png")
+
+
+def test_spellings_of_one_name(tmp_path, capsys):
+    """Composed and decomposed letters are one name; case and spaces are told."""
+    composed, parted = "Zo\u00eb", "Zoe\u0308"
+    found, faces = persons_of(
+        tmp_path,
+        f"{composed}/0.png",
+        f"{parted}/1.png",
+        f"{parted}/2.png",
+        "bob/3.png",
+        "bob/4.png",
+    )
+    assert found == {composed: 3, "bob": 2} and not any("alike" in note for note in faces.notes)
+    assert persons_of(tmp_path, f"{composed}_1.png", f"{parted}_2.png")[0] == {composed: 2}
+    capsys.readouterr()
+    paths = ("Ann Lee/0.png", "ann_lee/1.png", "AnnLee/2.png", "bob/3.png")
+    found, faces = persons_of(tmp_path, *paths)
+    alike = "names alike but for case or spaces, taken for several persons: Ann Lee and AnnLee and"
+    assert len(found) == 4 and f"data: {alike} ann_lee" in capsys.readouterr().err.splitlines()
+
+
+def test_a_stray_folder_is_told(tmp_path, capsys):
+    many = [f"{name}/{i}.png" for name in ("ann", "bob") for i in range(3)]
+    stray = "data: a folder of one file beside folders of more, is it a person: docs"
+    persons_of(tmp_path, *many, "docs/logo.png")
+    assert stray in capsys.readouterr().err.splitlines()
+    persons_of(tmp_path, "ann/0.png", "bob/1.png", "carl/2.png", "carl/3.png")  # as in LFW
+    assert "a folder of one file" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["IMG_{:04}", "DSC{:05}", "{:06}", "P10{:05}", "20240131_{:06}"])
+def test_camera_files_are_no_persons(name, tmp_path, capsys):
+    persons_of(tmp_path, *(f"{name.format(i)}.png" for i in range(5)))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "named like" in line]
+    n = 1 if "_" in name else 5
+    first = f"data: 5 files named like {name.format(0)}.png are taken for {n} person{'s' * (n > 1)}"
+    assert len(lines) == 1 and lines[0].startswith(f"{first}; if they are not")
+    persons_of(tmp_path, *(f"ann/{name.format(i)}.png" for i in range(5)))
+    persons_of(tmp_path, *(f"000{i // 2}_{i}.png" for i in range(6)))  # numbers for names
+    assert "named like" not in capsys.readouterr().err
 
 
 def test_flat_names(tmp_path):
-    (tmp_path / "in").mkdir()
-    for name in ("Ann_Lee_0001", "Ann_Lee_0002", "bob-7", "carl", "_5"):
-        quarters().save(tmp_path / "in" / f"{name}.png")
+    names = ("Ann_Lee_0001", "Ann_Lee_0002", "bob-7", "carl", "_5")
+    fill(tmp_path / "in", *(f"{name}.png" for name in names))
     faces = load(tmp_path / "in", tmp_path)
     assert faces.names == ("Ann_Lee", "_5", "bob", "carl") and data.image_counts(
         faces
@@ -260,7 +372,7 @@ def test_a_file_beside_the_persons_is_skipped(folder, tmp_path, capsys):
     (folder / "ann" / "Thumbs.db").write_bytes(b"x")
     faces = load(folder, tmp_path)
     assert faces.skipped == ("sheet.png: lies beside the persons' folders",) and len(faces) == 8
-    assert capsys.readouterr().err.count("\n") == 1
+    assert told(capsys, faces) == [f"data: 1 of 9 files skipped: {faces.skipped[0]}"]
 
 
 def test_wrong_extension_is_told_by_content(folder, tmp_path):
@@ -276,6 +388,120 @@ def test_folder_reads_alike_in_any_order(folder, tmp_path):
         (other / path.relative_to(folder)).write_bytes(path.read_bytes())
     a, b = load(folder, tmp_path), load(other, tmp_path)
     assert a.names == b.names and a.files == b.files and torch.equal(a.images, b.images)
+
+
+def test_folders_without_inodes(folder, tmp_path, monkeypatch):
+    """What os.scandir gives on Windows: device and inode 0, the same for every folder. A link back
+    is still known for what it is."""
+    (folder / "ann" / "back").symlink_to(folder)
+    (folder / "bob b" / "ann").symlink_to(folder / "ann")
+    real = load(folder, tmp_path)
+    whole = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.entry = entry.name, entry
+
+        def stat(self):
+            return os.stat_result([self.entry.stat().st_mode, 0, 0, *self.entry.stat()[3:]])
+
+    monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext(map(Entry, whole(path))))
+    faces = load(folder, tmp_path, cache=None)
+    assert faces.names == ("ann", "bob b", "çelik") and len(faces) == 8
+    assert faces.files == real.files and faces.skipped == real.skipped and len(real.skipped) == 2
+
+
+def test_ten_copies_of_one_photograph_are_one(folder, tmp_path, capsys):
+    """Also in another format: pixels count. Kept once, the first, and told from the cache too."""
+    one = Image.open(folder / "ann" / "0.png")
+    for i in range(9):
+        one.save(folder / "ann" / f"copy {i}.{('png', 'bmp', 'tif')[i % 3]}")
+    for _ in range(2):
+        faces = load(folder, tmp_path)
+        assert data.image_counts(faces).tolist() == [4, 3, 1] and "copy" not in str(faces.files)
+        assert len(faces.skipped) == 9
+        assert set(faces.skipped) == {
+            f"ann/copy {i}.{('png', 'bmp', 'tif')[i % 3]}: the same photograph as ann/0.png"
+            for i in range(9)
+        }
+        err = capsys.readouterr().err
+        assert "data: 9 exact copies of a person's own photographs left out" in err
+        assert "9 of 17 files skipped: ann/copy" in err and "two persons" not in err
+
+
+def test_a_photograph_of_two_persons_is_nobodys(folder, tmp_path, capsys):
+    before = load(folder, tmp_path)
+    shutil.copy(folder / "ann" / "1.png", folder / "bob b" / "9.png")
+    shutil.copy(folder / "ann" / "1.png", folder / "bob b" / "8.png")
+    capsys.readouterr()
+    faces = load(folder, tmp_path)
+    assert data.image_counts(faces).tolist() == [3, 3, 1]
+    assert faces.files == tuple(file for file in before.files if file != "ann/1.png")
+    assert torch.equal(faces.images, before.images[[0, 2, 3, 4, 5, 6, 7]])
+    lines = capsys.readouterr().err.splitlines()
+    what = "photographs are filed under two persons or more and left out of all"
+    assert f"data: 1 {what}: ann/1.png = bob b/8.png" in lines
+    assert any("3 of 10 files skipped: ann/1.png: the same" in line for line in lines)
+    shutil.rmtree(folder / "ann")
+    shutil.copytree(folder / "bob b", folder / "ann")
+    (folder / "çelik" / "0.png").unlink()
+    with pytest.raises(data.DataError, match="none of its 10 files can be used"):
+        load(folder, tmp_path)
+
+
+# ---- crop
+
+
+def sized(root, *sizes):
+    """Photographs of two persons, of these sizes in turn, grey with a white frame."""
+    for i, size in enumerate(sizes):
+        path = root / f"p{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", size, WHITE)
+        edge = size[0] // 8
+        image.paste((10 * i,) * 3, (edge, edge, size[0] - edge, size[1] - edge))
+        image.save(path)
+    return root
+
+
+def framed(faces):
+    """Which images still have their frame: those that were not cropped further."""
+    return (faces.images[:, 0, 0, 0] > 200).tolist()
+
+
+def test_one_crop_for_the_whole_folder(tmp_path, capsys):
+    """A cropped face that happens to be 250 x 250 is not cropped again; what was chosen is told,
+    also from the cache, and kept."""
+    few = sized(tmp_path / "few", (250, 250), (240, 240), (260, 260), (231, 231), (64, 64))
+    for _ in range(2):
+        faces = load(few, tmp_path)
+        assert faces.crop == "centre" and framed(faces) == [True] * 5 and faces.skipped == ()
+        line = "data: 5 photographs of 2 persons, mixed sizes, 250x250 (1); 260x260 (1); 64x64 "
+        said = capsys.readouterr()
+        assert said.out == f"{line}(1); and 2 more: crop centre, by the size of most\n"
+        assert said.err == ""
+    most = sized(tmp_path / "most", *[(250, 250)] * 4, (300, 300), (300, 200))
+    faces = load(most, tmp_path)
+    assert faces.crop == "lfw" and framed(faces) == [False] * 5
+    assert len(faces.skipped) == 1 and "5.png: crop lfw needs a square image" in faces.skipped[0]
+    alone = {250: "lfw", 64: "none", 100: "centre"}
+    for side, crop in alone.items():
+        faces = load(sized(tmp_path / f"all {side}", *[(side, side)] * 3), tmp_path)
+        what = f"3 photographs of 2 persons, {side}x{side}: crop {crop}, by the size of all"
+        assert faces.crop == crop and faces.notes[0] == what
+    faces = load(tmp_path / "all 250", tmp_path, crop="none")
+    assert faces.notes[0] == "3 photographs of 2 persons, 250x250: crop none" and all(framed(faces))
+
+
+def test_the_crop_that_was_found_is_read_from_the_cache(tmp_path, monkeypatch):
+    """A run asks for it by name where its first load did not."""
+    root = sized(tmp_path / "in", (250, 250), (250, 250), (100, 100))
+    found = load(root, tmp_path)
+    monkeypatch.setattr(data, "_decode", None)
+    again = load(root, tmp_path, crop=found.crop)
+    assert found.crop == "lfw" and torch.equal(found.images, again.images)
+    with pytest.raises(data.DataError):
+        load(root, tmp_path, crop="none")
 
 
 # ---- celeba
@@ -417,7 +643,7 @@ def test_empty_folder_and_folder_without_images(tmp_path):
     with pytest.raises(data.DataError, match="no images"):
         load(tmp_path / "in", tmp_path)
     (tmp_path / "in" / "ann" / "a.jpg").write_bytes(b"not an image")
-    with pytest.raises(data.DataError, match="none of its 1 files is a readable image"):
+    with pytest.raises(data.DataError, match="none of its 1 files can be used"):
         load(tmp_path / "in", tmp_path)
 
 
@@ -508,10 +734,10 @@ def test_broken_cache_is_made_again(how, folder, tmp_path, capsys):
         store.write_bytes(raw)
     again = load(folder, tmp_path)
     assert torch.equal(first.images, again.images) and first.names == again.names
-    assert capsys.readouterr().err.count("\n") == 1
+    assert len(told(capsys, first)) == 1
     if how != "folder":
         load(folder, tmp_path)
-        assert capsys.readouterr().err == ""
+        assert told(capsys, first) == []
 
 
 def test_cache_that_cannot_be_written_only_warns(folder, tmp_path, capsys):
@@ -546,11 +772,12 @@ def test_what_a_killed_writer_left_is_removed_after_a_minute(folder, tmp_path):
 def test_concurrent_loads(folder, tmp_path):
     store = str(tmp_path / "cache")
     code = f"import data; print(len(data.load('folder', {str(folder)!r}, cache={store!r})))"
+    line = "data: 8 photographs of 3 persons, 64x64: crop none, by the size of all\n"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    assert [run.communicate(timeout=120)[0] for run in runs] == ["8\n"] * 2
+    assert [run.communicate(timeout=120)[0] for run in runs] == [f"{line}8\n"] * 2
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -668,7 +895,8 @@ def test_manifest(tmp_path):
     data.write_manifest(tmp_path / "people.json", faces, split)
     assert data.read_manifest(tmp_path / "people.json", faces) == split
     held = json.loads((tmp_path / "people.json").read_text())
-    assert set(held) == {"data", "images", "seed", "train", "validation", "target", "sha256"}
+    known = {"data", "images", "seed", "train", "validation", "target", "sha256"}
+    assert set(held) == known | {"pixels", "trained"} and len(held["trained"]) == 536  # 50 hashes
     assert held["train"] == sorted(faces.names[k] for k in split.train) and held["seed"] == 9
     assert os.listdir(tmp_path) == ["people.json"]
     first = (tmp_path / "people.json").read_bytes()
@@ -691,7 +919,16 @@ def rewrite(path, sign=True, **changes):
         ({"seed": 1}, False, "sha256 does not fit"),
         ({"target": ["p0000"], "train": ["p0000"]}, True, "stands in it twice"),
         ({"target": ["nobody"]}, True, "1 of its .* persons are not in this data, nobody is one"),
-        ({"images": 7}, True, "was written for 7 images, this data has 200"),
+        ({"images": 7}, True, "was written for 7 images of folder, this data has 200 of folder"),
+        ({"data": "synthetic"}, True, "for 200 images of synthetic, this data has 200 of folder"),
+        (
+            {"pixels": "0"},
+            True,
+            "for other images, another order, .* Pillow: 50 of its 50 train",
+        ),
+        ({"trained": "AAAA"}, True, "its hashes are not whole"),
+        ({"trained": "é"}, True, "its hashes are not whole"),
+        ({"trained": 7}, True, "its hashes are not whole"),
         ({"train": "p0000"}, True, "'train' is not a list of names"),
         ({"train": [1]}, True, "'train' is not a list of names"),
         ({"seed": "0"}, True, "is not a manifest"),
@@ -718,7 +955,7 @@ def test_manifest_that_is_none(text, tmp_path):
 
 def test_manifest_absent_or_not_writable(tmp_path):
     faces = made([2])
-    with pytest.raises(data.DataError, match="cannot be read"):
+    with pytest.raises(data.DataError, match="no such file: .* give the folder"):
         data.read_manifest(tmp_path / "people.json", faces)
     (tmp_path / "file").write_text("")
     with pytest.raises(data.DataError, match="cannot be written"):
@@ -755,10 +992,11 @@ def test_open_run(folder, tmp_path, monkeypatch):
     assert json.loads((run / "run.json").read_text()) == {
         "data": "folder",
         "root": str(folder),
-        "crop": "",
+        "crop": "none",
         "preset": "demo",
         "seed": 4,
         "options": {},
+        "person_folder": "",
     }
     assert data.open_run(config, run)[1] == split and (run / "people.json").read_bytes() == held
     other = dataclasses.replace(config, split_seed=7, validation_persons=2)
@@ -773,6 +1011,172 @@ def test_open_run(folder, tmp_path, monkeypatch):
     faces, _ = data.open_run(Config(data="synthetic"), tmp_path / "rendered")
     options = json.loads((tmp_path / "rendered" / "run.json").read_text())["options"]
     assert options == {"persons": 9, "images_per_person": 10} and len(faces) == 90
+
+
+def test_whose_folder_it_is_goes_into_the_run(tmp_path, monkeypatch):
+    """run.json says it, so that attacks.py reads the same persons."""
+    import attacks
+
+    fill(tmp_path / "in", *(f"{a}/{b}/{i}.png" for a in "ab" for b in "cde" for i in range(2)))
+    nested = dataclasses.make_dataclass("Nested", [("person_folder", str, "last")], bases=(Config,))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.DataError, match="a.c: is the person a or c"):
+        data.open_run(Config(root="in"), tmp_path / "run")
+    faces, split = data.open_run(nested(root="in"), tmp_path / "run")
+    assert faces.names == ("c", "d", "e")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["person_folder"] == "last"
+    judged = attacks.judged(attacks.Config(), tmp_path / "run", about)
+    assert judged.faces.names == faces.names and judged.far == list(split.validation)
+    shutil.copytree("in", "other")
+    with pytest.raises(data.DataError, match="a.c: is the person a or c"):
+        attacks.judged(attacks.Config(data="folder", root="other"), tmp_path / "run", about)
+
+
+# ---- trained on
+
+
+PERSONS = ("ann", "bob", "carl", "dora", "eve", "fred")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run's folder with people.json and run.json, of six persons with four photographs of 250 x
+    250 each, two persons trained on; and the faces."""
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(PERSONS):
+        for i in range(4):
+            path = tmp_path / "faces" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng([k, i]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((250, 250)).save(path)
+    config = Config(root="faces", validation_persons=4)
+    faces, split = data.open_run(config, tmp_path / "run")
+    assert len(split.train) == 2 and faces.crop == "lfw"
+    return tmp_path / "run", {faces.names[k] for k in split.train}
+
+
+def others(run, root, **flags):
+    """Who is judged of the photographs below root, near and far."""
+    import attacks
+
+    about = json.loads((run / "run.json").read_text())
+    config = attacks.Config(data="folder", root=str(root), min_images=4, **flags)
+    found = attacks.judged(config, run, about)
+    assert {*found.targets} <= {*found.near}
+    return [{found.faces.names[k] for k in part} for part in (found.near, found.far)]
+
+
+@pytest.mark.parametrize("how", ["same", "copied", "moved", "within", "renamed", "one", "cropped"])
+def test_who_was_trained_on_is_left_out(how, run, tmp_path, capsys):
+    """Wherever their photographs lie, whatever they are called, if one of them was trained on."""
+    folder, trained = run
+    root, flags, left = tmp_path / "other", {}, {*PERSONS} - trained
+    if how == "same":
+        root = tmp_path / "faces"
+    elif how == "moved":
+        (tmp_path / "faces").rename(root)
+    else:
+        shutil.copytree(tmp_path / "faces", root / "deep" if how == "within" else root)
+    if how == "renamed":
+        for name in PERSONS:
+            (root / name).rename(root / f"{name} 2")
+        left = {f"{name} 2" for name in left}
+    elif how == "one":
+        for name in trained:
+            for i in range(3):
+                Image.new("RGB", (250, 250), (i, len(name), 9)).save(root / name / f"{i}.png")
+    elif how == "cropped":
+        flags["crop"] = "centre"
+    capsys.readouterr()
+    assert others(folder, root, **flags) == [left, set()]
+    line = f"--root {root}: 2 of 6 persons left out, the embedding was trained on these persons"
+    out = capsys.readouterr().out.splitlines()
+    assert [text for text in out if not text.startswith("data: 24 photographs of 6")] == [line]
+
+
+def test_nobody_is_left_to_judge(run, tmp_path, capsys):
+    folder, trained = run
+    for name in trained:
+        shutil.copytree(tmp_path / "faces" / name, tmp_path / "other" / name)
+    what = "2 of 2 persons left out, the embedding was trained on these persons: nobody else has 4"
+    with pytest.raises(data.DataError, match=what) as caught:
+        others(folder, tmp_path / "other")
+    assert "\n" not in str(caught.value) and "left out" not in capsys.readouterr().out
+    fill(tmp_path / "new", *(f"{name}/{i}.png" for name in "xy" for i in range(4)))
+    assert others(folder, tmp_path / "new") == [{"x", "y"}, set()]
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_rendered_faces_were_trained_on_where_they_were(tmp_path, monkeypatch):
+    """Rendered pixels depend on the machine: all of them count as trained on, or none."""
+    import attacks
+
+    monkeypatch.chdir(tmp_path)
+    data.open_run(Config(data="synthetic"), tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    held = json.loads((tmp_path / "run" / "people.json").read_text())
+    assert about["crop"] == "" and "trained" not in held and "pixels" not in held
+    few = data.load("synthetic", persons=2, images_per_person=2)
+    monkeypatch.setattr(data, "load", lambda *_, **__: few)
+    with pytest.raises(data.DataError, match="2 of 2 persons left out"):
+        attacks.judged(attacks.Config(data="synthetic"), tmp_path / "run", about)
+    fill(tmp_path / "in", *(f"person-0000{k}/{i}.png" for k in "01" for i in range(4)))
+    monkeypatch.undo()
+    assert others(tmp_path / "run", tmp_path / "in") == [{"person-00000", "person-00001"}, set()]
+
+
+def test_data_that_moved_goes_on(run, tmp_path):
+    """Photographs are known by their pixels: the same ones at another root are the same run's."""
+    import attacks
+
+    folder, trained = run
+    before = (folder / "people.json").read_bytes()
+    (tmp_path / "faces").rename(tmp_path / "moved")
+    about = json.loads((folder / "run.json").read_text())
+    with pytest.raises(data.DataError, match="faces: cannot be read"):
+        attacks.judged(attacks.Config(), folder, about)
+    there = attacks.judged(attacks.Config(root=str(tmp_path / "moved")), folder, about)
+    faces, split = data.open_run(Config(root="moved", validation_persons=4), folder)
+    assert {faces.names[k] for k in split.train} == trained and there.far == list(split.validation)
+    assert (folder / "people.json").read_bytes() == before
+    about = json.loads((folder / "run.json").read_text())
+    assert about["root"] == str(tmp_path / "moved") and about["crop"] == "lfw"
+    assert attacks.judged(attacks.Config(), folder, about).far == list(split.validation)
+
+
+@pytest.mark.parametrize("how", ["other pixels", "other order", "other crop"])
+def test_other_photographs_of_the_same_names(how, run, tmp_path):
+    folder, trained = run
+    config = Config(root="faces", validation_persons=4)
+    one = tmp_path / "faces" / min(trained) / "0.png"
+    there = 8
+    if how == "other pixels":
+        Image.new("RGB", (250, 250)).save(one)
+        there = 7
+    elif how == "other order":
+        one.rename(one.with_name("9.png"))
+    else:
+        config.crop, there = "none", 0
+    what = f"people.json: was written for other images, .* {there} of its 8 train images are in"
+    with pytest.raises(data.DataError, match=what):
+        data.open_run(config, folder)
+
+
+def test_a_manifest_of_an_older_version(run, tmp_path, capsys):
+    """The run itself goes on, with a line; other photographs cannot be told from its own."""
+    folder, trained = run
+    held = json.loads((folder / "people.json").read_text())
+    del held["pixels"], held["trained"]
+    (folder / "people.json").write_text(json.dumps(held))
+    rewrite(folder / "people.json")
+    capsys.readouterr()
+    faces, split = data.open_run(Config(root="faces", validation_persons=4), folder)
+    assert {faces.names[k] for k in split.train} == trained
+    line = f"data: {folder / 'people.json'} is of an older version: images are not compared"
+    assert told(capsys, faces) == [line]
+    with pytest.raises(data.DataError, match="does not say which photographs were trained on"):
+        others(folder, tmp_path / "faces")
 
 
 # ---- LFW

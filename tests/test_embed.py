@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import data
 import embed as e
 import generator as g
 from data import run
@@ -33,6 +35,9 @@ FLAGS = (
     "--no-evaluation"
 ).split()
 WEAK = ["--method", "weak-at", "--attack-steps", "1"]  # the quickest, without a generator
+
+
+ONE = torch.zeros(3, 64, 64, dtype=torch.uint8)
 
 
 def rng(seed=0):
@@ -881,3 +886,32 @@ def test_what_a_run_was_made_of_is_held_against_it(run_of, capsys, interrupted_a
         about.write_bytes(good)
     for main, start in ((attacks.main, ["--run", folder]), (g.main, GENERATOR_FLAGS)):
         refused("--device nonsense: cannot be used here", [*start, "--device", "nonsense"], main)
+
+
+def photographs(root, persons=10, each=10, side=80):
+    for p in range(persons):
+        (root / f"p{p}").mkdir(parents=True)
+        for i in range(each):
+            pixels = torch.randint(256, (side, side, 3), generator=rng(p * each + i)).byte()
+            Image.fromarray(pixels.numpy()).save(root / f"p{p}" / f"{i}.png")
+
+
+def test_photographs_that_moved_go_on_with_the_run_and_verify_takes_its_crop(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    photographs(tmp_path / "here")
+    flags = [f for f in FLAGS if not f.startswith("--synthetic") and f not in ("14", "10")]
+    flags = ["--data", "folder", "--crop", "none", "--run", "run", *WEAK, *flags]
+    assert e.main(["--root", "here", *flags]) == 0
+    (tmp_path / "here").rename("there")
+    capsys.readouterr()
+    assert e.main(["--root", "there", *flags]) == 0
+    assert "is trained already" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(data, "load_image", lambda path, crop=None: asked.append(crop) or ONE)
+    two = ["there/p0/0.png", "there/p0/1.png", "--run", "run", "--method", "weak-at"]
+    assert e.main(["--verify", *two, "--attack-steps", "2"]) == 0
+    assert asked == ["none", "none"]  # 80 x 80 alone would be centre
+    (tmp_path / "there/p3/4.png").write_bytes((tmp_path / "there/p3/5.png").read_bytes())
+    assert e.main(["--root", "there", *flags]) == 2  # another photograph is another training

@@ -1,18 +1,23 @@
-"""metrics.py against scikit-learn, against hand-made answers, and on tiny runs with planted faults."""
+"""metrics.py and results/ against scikit-learn, hand-made answers and runs with planted faults."""
 
+import csv
 import json
 import math
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import metrics
+from data.run import UsageError
+from results import figures, tables
 
+ROOT = Path(metrics.__file__).parent
 HEADER = "attack,mirroring,selection,seed,target,anchor,candidate,person,role,distance"
 
 
@@ -27,12 +32,16 @@ def samples():
     yield "plain", rng.normal(1, 0.3, 101), rng.normal(1.4, 0.5, 33)
 
 
-@pytest.mark.parametrize("genuine, intruders", [s[1:] for s in samples()], ids=[s[0] for s in samples()])
+@pytest.mark.parametrize(
+    "genuine, intruders", [s[1:] for s in samples()], ids=[s[0] for s in samples()]
+)
 def test_areas_equal_scikit_learn(genuine, intruders):
     truth = np.r_[np.zeros(len(genuine)), np.ones(len(intruders))]
     score = np.r_[genuine, intruders]
     balanced = np.where(truth == 1, 1 / len(intruders), 1 / len(genuine))
-    assert metrics.auroc(genuine, intruders) == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+    assert metrics.auroc(genuine, intruders) == pytest.approx(
+        roc_auc_score(truth, score), abs=1e-12
+    )
     assert metrics.average_precision(genuine, intruders) == pytest.approx(
         average_precision_score(truth, score), abs=1e-12
     )
@@ -42,15 +51,19 @@ def test_areas_equal_scikit_learn(genuine, intruders):
 
 def test_balanced_precision_ignores_the_prior_and_starts_at_chance():
     genuine, intruders = np.arange(10.0), np.arange(3.0, 9.0)
-    assert metrics.aupr(genuine, np.tile(intruders, 7)) == pytest.approx(metrics.aupr(genuine, intruders))
+    assert metrics.aupr(genuine, np.tile(intruders, 7)) == pytest.approx(
+        metrics.aupr(genuine, intruders)
+    )
     assert (
-        metrics.average_precision(genuine, np.tile(intruders, 7)) > metrics.average_precision(genuine, intruders) + 0.1
+        metrics.average_precision(genuine, np.tile(intruders, 7))
+        > metrics.average_precision(genuine, intruders) + 0.1
     )
     assert metrics.aupr([1.0] * 9, [1.0] * 2) == 0.5
 
 
 def test_intruder_as_positive_class_fits_the_published_pairs():
-    # An attack that carries a seventh of the intruders all the way: eyeglasses on ours, published 0.868 / 0.896.
+    # an attack that carries a seventh of the intruders all the way: eyeglasses on ours, published
+    # 0.868 / 0.896
     rng = np.random.default_rng(0)
     genuine = rng.normal(1.0, 0.25, 20000)
     intruders = np.r_[rng.normal(0.7, 0.3, 3000), rng.normal(1.9, 0.3, 17000)]
@@ -58,13 +71,16 @@ def test_intruder_as_positive_class_fits_the_published_pairs():
     positive_genuine = metrics.aupr(-intruders, -genuine)
     assert 0.84 < area < 0.9 and area + 0.01 < positive_intruder < area + 0.06
     assert positive_genuine < area - 0.05
-    # A published PR below ROC (weak AT, eye patch, 0.571 / 0.556) is possible too: genuine outliers farthest of all.
+    # a published PR below ROC (weak AT, eye patch, 0.571 / 0.556) is possible too: genuine outliers
+    # farthest of all
     genuine = np.r_[rng.normal(1.0, 0.2, 15000), rng.normal(1.6, 0.5, 5000)]
     intruders = rng.normal(1.14, 0.2, 20000)
     assert metrics.aupr(genuine, intruders) < metrics.auroc(genuine, intruders) - 0.01
 
 
-@pytest.mark.parametrize("bad", [([], [1.0]), ([1.0], []), ([math.nan], [1.0]), ([1.0], [math.inf])])
+@pytest.mark.parametrize(
+    "bad", [([], [1.0]), ([1.0], []), ([math.nan], [1.0]), ([1.0], [math.inf])]
+)
 def test_no_area_without_both_classes_or_with_non_finite_distances(bad):
     for area in (metrics.auroc, metrics.aupr, metrics.average_precision):
         with pytest.raises(ValueError, match="distance"):
@@ -74,21 +90,100 @@ def test_no_area_without_both_classes_or_with_non_finite_distances(bad):
 def test_detection_at_five_percent():
     genuine = np.arange(1.0, 101.0)
     delta = metrics.threshold(genuine, 0.05)
-    assert delta == pytest.approx(np.percentile(genuine, 95)) and (genuine >= delta).mean() == 0.05
-    # Eq. (1): at delta an intruder is different; an evading image at delta is still recognised.
+    # the smallest: just above 95, so that five are refused
+    assert 95 < delta < 95 + 1e-9 and metrics.fpr_at(genuine, delta) == 0.05
+    # eq. (1): at delta an image is different, an evading one too
     assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0]) == pytest.approx(2 / 3)
-    assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0, 300.0], evading=True) == 0.5
-    assert metrics.threshold(genuine, 0.0) == 100 and metrics.threshold(genuine, 1.0) == 1
+    assert metrics.detection_at_fpr(genuine, [0.0, delta, 200.0, 300.0], evading=True) == 0.25
+    assert 100 < metrics.threshold(genuine, 0.0) < 100.1 and metrics.threshold(genuine, 1.0) == 1
     for bad in ([], 0.05), ([1.0], 1.5):
         with pytest.raises(ValueError):
             metrics.threshold(*bad)
 
 
+@pytest.mark.parametrize(
+    "genuine",
+    [[2.0] * 200, [1.0] * 176 + [2.0] * 24, [1.0, 2.0, 3.0], list(range(39)), [0.0], [1, 2] * 50],
+    ids=["constant", "tied at the top", "three pairs", "39 pairs", "a zero", "two values"],
+)
+def test_the_actual_fpr_is_at_most_what_was_asked_for(genuine):
+    genuine = np.array(genuine, dtype=float)
+    for fpr in (0.0, 0.05, 0.1, 0.5):
+        delta = metrics.threshold(genuine, fpr)
+        assert metrics.fpr_at(genuine, delta) <= fpr
+        # a smaller one refuses more than that
+        assert metrics.fpr_at(genuine, np.nextafter(delta, -np.inf)) > fpr
+
+
+def test_a_constant_embedding_detects_nothing():
+    constant = [2.0] * 40
+    assert metrics.detection_at_fpr(constant, constant) == 0
+    assert metrics.detection_at_fpr(constant, constant, evading=True) == 1
+
+
+D, T, NAN = [1.0, 2.0], ["a", "b"], math.nan
+WRONG = {
+    "area, nan": lambda m: m.auroc([1.0, NAN], D),
+    "balanced area, nan": lambda m: m.aupr(D, [NAN]),
+    "average precision, inf": lambda m: m.average_precision(D, [math.inf]),
+    "threshold, nan": lambda m: m.threshold([1.0, NAN]),
+    "threshold, FPR": lambda m: m.threshold(D, NAN),
+    "actual FPR, nan": lambda m: m.fpr_at([1.0, NAN], 1.0),
+    "actual FPR, none": lambda m: m.fpr_at([], 1.0),
+    "actual FPR, delta": lambda m: m.fpr_at(D, NAN),
+    "detection, genuine": lambda m: m.detection_at_fpr([1.0, NAN], [2.0, 3.0]),
+    "detection, attacked": lambda m: m.detection_at_fpr(D, [NAN]),
+    "detection, none": lambda m: m.detection_at_fpr(D, [], evading=True),
+    "bootstrap, nan": lambda m: m.bootstrap(([1.0, NAN], T), (D, T)),
+    "bootstrap, lengths": lambda m: m.bootstrap((D, T), (D, ["a"])),
+    "bootstrap, longer": lambda m: m.bootstrap((D, ["a", "b", "a"]), (D, T)),
+    "bootstrap, names": lambda m: m.bootstrap((D, T), (D, T), among=["a", "c"]),
+    "bootstrap, n": lambda m: m.bootstrap((D, T), (D, T), n=0),
+    "interval, none": lambda m: m.interval(np.array([])),
+    "interval, inf": lambda m: m.interval(np.array([1.0, math.inf])),
+    "interval, level": lambda m: m.interval(np.array(D), level=95),
+    "detection interval, nan": lambda m: m.detection_interval((D, T), ([NAN, 1.0], T)),
+    "detection interval, lengths": lambda m: m.detection_interval((D, T), (D, ["a", "b", "b"])),
+    "a distance": lambda m: m.Attack([ROW._replace(distance=NAN)], {}),
+    "a negative distance": lambda m: m.Attack([ROW._replace(distance=-1.0)], {}),
+    "a role": lambda m: m.Attack([ROW._replace(role="friend")], {}),
+    "a setting": lambda m: m.Attack([ROW._replace(mirroring=2)], {}),
+    "under": lambda m: m.under({}, 2, 1),
+    "pick, role": lambda m: m.pick({}, "clean", "friend"),
+    "pick, attack": lambda m: m.pick({}, "eyeglases", "intruder"),
+    "sides, attack": lambda m: m.sides({}, "eyeglases"),
+    "closest, nan": lambda m: m.closest([ROW], [ROW._replace(distance=NAN)]),
+    "closest, none": lambda m: m.closest(),
+    "measure, method": lambda m: m.measure([], "our", "clean"),
+    "measure, attack": lambda m: m.measure([], "ours", "cleen"),
+    "measure, setting": lambda m: m.measure([m.Run(ROOT, {"ours": {}})], "ours", "clean", 1, 2),
+}
+ROW = metrics.Row("clean", 1, 1, 0, "a", 7, 1, "a", "genuine", 0.5)
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG.keys())
+def test_no_figure_of_what_cannot_be(call):
+    with pytest.raises(ValueError) as error:
+        call(metrics)
+    assert str(error.value)
+
+
+def test_an_attack_of_one_run_alone_is_measured_there(run, tmp_path):
+    write(run, "ours", "of_my_own", attacked(0.5, 0.5, 0.5, 0.5))
+    write(tmp_path / "other", "ours", "clean", CLEAN + INTRUDERS)
+    both = metrics.summary([metrics.read_run(run), metrics.read_run(tmp_path / "other")])
+    assert both["ours"]["of_my_own"]["runs"] == 1
+    assert metrics.measure([metrics.read_run(run)], "weak-at", "square") is None
+
+
 def test_bootstrap_equals_a_loop_over_resampled_targets():
     rng = np.random.default_rng(1)
     g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)
-    i, it = rng.integers(2, 12, 90).astype(float), rng.integers(0, 6, 90)  # target 5 has intruders alone
-    fast = metrics.bootstrap(g, gt, i, it, n=50, seed=3)
+    i, it = (
+        rng.integers(2, 12, 90).astype(float),
+        rng.integers(0, 6, 90),
+    )  # target 5 has intruders alone
+    fast = metrics.bootstrap((g, gt), (i, it), n=50, seed=3)
     slow = []
     for counts in np.random.default_rng(3).multinomial(6, np.full(6, 1 / 6), size=50):
         a, b = np.repeat(g, counts[gt]), np.repeat(i, counts[it])
@@ -103,15 +198,17 @@ def test_interval_is_seeded_covers_and_is_fast():
     shift = rng.normal(0, 0.5, 30)
     g, gt = rng.normal(0, 1, 30 * 12) + np.repeat(shift, 12), np.repeat(np.arange(30), 12)
     i = rng.normal(1.5, 1, len(target)) + shift[target]
+    samples = (g, gt), (i, target)
     start = time.process_time()
-    lo, hi = metrics.bootstrap_interval(g, gt, i, target)
+    lo, hi = metrics.interval(metrics.bootstrap(*samples))
     assert time.process_time() - start < 0.5
     assert lo < metrics.auroc(g, i) < hi and 0.005 < hi - lo < 0.2
-    assert (lo, hi) == metrics.bootstrap_interval(g, gt, i, target)
-    assert (lo, hi) != metrics.bootstrap_interval(g, gt, i, target, seed=1)
-    narrow = metrics.bootstrap_interval(g, gt, i, target, level=0.5)
+    assert (lo, hi) == metrics.interval(metrics.bootstrap(*samples))
+    assert (lo, hi) != metrics.interval(metrics.bootstrap(*samples, seed=1))
+    narrow = metrics.interval(metrics.bootstrap(*samples), level=0.5)
     assert lo < narrow[0] < narrow[1] < hi
-    assert all(math.isnan(v) for v in metrics.bootstrap_interval(g, gt * 0, i, target * 0))
+    one_target = metrics.bootstrap((g, gt * 0), (i, target * 0))
+    assert all(math.isnan(v) for v in metrics.interval(one_target))
 
 
 def write(run, method, name, rows, sidecar=None, header=HEADER):
@@ -133,7 +230,12 @@ def write(run, method, name, rows, sidecar=None, header=HEADER):
     return folder / f"{name}.csv"
 
 
-CLEAN = [("genuine", "a", 1, 0.1), ("genuine", "a", 2, 0.3), ("genuine", "b", 3, 0.2), ("genuine", "b", 4, 0.4)]
+CLEAN = [
+    ("genuine", "a", 1, 0.1),
+    ("genuine", "a", 2, 0.3),
+    ("genuine", "b", 3, 0.2),
+    ("genuine", "b", 4, 0.4),
+]
 INTRUDERS = [
     ("intruder", "a", 10, 1.0),
     ("intruder", "a", 11, 2.0),
@@ -154,33 +256,49 @@ def run(tmp_path):
 
 
 def test_summary_by_hand(run):
-    write(run, "ours", "evasion", [("genuine", "a", 1, 0.1), ("genuine", "a", 2, 3.5), ("genuine", "b", 3, 9.0)])
-    write(run, "ours", "noise", [("genuine", "a", 1, 5.0), ("intruder", "a", 10, 1.0)])  # both roles made anew
+    write(
+        run,
+        "ours",
+        "evasion",
+        [("genuine", "a", 1, 0.1), ("genuine", "a", 2, 3.5), ("genuine", "b", 3, 9.0)],
+    )
+    write(
+        run, "ours", "noise", [("genuine", "a", 1, 5.0), ("intruder", "a", 10, 1.0)]
+    )  # both roles made anew
     result = metrics.summary(run)["ours"]
     assert list(result) == ["clean", "eyeglasses", "noise", "evasion"]
     assert result["clean"]["auroc"] == 1 and result["clean"]["interval"] == [1, 1]
     assert result["clean"]["n_targets"] == 2 and result["clean"]["detected"] == 1
+    assert {m["fpr"] for m in result.values()} == {0}  # of four pairs none may be refused
     assert result["eyeglasses"]["auroc"] == (0 + 4 + 3 + 4) / 16
     assert (result["eyeglasses"]["n_genuine"], result["eyeglasses"]["n_intruders"]) == (4, 4)
-    assert result["eyeglasses"]["detected"] == 0.5  # delta = 0.385
-    assert result["evasion"]["n_genuine"] == 3 and result["evasion"]["n_intruders"] == 4  # against clean intruders
-    assert result["evasion"]["auroc"] == (4 + 1 + 0) / 12 and result["evasion"]["detected"] == pytest.approx(1 / 3)
+    assert result["eyeglasses"]["detected"] == 0.5  # delta is just above 0.4
+    assert (
+        result["evasion"]["n_genuine"] == 3 and result["evasion"]["n_intruders"] == 4
+    )  # against clean intruders
+    assert result["evasion"]["auroc"] == (4 + 1 + 0) / 12 and result["evasion"][
+        "detected"
+    ] == pytest.approx(1 / 3)
     assert result["noise"]["auroc"] == 0 and result["noise"]["interval"] == [None, None]
 
 
 def test_summary_takes_only_the_setting_asked_for(run):
-    write(run, "ours", "clean", CLEAN + INTRUDERS + [(*r[:3], 1.0, 0, 1) for r in CLEAN + INTRUDERS])
+    write(
+        run, "ours", "clean", CLEAN + INTRUDERS + [(*r[:3], 1.0, 0, 1) for r in CLEAN + INTRUDERS]
+    )
     assert metrics.summary(run, 0, 1)["ours"]["clean"]["auroc"] == 0.5
     assert "eyeglasses" not in metrics.summary(run, 0, 1)["ours"]
     assert metrics.summary(run)["ours"]["clean"]["auroc"] == 1
-    with pytest.raises(metrics.UsageError, match="mirroring 0 and selection 0"):
+    with pytest.raises(UsageError, match="mirroring 0 and selection 0"):
         metrics.summary(run, 0, 0)
 
 
 def test_worst_is_the_strongest_attack_per_intruder(run):
     write(run, "ours", "square", attacked(3.0, 0.01, 0.5, 4.0))
-    write(run, "ours", "eye_patch", [("intruder", "a", 99, 0.0)])  # other intruders: cannot be compared per intruder
-    rows = metrics.worst(metrics.read_run(run).methods["ours"], 1, 1)
+    write(
+        run, "ours", "eye_patch", [("intruder", "a", 99, 0.0)]
+    )  # other intruders: cannot be compared per intruder
+    rows = metrics.worst(metrics.under(metrics.read_run(run).methods["ours"], 1, 1))
     assert [r.distance for r in rows] == [0.05, 0.01, 0.35, 4.0]
     assert metrics.summary(run)["ours"]["worst"]["auroc"] == (0 + 0 + 3 + 4) / 16
 
@@ -189,7 +307,7 @@ def test_command_prints_table_or_json(run, capsys):
     assert metrics.main(["--run", str(run), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == metrics.summary(run)
-    keys = {"auroc", "aupr", "ap", "n_targets", "n_genuine", "n_intruders", "interval"}
+    keys = {"auroc", "aupr", "ap", "n_targets", "n_genuine", "n_intruders", "interval", "fpr"}
     assert keys <= set(printed["ours"]["eyeglasses"])
     assert metrics.main(["--run", str(run)]) == 0
     assert "eyeglasses" in capsys.readouterr().out
@@ -218,6 +336,20 @@ def test_bad_rows_are_one_line_and_exit_2(tmp_path, capsys, lines, header, place
     assert error.count("\n") == 1 and f"{path}{place}" in error and why in error
 
 
+@pytest.mark.parametrize("kept, status", [(1, 2), (5, 2), (7, 2), (8, 0)])
+def test_rows_cut_short_are_one_line(run, capsys, kept, status):
+    path = write(run, "ours", "clean", (CLEAN + INTRUDERS)[::-1], {"n": 8})
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: kept + 1]))
+    assert metrics.main(["--run", str(run), "--json"]) == status
+    told = capsys.readouterr()
+    if status:
+        assert told.err.startswith(f"metrics.py: {path}: holds {kept} rows, 8 were written")
+        assert told.err.count("\n") == 1 and not told.out
+    else:
+        assert not told.err and json.loads(told.out)["ours"]["clean"]["n_genuine"] == 4
+
+
 def test_bad_folders_bytes_and_json_are_one_line_and_exit_2(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     broken = write(tmp_path / "bytes", "ours", "clean", [GOOD])
@@ -238,8 +370,14 @@ def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
     rng = np.random.default_rng(0)
     runs = []
     for k in range(2):
-        rows = [("genuine", f"t{t}", j, abs(rng.normal(1, 0.3))) for t in range(6) for j in range(5)]
-        rows += [("intruder", f"t{t}", 50 + j, abs(rng.normal(1.2 + k, 0.5))) for t in range(6) for j in range(9)]
+        rows = [
+            ("genuine", f"t{t}", j, abs(rng.normal(1, 0.3))) for t in range(6) for j in range(5)
+        ]
+        rows += [
+            ("intruder", f"t{t}", 50 + j, abs(rng.normal(1.2 + k, 0.5)))
+            for t in range(6)
+            for j in range(9)
+        ]
         write(tmp_path / str(k), "ours", "clean", rows)
         runs.append(metrics.read_run(tmp_path / str(k)))
     write(tmp_path / "1", "no-at", "clean", CLEAN + INTRUDERS)
@@ -247,12 +385,19 @@ def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
     a, b = (metrics.summary(r)["ours"]["clean"] for r in runs)
     both = metrics.summary(runs)
     assert both["ours"]["clean"]["auroc"] == pytest.approx((a["auroc"] + b["auroc"]) / 2)
-    assert both["ours"]["clean"]["range"]["auroc"] == [a["auroc"], b["auroc"]] and both["ours"]["clean"]["runs"] == 2
+    assert (
+        both["ours"]["clean"]["range"]["auroc"] == [a["auroc"], b["auroc"]]
+        and both["ours"]["clean"]["runs"] == 2
+    )
     assert "range" not in a and "runs" not in a  # one run has none
-    assert {(r.row, r.col) for r in runs[0].methods["ours"]["clean"].rows} == {(-1, -1)}  # a row without a place
+    assert {(r.row, r.col) for r in runs[0].methods["ours"]["clean"].rows} == {
+        (-1, -1)
+    }  # a row without a place
     assert both["ours"]["clean"]["n_targets"] == 12
     lo, hi = both["ours"]["clean"]["interval"]
-    assert lo < both["ours"]["clean"]["auroc"] < hi and hi - lo < a["interval"][1] - a["interval"][0]
+    assert (
+        lo < both["ours"]["clean"]["auroc"] < hi and hi - lo < a["interval"][1] - a["interval"][0]
+    )
     assert both["no-at"]["clean"]["runs"] == 1 and "runs 1" not in metrics.table(both)
     assert "2 runs: " in metrics.table(both)
 
@@ -261,21 +406,32 @@ def test_detection_interval(tmp_path):
     rng = np.random.default_rng(0)
     g, gt = rng.normal(1, 0.3, 300), np.repeat(np.arange(30), 10)
     d, dt = rng.normal(1.6, 0.3, 150), np.repeat(np.arange(30), 5)
-    lo, hi = metrics.detection_interval(g, gt, d, dt, evading=True)
+    lo, hi = metrics.detection_interval((g, gt), (d, dt), evading=True)
     assert lo < metrics.detection_at_fpr(g, d, evading=True) < hi and hi - lo < 0.3
-    assert metrics.detection_interval(g, gt, d, dt)[0] == pytest.approx(1 - hi, abs=0.02)
-    assert all(math.isnan(v) for v in metrics.detection_interval(g, gt * 0, d, dt * 0))
+    assert metrics.detection_interval((g, gt), (d, dt))[0] == pytest.approx(1 - hi, abs=0.02)
+    assert all(math.isnan(v) for v in metrics.detection_interval((g, gt * 0), (d, dt * 0)))
 
 
 def test_more_successful_of_direct_and_indirect(run):
     write(run, "ours", "indirect", attacked(0.5, 0.3, 0.5, 5.0))
     result = metrics.summary(run)["ours"]
-    assert result["direct+indirect"]["auroc"] == (0 + 2.5 + 3 + 4) / 16  # eyeglasses is the direct one
+    assert (
+        result["direct+indirect"]["auroc"] == (0 + 2.5 + 3 + 4) / 16
+    )  # eyeglasses is the direct one
     assert result["indirect"]["auroc"] > result["direct+indirect"]["auroc"]
-    rows = [f"indirect,1,1,0,{t},7,{c},p,intruder,{d},9.0,0.2" for _, t, c, d in attacked(0.15, 0.25, 0.35, 0.5)]
+    rows = [
+        f"indirect,1,1,0,{t},7,{c},p,intruder,{d},9.0,0.2"
+        for _, t, c, d in attacked(0.15, 0.25, 0.35, 0.5)
+    ]
     write(run, "ours", "indirect", rows, header=HEADER + ",indirect,direct")
-    direct, either = metrics.direct_and_either(metrics.read_run(run).methods["ours"], 1, 1)
-    assert [r.distance for r in direct] == [0.2] * 4 and [r.distance for r in either] == [0.15, 0.2, 0.2, 0.2]
+    attacks = metrics.under(metrics.read_run(run).methods["ours"], 1, 1)
+    direct, either = metrics.direct_and_either(attacks)
+    assert [r.distance for r in direct] == [0.2] * 4 and [r.distance for r in either] == [
+        0.15,
+        0.2,
+        0.2,
+        0.2,
+    ]
 
 
 def attack(rows=(), **sidecar):
@@ -292,61 +448,148 @@ def evaded(*distances):
 
 def direct(rows):
     """Rows of the indirect attack whose direct half reached these distances."""
-    return metrics.Attack([r._replace(distance=0.1, direct=r.distance) for r in attack(rows).rows], {})
+    return metrics.Attack(
+        [r._replace(distance=0.1, direct=r.distance) for r in attack(rows).rows], {}
+    )
 
 
 FAR, NEAR = attacked(1.0, 2.0, 3.0, 4.0), attacked(0.9, 1.9, 2.5, 4.1)
 WEAK, STRONG = {"iterations": 25, "restarts": 1}, {"iterations": 25, "restarts": 5}
 HEALTH = {
-    "zero gradient": (metrics.check_gradients, {"eyeglasses": attack(zero_gradients=0, nonfinite=0)},
-                      {"eyeglasses": attack(zero_gradients=3, nonfinite=0, gradients=900)}),
-    "non-finite gradient": (metrics.check_gradients, {"square": attack(zero_gradients=0, nonfinite=0, gradients=9)},
-                            {"square": attack(zero_gradients=0, nonfinite=1, gradients=9)}),
-    "restarts": (metrics.check_effort, {"eyeglasses": attack(FAR, **WEAK), "eyeglasses-5": attack(NEAR, **STRONG)},
-                 {"eyeglasses": attack(NEAR, **WEAK), "eyeglasses-5": attack(FAR, **STRONG)}),
-    "evasion": (metrics.check_effort,
-                {"evasion": attack(evaded(1, 1, 1, 1), **WEAK), "evasion-5": attack(evaded(1, 2, 1, 1), **STRONG)},
-                {"evasion": attack(evaded(1, 2, 1, 1), **WEAK), "evasion-5": attack(evaded(1, 1, 1, 1), **STRONG)}),
-    "iterations": (metrics.check_effort, {"square": attack(FAR, by_iterations={"5": 3.0, "25": 1.0, "125": 1.001})},
-                   {"square": attack(FAR, by_iterations={"5": 3.0, "25": 1.0, "125": 1.1})}),
-    "restart curve": (metrics.check_effort, {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0, "10": 2.0})},
-                      {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0, "10": 2.1})}),
-    "random": (metrics.check_random, {"eyeglasses": attack(NEAR), "random_eyeglasses": attack(FAR)},
-               {"eyeglasses": attack(FAR), "random_eyeglasses": attack(NEAR)}),
-    "indirect": (metrics.check_indirect,
-                 {"clean": attack(CLEAN), "eyeglasses": attack(NEAR), "indirect": attack(attacked(0.6, 3, 3, 3))},
-                 {"clean": attack(CLEAN), "eyeglasses": attack(NEAR), "indirect": attack(attacked(0.2, 3, 3, 3))}),
-    "mask": (metrics.check_mask, {"eyeglasses": attack(outside_mask_max=1e-6)},
-             {"eyeglasses": attack(outside_mask_max=0.004)}),
-    "mask not a number": (metrics.check_mask, {"eyeglasses": attack(outside_mask_max=0)},
-                          {"eyeglasses": attack(outside_mask_max=math.nan)}),
-    "reproducible": (metrics.check_reproducible, {"eyeglasses": attack(reproducible=True)},
-                     {"eyeglasses": attack(reproducible=True), "square": attack(reproducible=False)}),
-    "repeated": (metrics.check_reproducible,
-                 {"eyeglasses": attack(FAR, config={"lr": 1}), "eyeglasses-again": attack(FAR, config={"lr": 1})},
-                 {"eyeglasses": attack(FAR, config={"lr": 1}), "eyeglasses-again": attack(NEAR, config={"lr": 1})}),
-    "direct half": (metrics.check_reproducible, {"eyeglasses": attack(FAR), "indirect": direct(FAR)},
-                    {"eyeglasses": attack(FAR), "indirect": direct(NEAR)}),
-}  # fmt: skip
+    "zero gradient": (
+        "gradients",
+        {"eyeglasses": attack(zero_gradients=0, nonfinite=0)},
+        {"eyeglasses": attack(zero_gradients=3, nonfinite=0, gradients=900)},
+    ),
+    "non-finite gradient": (
+        "gradients",
+        {"square": attack(zero_gradients=0, nonfinite=0, gradients=9)},
+        {"square": attack(zero_gradients=0, nonfinite=1, gradients=9)},
+    ),
+    "restarts": (
+        "more effort",
+        {"eyeglasses": attack(FAR, **WEAK), "eyeglasses-5": attack(NEAR, **STRONG)},
+        {"eyeglasses": attack(NEAR, **WEAK), "eyeglasses-5": attack(FAR, **STRONG)},
+    ),
+    "a curve that is not a number": (
+        "more effort",
+        {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0})},
+        {"square": attack(FAR, by_restarts={"1": 3.0, "5": math.nan})},
+    ),
+    "evasion": (
+        "more effort",
+        {
+            "evasion": attack(evaded(1, 1, 1, 1), **WEAK),
+            "evasion-5": attack(evaded(1, 2, 1, 1), **STRONG),
+        },
+        {
+            "evasion": attack(evaded(1, 2, 1, 1), **WEAK),
+            "evasion-5": attack(evaded(1, 1, 1, 1), **STRONG),
+        },
+    ),
+    "iterations": (
+        "more effort",
+        {"square": attack(FAR, by_iterations={"5": 3.0, "25": 1.0, "125": 1.001})},
+        {"square": attack(FAR, by_iterations={"5": 3.0, "25": 1.0, "125": 1.1})},
+    ),
+    "restart curve": (
+        "more effort",
+        {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0, "10": 2.0})},
+        {"square": attack(FAR, by_restarts={"1": 3.0, "5": 2.0, "10": 2.1})},
+    ),
+    "random": (
+        "random search",
+        {"eyeglasses": attack(NEAR), "random_eyeglasses": attack(FAR)},
+        {"eyeglasses": attack(FAR), "random_eyeglasses": attack(NEAR)},
+    ),
+    "indirect": (
+        "indirect attack",
+        {
+            "clean": attack(CLEAN),
+            "eyeglasses": attack(NEAR),
+            "indirect": attack(attacked(0.6, 3, 3, 3)),
+        },
+        {
+            "clean": attack(CLEAN),
+            "eyeglasses": attack(NEAR),
+            "indirect": attack(attacked(0.2, 3, 3, 3)),
+        },
+    ),
+    "mask": (
+        "outside the mask",
+        {"eyeglasses": attack(outside_mask_max=1e-6)},
+        {"eyeglasses": attack(outside_mask_max=0.004)},
+    ),
+    "mask not a number": (
+        "outside the mask",
+        {"eyeglasses": attack(outside_mask_max=0)},
+        {"eyeglasses": attack(outside_mask_max=math.nan)},
+    ),
+    "reproducible": (
+        "same seed, same result",
+        {"eyeglasses": attack(reproducible=True)},
+        {"eyeglasses": attack(reproducible=True), "square": attack(reproducible=False)},
+    ),
+    "repeated": (
+        "same seed, same result",
+        {
+            "eyeglasses": attack(FAR, config={"lr": 1}),
+            "eyeglasses-again": attack(FAR, config={"lr": 1}),
+        },
+        {
+            "eyeglasses": attack(FAR, config={"lr": 1}),
+            "eyeglasses-again": attack(NEAR, config={"lr": 1}),
+        },
+    ),
+    "direct half": (
+        "same seed, same result",
+        {"eyeglasses": attack(FAR), "indirect": direct(FAR)},
+        {"eyeglasses": attack(FAR), "indirect": direct(NEAR)},
+    ),
+}
+
+
+def verdict(name, attacks):
+    """The outcome of one check on a run of one method."""
+    found = metrics.health([metrics.Run(Path("run"), {"ours": attacks})])
+    return next(check for check in found if check.name == name)
 
 
 @pytest.mark.parametrize("check, healthy, ill", HEALTH.values(), ids=HEALTH.keys())
 def test_health_check_passes_fails_and_says_when_it_did_not_run(check, healthy, ill):
-    assert check(healthy).status == "OK"
-    assert check(ill).status == "FAILED" and check(ill).detail
-    assert check({"eyeglasses": attack(FAR)}).status == "not run"
+    assert verdict(check, healthy).status == "OK"
+    failed = verdict(check, ill)
+    assert failed.status == "FAILED" and failed.detail.removeprefix("ours: ")
+    assert verdict(check, {"eyeglasses": attack(FAR)}).status == "not run"
 
 
 def test_health_of_a_run_fails_where_one_method_does(run, capsys):
-    write(run, "ours", "eyeglasses", attacked(1, 1, 1, 1), {"zero_gradients": 0, "nonfinite": 0, "reproducible": True})
+    write(
+        run,
+        "ours",
+        "eyeglasses",
+        attacked(1, 1, 1, 1),
+        {"zero_gradients": 0, "nonfinite": 0, "reproducible": True},
+    )
     found = {c.name: c.status for c in metrics.health([metrics.read_run(run)])}
-    assert set(found.values()) == {"OK", "not run"} and found["gradients"] == "OK" and len(found) == len(metrics.CHECKS)
+    assert (
+        set(found.values()) == {"OK", "not run"}
+        and found["gradients"] == "OK"
+        and len(found) == len(metrics.CHECKS)
+    )
     write(run, "no-at", "eyeglasses", attacked(1, 1, 1, 1), {"zero_gradients": 2})
     assert metrics.main(["--run", str(run)]) == 0
     printed = capsys.readouterr().out
     both = metrics.health([metrics.read_run(run)] * 2)[0]
-    assert both.status == "FAILED" and f"{run.name} no-at: eyeglasses" in both.detail and "ours" not in both.detail
-    assert "FAILED   gradients: no-at: eyeglasses: 2 zero" in printed and "not run  random search" in printed
+    assert (
+        both.status == "FAILED"
+        and f"{run.name} no-at: eyeglasses" in both.detail
+        and "ours" not in both.detail
+    )
+    assert (
+        "FAILED   gradients: no-at: eyeglasses: 2 zero" in printed
+        and "not run  random search" in printed
+    )
     assert "OK       same seed, same result: repeated in ours" in printed
 
 
@@ -357,34 +600,88 @@ def full_run(folder):
     for method in ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at"):
         configs = [(0, 0), (1, 0), (0, 1), (1, 1)] if method == "ours" else [(1, 1)]
         genuine = [
-            ("genuine", t, j, rng.uniform(0.5, 1.0), *c) for c in configs for t in ("a", "b", "c") for j in range(3)
+            ("genuine", t, j, rng.uniform(0.5, 1.0), *c)
+            for c in configs
+            for t in ("a", "b", "c")
+            for j in range(3)
         ]
-        write(folder, method, "clean", genuine + [(*p, rng.uniform(1, 2), *c) for c in configs for p in pairs])
-        for name in ("eyeglasses", "eye_patch", "random_eyeglasses", "noise", "eot_eyeglasses", "eot_eye_patch"):
-            effort = {"iterations": 80, "restarts": 1, "device": "CPU", "data": "synthetic", "commit": "c0ffee"}
-            write(folder, method, name, [(*p, rng.uniform(0.5, 2), *c) for c in configs for p in pairs], effort)
-        write(folder, method, "evasion", [(*r[:3], r[3] * 1.5) for r in genuine if tuple(r[4:]) == (1, 1)])
+        write(
+            folder,
+            method,
+            "clean",
+            genuine + [(*p, rng.uniform(1, 2), *c) for c in configs for p in pairs],
+        )
+        for name in (
+            "eyeglasses",
+            "eye_patch",
+            "random_eyeglasses",
+            "noise",
+            "eot_eyeglasses",
+            "eot_eye_patch",
+        ):
+            effort = {
+                "iterations": 80,
+                "restarts": 1,
+                "device": "CPU",
+                "data": "synthetic",
+                "commit": "c0ffee",
+            }
+            write(
+                folder,
+                method,
+                name,
+                [(*p, rng.uniform(0.5, 2), *c) for c in configs for p in pairs],
+                effort,
+            )
+        write(
+            folder,
+            method,
+            "evasion",
+            [(*r[:3], r[3] * 1.5) for r in genuine if tuple(r[4:]) == (1, 1)],
+        )
         lines = [f"indirect,1,1,0,{t},7,{j},p,intruder,0.6,0.7" for _, t, j in pairs]
         write(folder, method, "indirect", lines, header=HEADER + ",direct")
         lines = [
-            f"square,{m},{s},0,{t},7,{j},p,intruder,0.9,{15 + 5 * (j % 5)},20" for m, s in configs for _, t, j in pairs
+            f"square,{m},{s},0,{t},7,{j},p,intruder,0.9,{15 + 5 * (j % 5)},20"
+            for m, s in configs
+            for _, t, j in pairs
         ]
         write(folder, method, "square", lines, header=HEADER + ",row,col")
-        write(folder, method, "distal", [("intruder", t, -1, d) for t, d in (("a", 0.1), ("b", 0.2), ("c", 5.0))])
-        log = [{"step": 50 * k, "loss": 9 / k, "val_loss": 5 + k % 4, "seconds": 25.0 * k} for k in range(1, 9)]
-        (folder / method / "log.jsonl").write_text("".join(json.dumps(d) + "\n" for d in log) + '{"step": 450, "lo')
-    (folder / "ours/attacks/figure3.csv").write_text("kind,distance\nreal-real,2\nreal-real,3\nreal-generated,1\n")
-    for name in ("weak-at-7", "weak-at-20", "weak-at-40"):
+        write(
+            folder,
+            method,
+            "distal",
+            [("intruder", t, -1, d) for t, d in (("a", 0.1), ("b", 0.2), ("c", 5.0))],
+        )
+        log = [
+            {"step": 50 * k, "loss": 9 / k, "val_loss": 5 + k % 4, "seconds": 25.0 * k}
+            for k in range(1, 9)
+        ]
+        (folder / method / "log.jsonl").write_text(
+            "".join(json.dumps(d) + "\n" for d in log) + '{"step": 450, "lo'
+        )
+    (folder / "ours/attacks/figure3.csv").write_text(
+        "kind,distance\nreal-real,2\nreal-real,3\nreal-generated,1\n"
+    )
+    for name, steps in (("weak-at-7", 7), ("weak-at-20", 20), ("weak-at-40", 40)):
         (folder / name).mkdir()
+        made = {"made_of": {"config": {"attack_steps": steps, "attack_alpha": 9.0}}}
+        (folder / name / "result.json").write_text(json.dumps(made))
         (folder / name / "log.jsonl").write_bytes((folder / "weak-at/log.jsonl").read_bytes())
     faces = rng.integers(0, 256, (3, 2, 3, 64, 64), dtype=np.uint8)
     arrays = {"anchor": faces[:, 0], "clean": faces, "attacked": faces, "distance": np.ones((3, 2))}
     arrays |= {"mask": np.ones((3, 64, 64), bool), "pattern": faces[:, 0, :, :12, :32]}
     for name in ("eyeglasses", "square", "eye_patch", "distal"):
         np.savez(folder / f"ours/attacks/{name}.npz", **arrays)
-    np.savez(folder / "quadruplets.npz", quadruplets=rng.integers(0, 256, (7, 4, 3, 64, 64), dtype=np.uint8))
-    (folder / "generator.json").write_text('{"psnr_true_u": 21.25, "content_factors_from_class": {"yaw": 0.03}}')
-    (folder / "generator.jsonl").write_text('{"epoch": 0, "seconds": 20}\n{"epoch": 1, "seconds": 22}\n')
+    (folder / "generator").mkdir()
+    quadruplets = rng.integers(0, 256, (7, 4, 3, 64, 64), dtype=np.uint8)
+    np.savez(folder / "generator/quadruplets.npz", quadruplets=quadruplets)
+    (folder / "generator.json").write_text(
+        '{"psnr_true_u": 21.25, "content_factors_from_class": {"yaw": 0.03}}'
+    )
+    (folder / "generator.jsonl").write_text(
+        '{"epoch": 0, "seconds": 20}\n{"epoch": 1, "seconds": 22}\n'
+    )
     (folder / "people.json").write_text('{"data": "synthetic", "seed": 4}')
     return folder
 
@@ -395,7 +692,11 @@ def section(text, title):
 
 def lines_of(text):
     """{first cell: other cells} of the Markdown table in `text`."""
-    cells = [[c.strip() for c in line.strip("| ").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    cells = [
+        [c.strip() for c in line.strip("| ").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
     return {c[0]: c[1:] for c in cells[2:]}
 
 
@@ -412,20 +713,32 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     )
     result = metrics.summary(folder)
     one, two = lines_of(section(text, "Table 1")), lines_of(section(text, "Table 2"))
-    assert list(one) == ["Ours, basic", "Ours, mirroring", "Ours, selection", "Ours, both", "Ours, transfer, both",
-                         "Weak AT", "DOA, C = 4", "DOA, C = 10"]  # fmt: skip
-    assert list(two) == ["Without AT", "Ours, both", "Ours, transfer, both"] and two["Ours, both"] == one["Ours, both"]
+    ours = ["Ours, basic", "Ours, mirroring", "Ours, selection", "Ours, both"]
+    others = ["Ours, transfer, both", "Weak AT", "DOA, C = 4", "DOA, C = 10"]
+    assert list(one) == ours + others
+    assert (
+        list(two) == ["Without AT", "Ours, both", "Ours, transfer, both"]
+        and two["Ours, both"] == one["Ours, both"]
+    )
     eyeglasses = result["ours"]["eyeglasses"]
     expected = "{:.3f} [{:.3f}, {:.3f}] / {:.3f}".format(
         eyeglasses["auroc"], *eyeglasses["interval"], eyeglasses["aupr"]
     )
-    assert one["Ours, both"][2:5] == ["1.000", expected, "0.868 / 0.896"] and one["Ours, both"][-1] == "3 / 9 / 12"
+    assert (
+        one["Ours, both"][2:5] == ["1.000", expected, "0.868 / 0.896"]
+        and one["Ours, both"][-1] == "3 / 9 / 12"
+    )
     basic = metrics.summary(folder, 0, 0)["ours"]["clean"]
-    assert one["Ours, basic"][0].startswith(f"{basic['auroc']:.3f} [") and one["Ours, basic"][1] == "0.957"
+    assert (
+        one["Ours, basic"][0].startswith(f"{basic['auroc']:.3f} [")
+        and one["Ours, basic"][1] == "0.957"
+    )
     assert two["Without AT"][4] == "0.590 / 0.669" and one["Ours, transfer, both"][4] == "-"
     assert lines_of(section(text, "App. B.2"))["Paper"][:4] == ["0.978", "-", "0.973", "0.965"]
     evasion = lines_of(section(text, "Sec. 4.3"))["Ours"]
-    assert evasion[0].startswith(f"{result['ours']['evasion']['detected']:.1%} [") and evasion[1] == "25.2 %"
+    assert evasion[0].startswith(f"{result['ours']['evasion']['detected']:.1%} [") and evasion[
+        1:3
+    ] == ["0.0%", "25.2 %"]
     assert lines_of(section(text, "Sec. 4.4"))["Paper"][:2] == ["0.868", "0.867"]
     assert "Ours: 2 of 3 images made from noise" in section(text, "Sec. 4.4")
     assert lines_of(section(text, "Disentanglement")) == {
@@ -433,7 +746,10 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
         "content factors from class yaw": ["0.03"],
     }
     costs = lines_of(section(text, "Cost"))
-    assert costs["Ours"] == ["0.5 s", "3.3 min", "400 steps", "11 h, 1.98 s"] and costs["generator"][0] == "21 s"
+    assert (
+        costs["Ours"] == ["0.5 s", "3.3 min", "400 steps", "11 h, 1.98 s"]
+        and costs["generator"][0] == "21 s"
+    )
     for number in range(1, 10):
         assert (folder / f"figures/figure{number}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -446,12 +762,14 @@ def test_what_a_run_lacks_is_said_and_the_rest_is_made(run, capsys):
         "log.jsonl",
         "figure3.csv",
         "distal.npz",
-        "weak-at-<7",
+        "weak-at-<4",
         "eyeglasses.npz",
         "square.csv",
     )
     for number, name in enumerate((*lacking, "eye_patch.npz", "quadruplets.npz"), 1):
-        assert any(f"figure {number}: not made" in line and name in line for line in printed.splitlines()), (
+        assert any(
+            f"figure {number}: not made" in line and name in line for line in printed.splitlines()
+        ), (
             number,
             name,
         )
@@ -464,17 +782,21 @@ def test_what_a_run_lacks_is_said_and_the_rest_is_made(run, capsys):
         and one["Ours, both"][0].startswith("1.000")
         and one["Ours, basic"][0] == "not run"
     )
-    assert section(text, "Disentanglement").strip() == "not run" and not (run / "tables.md").exists()
+    assert (
+        section(text, "Disentanglement").strip() == "not run" and not (run / "tables.md").exists()
+    )
     assert {line[0] for line in lines_of(section(text, "Cost")).values()} == {"not run"}
 
 
 def test_damaged_inputs_of_figures_are_named(run, capsys):
-    (run / "quadruplets.npz").write_bytes(b"PK\x03\x04 not an archive")
+    (run / "generator").mkdir()
+    (run / "generator/quadruplets.npz").write_bytes(b"PK\x03\x04 not an archive")
     (run / "ours" / "log.jsonl").write_text('{"step": 1, "val_loss": 2}\n{"step": 2\n{"step": 3}\n')
     np.savez(run / "ours/attacks/distal.npz", anchor=np.zeros(3))
-    told = metrics.draw(metrics.read_run(run), run / "figures")
-    assert any("quadruplets.npz is not readable" in line for line in told)
-    assert any("log.jsonl:2" in line for line in told) and any("no array 'attacked'" in line for line in told)
+    told = figures.draw(metrics.read_run(run), run / "figures")
+    assert any("quadruplets.npz: cannot be read" in line for line in told)
+    assert any("log.jsonl:2" in line for line in told)
+    assert any("distal.npz: cannot be read ('attacked is not a file" in line for line in told)
     assert metrics.main(["--run", str(run)]) == 2  # the cost table needs the same log
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -485,47 +807,140 @@ def test_without_matplotlib_tables_are_written_and_one_line_says_so(run, monkeyp
     assert "matplotlib is not installed" in capsys.readouterr().out and (run / "tables.md").exists()
 
 
-def test_rows_of_other_people_and_the_script_alone(run, tmp_path):
+def test_without_the_folder_results_the_table_is_printed(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "results", None)
+    assert metrics.main(["--run", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "eyeglasses" in printed and "results/ is not beside" in printed
+    assert not (run / "tables.md").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--run"], ["--figures", "10"], ["--rum", "x"]])
+def test_a_bad_flag_is_one_line_and_exit_2(run, capsys, flags):
+    flags = flags if not flags or "--run" in flags else ["--run", str(run), *flags]
+    assert metrics.main(flags) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("metrics.py: ") and told.err.count("\n") == 1 and not told.out
+
+
+def test_rows_of_other_persons(run):
     (run / "ours" / "attacks").rename(run / "ours" / "attacks-lfw")
-    assert metrics.summary(metrics.read_run(run, "attacks-lfw"))["ours"]["clean"]["auroc"] == 1
+    found = metrics.summary(metrics.read_run(run, "attacks-lfw"))
+    assert found["ours"]["clean"]["auroc"] == 1
+
+
+def test_the_command_alone_is_one_line(run, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(metrics.__file__, alone)
-    command = [sys.executable, "metrics.py", "--run", str(run), "--rows", "attacks-lfw", "--json"]
+    command = [sys.executable, "metrics.py", "--run", str(run), "--json"]
     done = subprocess.run(command, check=False, cwd=alone, capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["ours"]["clean"]["n_targets"] == 2
+    assert done.returncode and not done.stdout
+    assert done.stderr == "metrics.py: the command needs the folder data/ beside it\n"
 
 
 def test_figure_5_draws_each_step_setting_once(run):
-    log = "".join(json.dumps({"step": 50 * k, "loss": 1.0, "val_loss": 9.0 - k}) + "\n" for k in range(1, 5))
-    for name, steps, alpha in (("weak-at", 5, 32.0), ("weak-at-4", 4, 52.5), ("weak-at-10", 10, 24.0), ("weak-at-20", 20, 12.0)):
+    log = "".join(
+        json.dumps({"step": 50 * k, "loss": 1.0, "val_loss": 9.0 - k}) + "\n" for k in range(1, 5)
+    )
+    for name, steps, alpha in (
+        ("weak-at", 5, 32.0),
+        ("weak-at-4", 4, 52.5),
+        ("weak-at-10", 10, 24.0),
+        ("weak-at-20", 20, 12.0),
+    ):
         (run / name).mkdir(exist_ok=True)
         (run / name / "log.jsonl").write_text(log)
-        (run / name / "result.json").write_text(json.dumps({"config": {"attack_steps": steps, "attack_alpha": alpha}}))
-    legend = metrics.figure_5(metrics.read_run(run)).axes[0].get_legend()
+        (run / name / "result.json").write_text(
+            json.dumps({"config": {"attack_steps": steps, "attack_alpha": alpha}})
+        )
+    legend = figures.figure_5(metrics.read_run(run)).axes[0].get_legend()
     told = [text.get_text() for text in legend.get_texts()]
-    assert told == ["4 steps of 52.5/255", "5 steps of 32/255", "10 steps of 24/255", "20 steps of 12/255"]
+    assert told == [
+        "4 steps of 52.5/255",
+        "5 steps of 32/255",
+        "10 steps of 24/255",
+        "20 steps of 12/255",
+    ]
 
 
 def test_worst_is_not_set_beside_that_of_fewer_attacks(run):
     one = metrics.read_run(run)
-    attack = one.methods["ours"]["eyeglasses"] if "eyeglasses" in one.methods["ours"] else one.methods["ours"]["clean"]
-    more = {"clean": one.methods["ours"]["clean"], "eyeglasses": attack, "square": attack, "indirect": attack}
+    attack = (
+        one.methods["ours"]["eyeglasses"]
+        if "eyeglasses" in one.methods["ours"]
+        else one.methods["ours"]["clean"]
+    )
+    more = {
+        "clean": one.methods["ours"]["clean"],
+        "eyeglasses": attack,
+        "square": attack,
+        "indirect": attack,
+    }
     less = {name: more[name] for name in ("clean", "eyeglasses", "square")}
-    better = metrics.Attack([r._replace(distance=r.distance / 9) for r in attack.rows], attack.sidecar)
+    better = metrics.Attack(
+        [r._replace(distance=r.distance / 9) for r in attack.rows], attack.sidecar
+    )
     runs = [metrics.Run(one.folder, {"ours": {**more, "indirect": better}, "no-at": less})]
-    head, _, ours, without = (line.split(" | ") for line in metrics._beyond(runs).splitlines())
-    assert head[-1].startswith("worst of eyeglasses, square") and ours[-1].removesuffix(" |") == without[-1].removesuffix(" |") != ours[-2]
+    head, _, ours, without = (line.split(" | ") for line in tables.beyond(runs).splitlines())
+    assert (
+        head[-1].startswith("worst of eyeglasses, square")
+        and ours[-1].removesuffix(" |") == without[-1].removesuffix(" |") != ours[-2]
+    )
     found = metrics.summary(runs)
-    assert found["ours"]["worst"]["of"] == ["eyeglasses", "square", "indirect"] and found["no-at"]["worst"]["of"] == ["eyeglasses", "square"]
+    assert found["ours"]["worst"]["of"] == ["eyeglasses", "square", "indirect"] and found["no-at"][
+        "worst"
+    ]["of"] == ["eyeglasses", "square"]
 
 
 def test_an_attack_that_does_nothing_fails_its_check(run):
-    near = [r._replace(distance=0.0) if r.role == "intruder" and r.candidate % 2 else r for r in metrics.read_run(run).methods["ours"]["clean"].rows]
+    near = [
+        r._replace(distance=0.0) if r.role == "intruder" and r.candidate % 2 else r
+        for r in metrics.read_run(run).methods["ours"]["clean"].rows
+    ]
     clean = metrics.Attack(near, {})
-    pairs, genuine = (metrics.pick(clean, role, 1, 1) for role in ("intruder", "genuine"))
+    both = ("intruder", "genuine")
+    pairs, genuine = (metrics.pick({"clean": clean}, "clean", role) for role in both)
     assert 0 < metrics.auroc([r.distance for r in genuine], [r.distance for r in pairs]) < 1
     for distance, status in ((1e3, metrics.FAILED), (0.0, metrics.OK)):
-        attacked = metrics.Attack([r._replace(attack="square", distance=distance) for r in pairs], {})
-        assert metrics.check_harm({"clean": clean, "square": attacked}).status == status
-    assert metrics.check_harm({"clean": clean}).status == metrics.NOT_RUN
+        attacked = metrics.Attack(
+            [r._replace(attack="square", distance=distance) for r in pairs], {}
+        )
+        attacks = {"clean": clean, "square": attacked}
+        assert verdict("attacks harm", attacks).status == status
+    assert verdict("attacks harm", {"clean": clean}).status == metrics.NOT_RUN
+
+
+def test_figure_3_is_measured_between_target_persons(tmp_path):
+    import data
+    import embed
+    import generator
+
+    shutil.copy(ROOT / "data/generator_demo.pt", tmp_path / "generator.pt")
+    flags = ["--method", "weak-at", "--run", str(tmp_path), "--width", "0.03125"]
+    flags += ["--synthetic-persons", "6", "--synthetic-images", "10", "--target-persons", "2"]
+    flags += ["--validation-persons", "2", "--steps", "1", "--batch", "2", "--no-evaluation"]
+    assert embed.main(flags) == 0
+    assert figures.main([str(tmp_path), "weak-at"]) == 0
+    with open(tmp_path / "weak-at/attacks/figure3.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    # every pair there is, one by one
+    faces = data.load("synthetic", persons=6, images_per_person=10)
+    split = data.read_manifest(tmp_path / "people.json", faces)
+    one, two = (faces.images[data.person_images(faces, p)] for p in split.target)
+    f = embed.load_embedding(tmp_path / "weak-at/embedding.pt")
+    lord, _ = generator.load_generator(tmp_path / "generator.pt")
+    pairs = {"real-real": [], "real-generated": []}
+    for x, t in ((one, two), (two, one)):
+        z_cl, z_co = generator.encode(lord, x)[0], generator.encode(lord, t)[1]
+        real, other = embed.features(f, t), embed.features(f, x)
+        for k in range(10):
+            u = generator.decode(lord, z_cl[k : k + 1].expand(10, -1), z_co)
+            made = embed.features(f, (u * 255).round().byte())
+            pairs["real-generated"] += (real - made).norm(dim=1).tolist()
+            pairs["real-real"] += (real - other[k]).norm(dim=1).tolist()
+    for kind, every in pairs.items():
+        found = [float(r["distance"]) for r in rows if r["kind"] == kind]
+        nearest = np.abs(np.subtract.outer(found, every)).min(1)
+        assert len(found) == 500 and nearest.max() < 1e-3 * np.median(every), kind
+    assert np.median(pairs["real-real"]) != pytest.approx(np.median(pairs["real-generated"]), 0.01)

@@ -1,0 +1,482 @@
+"""The paper's tables from rows, and the generated blocks of README.md and results/README.md.
+
+    python -m results.tables    # fills in both files
+
+`report` is the tables.md of `python metrics.py`. The paper's own figures are for CelebA.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import metrics
+from data import run
+from metrics import COUNTS, NOT_RUN, Attack, Run, columns, counts, measure, names, pick
+
+HERE = Path(__file__).resolve().parent
+PATCHES = ("eyeglasses", "square", "eye_patch")
+TABLE_1 = (  # row, method, mirroring, selection, and the paper's AU-ROC and AU-PR
+    ("Ours, basic", "ours", 0, 0, ((0.957,), (0.773, 0.809), (0.742, 0.785), (0.775, 0.789))),
+    ("Ours, mirroring", "ours", 1, 0, ((0.959,), (0.812, 0.845), (0.789, 0.825), (0.791, 0.804))),
+    ("Ours, selection", "ours", 0, 1, ((0.976,), (0.831, 0.868), (0.809, 0.848), (0.884, 0.895))),
+    ("Ours, both", "ours", 1, 1, ((0.978,), (0.868, 0.896), (0.850, 0.882), (0.893, 0.903))),
+    ("Ours, transfer, both", "ours-transfer", 1, 1, ()),
+    ("Weak AT", "weak-at", 1, 1, ((0.886,), (0.704, 0.726), (0.700, 0.722), (0.571, 0.556))),
+    ("DOA, C = 4", "doa-4", 1, 1, ((0.972,), (0.830, 0.873), (0.836, 0.873), (0.826, 0.844))),
+    ("DOA, C = 10", "doa-10", 1, 1, ((0.967,), (0.843, 0.878), (0.831, 0.864), (0.879, 0.886))),
+)
+NO_AT = ("Without AT", "no-at", 1, 1, ((0.977,), (0.590, 0.669), (0.695, 0.757), (0.657, 0.608)))
+TABLE_2 = (NO_AT, TABLE_1[3], TABLE_1[4])
+HOURS = {"ours": 11, "doa-10": 25, "generator": 14}  # Sec. 4: 20,000 steps, 200 epochs
+LABELS = {m: label.removesuffix(", both") for label, m, *_ in (*TABLE_1, *TABLE_2)}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(m: Mapping[str, Any] | None, pr: bool = True, spread: bool = True) -> str:
+    """`AU-ROC [interval; runs lowest to highest] / AU-PR` of a measure, or `not run`."""
+    if m is None:
+        return NOT_RUN
+    notes = [] if m["interval"][0] is None else ["{:.3f}, {:.3f}".format(*m["interval"])]
+    if spread and m.get("runs", 1) > 1:
+        notes.append("runs {:.3f} to {:.3f}".format(*m["range"]["auroc"]))
+    between = f" [{'; '.join(notes)}]" if notes else ""
+    return f"{m['auroc']:.3f}{between}" + (f" / {m['aupr']:.3f}" if pr else "")
+
+
+def unattacked(*measures: Mapping[str, Any] | None) -> str:
+    """AU-ROC of the attacked pairs without the attack."""
+    found = [m["clean_same_pairs"] for m in measures if m and m["clean_same_pairs"] is not None]
+    return f"{found[0]:.3f}" if found else NOT_RUN
+
+
+def methods_of(runs: Sequence[Run], *first: str) -> list[str]:
+    return list(dict.fromkeys([*first, *names(runs)]))
+
+
+def comparison(runs: Sequence[Run], lines: Sequence[tuple]) -> str:
+    """Table 1 or 2: the paper's figure beside ours."""
+    header = ["", "clean", "paper", "clean, the attacked pairs"]
+    for name in PATCHES:
+        header += [name.replace("_", " "), "paper"]
+    body = []
+    for label, method, m, s, paper in lines:
+        found = [measure(runs, method, a, m, s) for a in ("clean", *PATCHES)]
+        row = [label]
+        for n, figures in enumerate(found):
+            theirs = " / ".join(f"{v:.3f}" for v in paper[n]) if paper else "-"
+            row += [cell(figures, n > 0), theirs]
+        row.insert(3, unattacked(found[1]))
+        body.append([*row, counts(found[1] or found[0])])
+    return markdown([*header, f"{COUNTS} under eyeglasses"], body)
+
+
+def noise(runs: Sequence[Run]) -> str:
+    theirs = "100 targets x 900 intruders (random eyeglasses)"
+    body = [["Paper", "0.978", "-", "0.973", "0.965", theirs]]
+    for method in methods_of(runs, "ours", "ours-transfer"):
+        found = [measure(runs, method, a) for a in ("clean", "random_eyeglasses", "noise")]
+        if any(found[1:]) or method == "ours":
+            clean, *others = (cell(m, False) for m in found)
+            row = [clean, unattacked(*found[1:]), *others, counts(found[1] or found[2])]
+            body.append([LABELS.get(method, method), *row])
+    header = ["", "clean", "clean, the same pairs", "random eyeglasses", "uniform noise", COUNTS]
+    return markdown(header, body)
+
+
+def judged(
+    runs: Sequence[Run], method: str, name: str, role: str
+) -> Iterator[tuple[list[metrics.Row], list[metrics.Row]]]:
+    """Of each run that has both, the clean genuine rows and the attack's."""
+    for one in runs:
+        attacks = metrics.under(one.methods.get(method, {}), 1, 1)
+        clean, own = pick(attacks, "clean", "genuine"), pick(attacks, name, role)
+        if clean and own:
+            yield clean, own
+
+
+def evasion(runs: Sequence[Run]) -> str:
+    body = []
+    for method in methods_of(runs, "ours", "ours-transfer", "doa-10"):
+        paper = {"ours": "25.2 %", "doa-10": "19.8 % (C not said)"}.get(method, "-")
+        between = []
+        for clean, own in judged(runs, method, "evasion", "genuine"):
+            lo, hi = metrics.detection_interval(columns(clean), columns(own), evading=True)
+            between.append("one target" if math.isnan(lo) else f"{lo:.1%} to {hi:.1%}")
+        m = measure(runs, method, "evasion")
+        share = f"{m['detected']:.1%} [{'; '.join(between)}]" if m else NOT_RUN
+        actual = f"{m['fpr']:.1%}" if m else NOT_RUN
+        body.append([LABELS.get(method, method), share, actual, paper, counts(m)])
+    header = ["", "evading images detected [a run's interval]", "at FPR", "paper, at 5 %"]
+    return markdown([*header, COUNTS], body)
+
+
+def indirect(runs: Sequence[Run]) -> str:
+    body = [["Paper", "0.868", "0.867", "-"]]
+    for method in methods_of(runs, "ours", "ours-transfer"):
+        direct, either = (measure(runs, method, a) for a in ("direct", "direct+indirect"))
+        if direct or method == "ours":
+            row = [cell(direct, False), cell(either, False), counts(either)]
+            body.append([LABELS.get(method, method), *row])
+    return markdown(["", "direct", "more successful of direct and indirect", COUNTS], body)
+
+
+def distal(runs: Sequence[Run]) -> str:
+    """How many images made from noise eq. (1) takes for the target, at an FPR of at most 5 %."""
+    lines = []
+    for method in names(runs):
+        made, accepted, fpr = 0, 0, []
+        for clean, own in judged(runs, method, "distal", "intruder"):
+            delta = metrics.threshold(columns(clean)[0])
+            fpr.append(metrics.fpr_at(columns(clean)[0], delta))
+            made, accepted = made + len(own), accepted + sum(r.distance < delta for r in own)
+        if made:
+            told = f"{accepted} of {made} images made from noise pass as the target"
+            told += f" at an FPR of {np.mean(fpr):.1%}."
+            lines.append(f"- {LABELS.get(method, method)}: {told}")
+    return "\n".join(lines) or f"- Distal: {NOT_RUN}"
+
+
+def beyond(runs: Sequence[Run]) -> str:
+    """Attacks that the paper does not have; the worst of those that every method met, too."""
+    every = [attacks for one in runs for attacks in one.methods.values()]
+    common = [a for a in metrics.WORST if all(a in attacks for attacks in every)]
+    fewer = [
+        Run(
+            one.folder,
+            {
+                m: {a: held[a] for a in held if a in ("clean", *common)}
+                for m, held in one.methods.items()
+            },
+            one.people,
+        )
+        for one in runs
+    ]
+    attacks = ("eyeglasses", "eot_eyeglasses", "eye_patch", "grey_eye_patch", "eot_eye_patch")
+    body = []
+    for m in names(runs):
+        cells = [cell(measure(runs, m, a)) for a in (*attacks, "worst")]
+        body.append([LABELS.get(m, m), *cells, cell(measure(fewer, m, "worst"))])
+    header = [a.replace("grey_eye_patch", "grey eye patch, no attack") for a in attacks]
+    told = f"worst of {', '.join(common) or 'those all met'}"
+    return markdown(["", *header, "worst of all it met", told], body)
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """What each attack really ran with, and who was attacked so."""
+    used: dict[tuple[str, str, str], set[str]] = {}
+    keys = ("iterations", "restarts", "patterns", "training_intruders", "a_step", "positions")
+    keys += ("search_iterations",)
+    for one in runs:
+        for method, attacks in one.methods.items():
+            for name, attack in attacks.items():
+                held = attack.sidecar
+                effort = ", ".join(f"{held[k]} {k.replace('_', ' ')}" for k in keys if k in held)
+                key = name, effort or "-", str(held.get("device", "-"))
+                used.setdefault(key, set()).add(method)
+    everyone = set(names(runs))
+    body = [[*k, "all" if v == everyone else ", ".join(sorted(v))] for k, v in sorted(used.items())]
+    return markdown(["attack", "effort", "device", "methods"], body)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The finished lines of a log, [] without one; run.UsageError names a line that is not JSON."""
+    result = []
+    with run.reading(path, "correct it or train again"):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+            try:
+                result.append(dict(json.loads(line)))
+            except (TypeError, ValueError):
+                raise run.UsageError(f"{path}:{number}: not a JSON object; correct it") from None
+    return result
+
+
+def cost(folder: Path, method: str) -> tuple[float, float] | None:
+    """(steps, seconds) of a training, of the generator (epochs, seconds); None without a log."""
+    old = folder / "generator.jsonl"  # seconds of each epoch, not since the start
+    path = old if method == "generator" and old.exists() else folder / method / "log.jsonl"
+    timed = [d for d in read_log(path) if d.get("seconds")]
+    if not timed:
+        return None
+    number = len(timed) if method == "generator" else timed[-1]["step"]
+    return float(number), float(
+        sum(d["seconds"] for d in timed) if path == old else timed[-1]["seconds"]
+    )
+
+
+def costs(runs: Sequence[Run]) -> str:
+    body = []
+    for method in ("generator", *names(runs)):
+        found = [c for one in runs if (c := cost(one.folder, method))]
+        unit, count = ("epoch", 200) if method == "generator" else ("step", 20000)
+        paper, mine = "-", [NOT_RUN] * 3
+        if method in HOURS:
+            paper = f"{HOURS[method]} h, {HOURS[method] * 3600 / count:.3g} s"
+        if found:
+            steps, seconds = np.mean(found, 0)
+            mine = [f"{seconds / steps:.3g} s", f"{seconds / 60:.1f} min", f"{steps:.0f} {unit}s"]
+        body.append([LABELS.get(method, method), *mine, paper])
+    told = "paper, one RTX 2080 Ti: in all, each"
+    return markdown(["", "a step or epoch", "in all", "number", told], body)
+
+
+def disentanglement(runs: Sequence[Run]) -> str:
+    """What generator.py reports of the persons it never saw, means over the runs."""
+    found: dict[str, list[float]] = {}
+    for one in runs:
+        old, new = one.folder / "generator.json", one.folder / "generator" / "result.json"
+        for key, value in (metrics.optional_json(old) or metrics.optional_json(new)).items():
+            if key == "made_of" or key.startswith("seconds"):
+                continue
+            for inner, v in value.items() if isinstance(value, Mapping) else [("", value)]:
+                if isinstance(v, (int, float)):
+                    found.setdefault(f"{key} {inner}".strip().replace("_", " "), []).append(v)
+    body = []
+    for key, v in found.items():
+        between = f" ({min(v):.4g} to {max(v):.4g})" if len(v) > 1 else ""
+        body.append([key, f"{np.mean(v):.4g}{between}"])
+    return markdown(["generator, persons it never saw", "value"], body) if body else NOT_RUN
+
+
+def report(runs: Sequence[Run]) -> str:
+    """tables.md: every table of the paper, the paper's figures beside ours, `not run` where a run
+    has no rows."""
+    sidecars = [a.sidecar for one in runs for held in one.methods.values() for a in held.values()]
+    people = [one.people for one in runs]
+
+    def said(key: str, *sources: list[dict]) -> str:
+        """What the first source that says anything says."""
+        every = [sorted({str(d[key]) for d in found if key in d}) for found in sources]
+        return ", ".join(next((v for v in every if v), ["unknown"]))
+
+    data, seeds = said("data", sidecars, people), said("seed", people)
+    several = " and the lowest and highest run" if len(runs) > 1 else ""
+    return f"""# Tables
+
+Data: {data}; runs: {len(runs)}; seed: {seeds}; commit: {said("commit", sidecars, people)}. \
+The paper's figures are for CelebA.
+Figures are AU-ROC / AU-PR, precision = TPR / (TPR + FPR), intruder positive; in brackets the \
+95 % bootstrap interval of
+the AU-ROC over targets{several}.
+
+## Health checks
+
+```
+{metrics.health_lines(metrics.health(runs))}
+```
+
+## Attacks as run
+
+{settings(runs)}
+
+## Table 1
+
+{comparison(runs, TABLE_1)}
+
+## Table 2: without adversarial training
+
+{comparison(runs, TABLE_2)}
+
+## App. B.2: random perturbations, AU-ROC
+
+{noise(runs)}
+
+## Sec. 4.3: evasion at an FPR of at most 5 %
+
+{evasion(runs)}
+
+## Sec. 4.4: indirect anchor and distal attacks
+
+{indirect(runs)}
+
+{distal(runs)}
+
+## Beyond the paper: transformed patches, and the strongest attack per intruder
+
+{beyond(runs)}
+
+## Disentanglement
+
+{disentanglement(runs)}
+
+## Cost
+
+{costs(runs)}
+"""
+
+
+# What is generated in the READMEs
+
+
+@functools.cache
+def runs_of(*folders: str) -> list[Run]:
+    """The committed runs of these folders, below results/."""
+    return [metrics.read_run(HERE / folder) for folder in folders]
+
+
+def seeds(folder: str, method: str = "") -> list[str]:
+    """The folders seed-0, seed-1, ... that hold the method."""
+    return sorted(
+        f"{folder}/{p.name}" for p in (HERE / folder).glob("seed-*") if (p / method).exists()
+    )
+
+
+def overview() -> str:
+    """README.md's table."""
+    runs, body = runs_of(*seeds("demo")), []
+    for _, method, m, s, paper in (*TABLE_1[3:], NO_AT):
+        row = [LABELS[method]]
+        for n, name in enumerate(("clean", *PATCHES)):
+            theirs = f" ({paper[n][0]:.3f})" if paper else ""
+            row.append(cell(measure(runs, method, name, m, s), False, False) + theirs)
+        body.append(row)
+    told = f"AU-ROC on rendered faces, not CelebA: means of {len(runs)} seeds"
+    told += " [95 % interval over persons] (the paper's, CelebA)."
+    header = ["", "clean", *(name.replace("_", " ") for name in PATCHES)]
+    return f"{told}\n\n{markdown(header, body)}"
+
+
+def side_by_side(lines: Sequence[tuple[str, Sequence[Run], str]]) -> str:
+    """(label, runs, method), one a line: clean and under eyeglasses."""
+    body = []
+    for label, runs, method in lines:
+        clean, attacked = (measure(runs, method, a) for a in ("clean", "eyeglasses"))
+        row = [cell(clean), unattacked(attacked), cell(attacked), str(len(runs)), counts(attacked)]
+        body.append([label, *row])
+    header = ["F", "clean", "clean, the attacked pairs", "eyeglasses", "runs"]
+    return markdown([*header, f"{COUNTS} under eyeglasses"], body)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of a training, {} without a result."""
+    result = metrics.optional_json(folder / "result.json")
+    return result.get("made_of", result).get("config", {})
+
+
+def paper() -> str:
+    text = report(runs_of(*seeds("demo")))
+    return "#" + text[text.index("## Health checks") :].replace("\n## ", "\n### ").rstrip()
+
+
+def longer() -> str:
+    """Four times the steps beside the demo's, on the same targets and intruders."""
+    lines = []
+    for method in ("ours", "ours-transfer", "no-at", "weak-at", "doa-10"):
+        many = seeds("demo/long", method)
+        for folders in ([f.replace("/long", "") for f in many], many):
+            steps = {settings_of(HERE / folder / method)["steps"] for folder in folders}
+            label = f"{LABELS[method]}, {'/'.join(map(str, steps))} steps"
+            lines.append((label, runs_of(*folders), method))
+    return side_by_side(lines)
+
+
+def variants() -> str:
+    """What else was trained: on windows or whole images, with G or true renderings, batches."""
+    one, every = ("demo/seed-0",), seeds("demo")
+    lines = (
+        ("ours, inner attack on whole images (as above)", every, "ours"),
+        ("ours, inner attack on windows (the default now)", seeds("demo/local"), "ours"),
+        ("ours, y and u by G", one, "ours"),
+        ("ours, y and u rendered from the true factors", ("demo/truth",), "ours-truth"),
+        ("transfer, y and u by G", one, "ours-transfer"),
+        (
+            "transfer, y and u rendered from the true factors",
+            ("demo/truth",),
+            "ours-transfer-truth",
+        ),
+        ("ours, windows, 300 steps of 32 (as above)", ("demo/local/seed-0",), "ours"),
+        ("ours, windows, 600 steps of 16", ("demo/batch/16",), "ours"),
+        ("ours, windows, 1200 steps of 8", ("demo/batch/8",), "ours"),
+    )
+    return side_by_side([(label, runs_of(*folders), method) for label, folders, method in lines])
+
+
+def strength() -> str:
+    """Eyeglasses at the demo's and at the paper's strength, on the targets that met both."""
+    lines = []
+    demo, strong = runs_of("demo/strength/demo", "demo/strength/paper")
+    for method, attacks in strong.methods.items():
+        met = {r.target for r in attacks["eyeglasses"].rows}
+        for one, told in ((demo, "80 x 1"), (strong, "1000 x 5")):
+            held = one.methods[method].items()
+            kept = {a: Attack([r for r in v.rows if r.target in met], v.sidecar) for a, v in held}
+            label = f"{LABELS[method]}, attacked {told}"
+            lines.append((label, [Run(one.folder, {method: kept}, one.people)], method))
+    return side_by_side(lines)
+
+
+def lfw() -> str:
+    runs = runs_of(*seeds("lfw"))
+    lines = [(LABELS[method], runs, method) for method in names(runs)]
+    return "\n\n".join((side_by_side(lines), disentanglement(runs), costs(runs)))
+
+
+FLOORS = {  # of an op: variant or a word of the case, how many times as fast was asked for
+    "pgd": {"loop as in ART": 2.0, "loop as in torchattacks": 1.25},
+    "step": {"anchors cached": 1.5, "in the released code": 3.0},
+    "doa": {"NumPy loop": 8.0},
+    "gaussian_cutout": {"NumPy loop, noise inside": 3.0, "masks as images": 3.0},
+    "patch_local": {"10x10": 1.6, "20x20": 1.3},
+}
+
+
+def floor(op: str, case: str, variant: str) -> float | None:
+    if "one step" in case or (op == "doa" and "search, 1 " not in case):
+        return None
+    return next((v for k, v in FLOORS.get(op, {}).items() if k in f"{case}, {variant}"), None)
+
+
+def speed() -> str:
+    """Of each op the rows that results/bench.csv got last on a CPU, beside the floors."""
+    with open(HERE / "bench.csv", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["device"] == "cpu"]
+    newest = {r["op"]: (r["commit"], r["date"]) for r in rows}
+    rows = [r for r in rows if (r["commit"], r["date"]) == newest[r["op"]]]
+    body = []
+    for r in rows:
+        case, ratio, asked = r["case"], float(r["ratio"]), floor(r["op"], r["case"], r["variant"])
+        told = f"{asked}{', missed' * (ratio < asked)}" if asked else ""
+        row = [f"`{r['op']}`, {case}", r["variant"], f"{ratio:.2f}", told, r["n"], r["commit"]]
+        if r["variant"] != "op":
+            body.append(row)
+    told = f"Medians over n rounds, {rows[-1]['threads']} thread, torch {rows[-1]['torch']}."
+    header = ["ours", "against", "times as fast", "floor", "n", "commit"]
+    return f"{markdown(header, body)}\n\n{told}"
+
+
+BLOCKS = {
+    "README.md": {"results": overview},
+    "results/README.md": {f.__name__: f for f in (paper, longer, variants, strength, lfw, speed)},
+}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with the content between the two lines that name the block."""
+    start, end = f"<!-- {name}: python -m results.tables -->\n", f"<!-- end of {name} -->"
+    (head, rest) = text.split(start, 1)
+    return f"{head}{start}{content}\n{end}{rest.split(end, 1)[1]}"
+
+
+def main() -> None:
+    for file, blocks in BLOCKS.items():
+        path = HERE.parent / file
+        text = path.read_text(encoding="utf-8")
+        for name, make in blocks.items():
+            text = fill(text, name, make())
+        run.write(path, text)
+
+
+if __name__ == "__main__":
+    main()
