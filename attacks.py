@@ -43,6 +43,7 @@ except ImportError:
     local_features = None  # type: ignore[assignment]
 
 Embed = Callable[[Tensor], Tensor]
+Places = Sequence[tuple[int, int]]
 Rng = torch.Generator
 # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
 EYEGLASSES = (
@@ -87,7 +88,7 @@ class Config:
     lr: float = 0.01  # Sec. 4: Adam's, on delta
     restarts: int = 5  # Sec. 4: the best is kept
     decay: bool = False  # not in the paper: the learning rate falls linearly to zero
-    square_stride: int = 5  # App. C: between the places searched, pixels
+    square_stride: int = 5  # App. C: between the places searched, pixels of 64
     square_search_iterations: int = 20  # App. C: at every place
     square_search_lr: float = 0.1  # App. C: in the search
     patch_train: int = 100  # App. C, Fig. 8: intruders that the universal patch is trained on
@@ -104,7 +105,7 @@ class Config:
     distal_lr: float = 0.01  # App. C: from noise
     eot_samples: int = 4  # not in the paper: transformed copies a step
     eot_tests: int = 16  # not in the paper: fresh transformed copies that a face is scored on
-    eot_shift: float = 2.0  # not in the paper: pixels
+    eot_shift: float = 2.0  # not in the paper: pixels of 64
     eot_scale: float = 0.05  # not in the paper: 1 +- this
     eot_rotation: float = 5.0  # not in the paper: degrees
     eot_brightness: float = 0.1  # not in the paper: 1 +- this
@@ -163,6 +164,11 @@ class Effort(NamedTuple):
         return Transformed(embed, self.eot.validation) if self.eot else embed
 
 
+def kind(x: Any) -> str:
+    """What came, in the words of an error."""
+    return f"{str(x.dtype)[6:]} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 @dataclass
 class Attacked:
     """What an attack found for B images."""
@@ -179,44 +185,67 @@ class Attacked:
 # Masks, Fig. 6
 
 
-def eyeglasses_mask() -> Tensor:
-    """(64, 64) bool, 107 pixels: the authors' eyeglasses."""
+def scale(pixels: int, size: int) -> int:
+    """Pixels of the paper's 64 in an image of another size, halves rounded up."""
+    return (2 * pixels * size + 64) // 128
+
+
+def eyeglasses_mask(height: int = 64, width: int = 64) -> Tensor:
+    """(height, width) bool, the authors' eyeglasses: 107 of 64 x 64 pixels, else their nearest."""
     rows = [[int(word, 16) >> (31 - bit) & 1 for bit in range(32)] for word in EYEGLASSES.split()]
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[24:40, 16:48] = torch.tensor(rows, dtype=torch.bool)
-    return mask
+    drawn = torch.zeros(1, 1, 64, 64)
+    drawn[0, 0, 24:40, 16:48] = torch.tensor(rows)
+    return F.interpolate(drawn, (height, width), mode="nearest-exact")[0, 0].bool()
 
 
-def eye_patch_mask() -> Tensor:
-    """(64, 64) bool, 12 x 32 pixels over the eyes."""
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[26:38, 16:48] = True
-    return mask
-
-
-def square_mask(row: int, column: int, size: int = 10, height: int = 64, width: int = 64) -> Tensor:
-    """(height, width) bool, a square with its upper left pixel at (row, column)."""
+def eye_patch_mask(height: int = 64, width: int = 64) -> Tensor:
+    """(height, width) bool, a rectangle over the eyes: 12 x 32 of 64 x 64 pixels."""
     mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[row : row + size, column : column + size] = True
+    mask[scale(26, height) : scale(38, height), scale(16, width) : scale(48, width)] = True
     return mask
 
 
-def square_positions(stride: int = 5) -> list[tuple[int, int]]:
+def square_mask(
+    row: int, column: int, size: int | None = None, height: int = 64, width: int = 64
+) -> Tensor:
+    """(height, width) bool, a square with its upper left pixel at (row, column); without a size
+    10 x 10 of 64 x 64 pixels, to scale."""
+    h, w = (max(1, scale(10, n)) if size is None else size for n in (height, width))
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[row : row + h, column : column + w] = True
+    return mask
+
+
+def square_positions(stride: int = 5, height: int = 64, width: int = 64) -> list[tuple[int, int]]:
     """Starts 15, 15 + stride, ..., 35 in both directions, flush edge included (Fig. 7); 25 of them
-    at stride 5."""
+    at stride 5. At another size the same places, to scale."""
     starts = sorted({*range(15, 36, stride), 35})
-    return [(row, column) for row in starts for column in starts]
+    places = [(scale(r, height), scale(c, width)) for r in starts for c in starts]
+    return [*dict.fromkeys(places)]
 
 
-def mask_pixels(mask: Tensor, rows: int) -> Tensor:
-    """Flat pixel numbers (rows, P) of mask (H, W) or (rows, H, W) bool; ValueError where not each
-    has equally many pixels."""
-    if mask.dim() == 2:
-        return mask.flatten().nonzero().flatten().expand(rows, -1)
+def squares(places: Places, height: int, width: int) -> Tensor:
+    """(n, height, width) bool, `square_mask` at each of n places."""
+    masks = torch.zeros(len(places), height, width, dtype=torch.bool)
+    for mask, (row, column) in zip(masks, places):
+        mask |= square_mask(row, column, None, height, width)
+    return masks
+
+
+def mask_pixels(mask: Tensor, images: Tensor) -> Tensor:
+    """Flat pixel numbers (N, P) of mask (H, W) or (N, H, W) bool for images (N, C, H, W). Raises
+    ValueError for a mask of another size, and where not each has equally many pixels."""
+    N, size = len(images), tuple(images.shape[2:])
+    if mask.dtype != torch.bool or mask.shape not in (size, (N, *size)):
+        told = f"{kind(mask)} for images {tuple(images.shape)}"
+        raise ValueError(f"mask: {told}, wanted bool {size} or {(N, *size)}")
+    mask = mask.to(images.device)
+    if mask.dim() == 2 or not N:
+        return mask.flatten().nonzero().flatten().expand(N, -1)
     counts = mask.flatten(1).sum(1)
     if (counts != counts[0]).any():
         raise ValueError("masks of one batch must have equally many pixels")
-    return mask.flatten(1).nonzero()[:, 1].view(len(mask), -1)
+    return mask.flatten(1).nonzero()[:, 1].view(N, -1)
 
 
 def paste(images: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
@@ -273,8 +302,8 @@ def views_of(embed: Embed) -> int:
 
 
 def draw_transforms(n: int, config: Config, generator: Rng) -> Tensor:
-    """(n, 5): rows and columns of shift in pixels, scale, rotation in radians, brightness; uniform
-    in +- the config's ranges."""
+    """(n, 5): rows and columns of shift in pixels of 64, scale, rotation in radians, brightness;
+    uniform in +- the config's ranges."""
     unit = torch.rand(n, 5, generator=generator) * 2 - 1
     shift, rotation = config.eot_shift, config.eot_rotation * torch.pi / 180
     ranges = torch.tensor([shift, shift, config.eot_scale, rotation, config.eot_brightness])
@@ -287,7 +316,7 @@ def transform(images: Tensor, transforms: Tensor) -> Tensor:
     (N, C, H, W), S = images.shape, len(transforms)
     row, column, scale, angle, brightness = transforms.to(images).unbind(1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    theta = torch.stack([cos, -sin * H / W, 2 * column / W, sin * W / H, cos, 2 * row / H], 1)
+    theta = torch.stack([cos, -sin * H / W, column / 32, sin * W / H, cos, row / 32], 1)
     theta = theta.view(S, 2, 3).repeat_interleave(N, 0)
     grid = F.affine_grid(theta, [S * N, C, H, W], align_corners=False)
     images = images.repeat(S, 1, 1, 1)
@@ -483,7 +512,7 @@ def tanh_attack(
             by_iterations, by_restarts {n: distance (B,)}
     """
     B, C, scorer, each = *images.shape[:2], effort.scorer(embed), torch.arange(len(images))
-    pixels, anchor = mask_pixels(mask.to(images.device), B), anchor.expand(B, -1)  # (B, P)
+    pixels, anchor = mask_pixels(mask, images), anchor.expand(B, -1)  # (B, P)
     if pixels.shape[1] == 0:
         return Attacked(images.clone(), distances(scorer, images, anchor, effort.chunk))
     if not isinstance(start, Tensor):
@@ -517,8 +546,6 @@ def roots(curve: dict[int, Tensor]) -> dict[int, Tensor]:
 
 # Square with a search for its place, Sec. 3, App. C
 
-Places = Sequence[tuple[int, int]]
-
 
 def location_search(
     embed: Embed, images: Tensor, anchor: Tensor, places: Places, search: Effort, generator: Rng
@@ -529,9 +556,10 @@ def location_search(
     """
     (B, C, H, W), K = images.shape, len(places)
     fits = search.chunk - search.chunk % (K * views_of(embed))  # all places of some images
-    start = draw_start(B * K, 1, C, 100, generator)
+    masks = squares(places, H, W)
+    start = draw_start(B * K, 1, C, int(masks[0].sum()), generator)
     images, anchor = (x.repeat_interleave(K, 0) for x in (images, anchor.expand(B, -1)))
-    masks = torch.stack([square_mask(row, col, 10, H, W) for row, col in places]).repeat(B, 1, 1)
+    masks = masks.repeat(B, 1, 1)
     search = search._replace(chunk=fits or search.chunk)
     result = tanh_attack(embed, images, anchor, masks, search, start)
     return result.distance.view(B, K), result
@@ -550,8 +578,7 @@ def square_attack(
     extra: row, col (B,)."""
     found, searched = location_search(embed, images, anchor, places, search, generator)
     best = torch.tensor(places)[(effort.sign * found).argmin(1).cpu()]  # (B, 2)
-    H, W = images.shape[2:]
-    mask = torch.stack([square_mask(row, col, 10, H, W) for row, col in best.tolist()])
+    mask = squares(best.tolist(), *images.shape[2:])
     result = tanh_attack(embed, images, anchor, mask, effort, generator)
     count(result, searched)
     result.mask = mask
@@ -579,7 +606,7 @@ def universal_patch(
     Returns the pattern (C, P) in [0, 1] and the patched training images.
     """
     B, C = images.shape[:2]
-    pixels, anchor = mask_pixels(mask.to(images.device), B), anchor.expand(B, -1)
+    pixels, anchor = mask_pixels(mask, images), anchor.expand(B, -1)
     start = draw_start(1, 1, C, pixels.shape[1], generator)[0].to(images)
     rows = min(effort.rows(embed), effort.batch or B)
     parts = zip(images.split(rows), anchor.split(rows), pixels.split(rows))
@@ -597,8 +624,8 @@ def universal_patch(
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
     """images (B, C, H, W), pattern (C, P) or (B, C, P), mask (H, W): the masked pixels replaced by
     the pattern."""
-    pixels = mask_pixels(mask.to(images.device), len(images))
-    return paste(images, pattern.to(images).expand(len(images), -1, -1), pixels)
+    pattern = pattern.to(images).expand(len(images), -1, -1)
+    return paste(images, pattern, mask_pixels(mask, images))
 
 
 # Random perturbations, App. B.2
@@ -829,9 +856,10 @@ def run_attack(
     training  the universal patch's intruders
     virtual   (D,): features of the autoencoded target, for `indirect`
     """
-    mask = eye_patch_mask() if name.endswith("eye_patch") else eyeglasses_mask()
+    C, H, W = images.shape[1:]
+    mask = eye_patch_mask(H, W) if name.endswith("eye_patch") else eyeglasses_mask(H, W)
     effort, pattern, scorer = effort_of(name, config), None, embed
-    C, chunk = images.shape[1], effort.chunk
+    chunk = effort.chunk
     if name.startswith("eot_"):
         S, T = config.eot_samples, config.eot_tests
         steps = draw_transforms(effort.iterations * S, config, generator).view(-1, S, 5)
@@ -843,12 +871,12 @@ def run_attack(
     if name in ("eyeglasses", "eot_eyeglasses", "evasion"):
         result = tanh_attack(embed, images, anchor, mask, effort, generator)
     elif name == "square":
-        places = square_positions(config.square_stride)
+        places = square_positions(config.square_stride, H, W)
         search = Effort(config.square_search_iterations, config.square_search_lr, chunk=chunk)
         result = square_attack(embed, images, anchor, places, effort, search, generator)
     elif name in ("eye_patch", "eot_eye_patch") and training is not None:
         pattern, result = universal_patch(embed, training, anchor, mask, effort, generator)
-        result.extra["pattern"] = pattern.view(-1, 12, 32)
+        result.extra["pattern"] = pattern.view(C, int(mask.any(1).sum()), -1)
     elif name == "grey_eye_patch":  # the control: what hiding the eyes does by itself
         pattern = images.new_full((C, int(mask.sum())), 0.5)
     elif name == "random_eyeglasses":

@@ -1,6 +1,7 @@
 """Each attack is held to its definition: known optima, masks, signs, seeds, and the real command on
 a small run."""
 
+import itertools
 import json
 import math
 import shutil
@@ -129,6 +130,79 @@ def test_square_positions_cover_the_region_with_its_flush_edge(stride, count):
     )
     if stride == 5:
         assert {row for row, _ in places} == {15, 20, 25, 30, 35}
+
+
+to_scale = lambda pixels, size: int(pixels * size / 64 + 0.5)
+SIZES = [(32, 32), (64, 64), (112, 112), (150, 150), (112, 96)]
+
+
+@pytest.mark.parametrize("height, width", SIZES)
+def test_masks_and_places_are_to_the_images_scale(height, width):
+    glasses, patch = eyeglasses_mask(height, width), eye_patch_mask(height, width)
+    row, column = (torch.arange(n) * 64 + 32 for n in (height, width))  # centres, in 64ths
+    nearest = eyeglasses_mask()[row.div(height).long()][:, column.div(width).long()]
+    assert torch.equal(glasses, nearest)
+    for mask, drawn in ((glasses, eyeglasses_mask()), (patch, eye_patch_mask())):
+        assert mask.shape == (height, width)
+        assert abs(mask.float().mean() - drawn.float().mean()) < 0.003
+        for side, n in ((1, height), (0, width)):
+            ends, wanted = (m.any(side).nonzero()[[0, -1], 0] for m in (mask, drawn))
+            assert ((ends / n - wanted / 64).abs() <= 1 / min(n, 64)).all()
+    places = attacks.square_positions(5, height, width)
+    h, w = to_scale(10, height), to_scale(10, width)
+    assert len(places) == 25 and places[0] == (to_scale(15, height), to_scale(15, width))
+    assert places[-1] == (to_scale(35, height), to_scale(35, width))
+    for (r, c), square in zip(places, attacks.squares(places, height, width)):
+        assert square.sum() == h * w and square[r : r + h, c : c + w].all()
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (112, 112), (150, 150), (64, 80)])
+def test_every_attack_covers_the_images_own_size(height, width):
+    weight = torch.randn(3 * height * width, 8, generator=seeded(1)) / 64
+    embed = lambda images: images.flatten(1) @ weight
+    x, train = (torch.rand(2, 3, height, width, generator=seeded(k)) for k in (0, 1))
+    short = dict.fromkeys(("restarts", "evasion_restarts", "eot_samples", "eot_tests"), 1)
+    names = ("", "patch_", "evasion_", "distal_", "square_search_")
+    short |= {"patterns": 2} | {f"{name}iterations": 2 for name in names}
+    given = replace(Config(), square_stride=20, **short), embed, x, embed(x)[0]
+    for name in attacks.ATTACKS:
+        found = run_attack(name, *given, seeded(), train, embed(train)[0])
+        images = found.images if name == "distal" else x
+        mask = found.mask.expand(len(images), -1, -1)[:, None].expand_as(images)
+        assert mask.shape[2:] == (height, width) and found.images.shape[1:] == x.shape[1:]
+        assert torch.equal(found.images[~mask], images[~mask])
+        assert name == "clean" or (found.images != x[: len(images)])[mask].any() or name == "distal"
+        if name == "square":
+            assert set(found.extra["row"].tolist()) <= {to_scale(n, height) for n in (15, 35)}
+        if name == "eye_patch":
+            assert found.extra["pattern"].shape[1] == to_scale(38, height) - round(26 * height / 64)
+
+
+def test_a_larger_image_is_as_vulnerable_and_a_mask_of_another_size_an_error():
+    weight = torch.randn(3 * 112 * 112, 8, generator=seeded(1)) / 112
+    embed, x = lambda images: images.flatten(1) @ weight, faces(4, size=112)
+    anchor = embed(faces(1, 9, 112))[0]
+    found = tanh_attack(embed, x, anchor, eyeglasses_mask(112, 112), False, iterations=100, lr=0.1)
+    assert found.distance.max() < 0.01 and distances(embed, x, anchor, False).min() > 0.2
+    smeared = torch.zeros(112, 112, dtype=torch.bool)
+    smeared.view(-1)[eyeglasses_mask().flatten().nonzero()] = True  # what came of it before
+    before = tanh_attack(embed, x, anchor, smeared, False, iterations=100, lr=0.1)
+    assert before.distance.mean() > 10 * found.distance.mean()
+    calls = [
+        lambda mask: tanh_attack(embed, x, anchor, mask, iterations=1),
+        lambda mask: universal_patch(embed, x, anchor, mask, iterations=1),
+        lambda mask: attacks.random_patterns(embed, x, anchor, mask, 1, seeded()),
+        lambda mask: attacks.apply_pattern(x, torch.zeros(3, int(mask.sum())), mask),
+    ]
+    wrong = (
+        eyeglasses_mask(),
+        eyeglasses_mask(112, 96),
+        smeared.float(),
+        smeared.expand(3, -1, -1),
+    )
+    for call, mask in itertools.product(calls, wrong):
+        with pytest.raises(ValueError, match="^mask: "):
+            call(mask)
 
 
 # distances
