@@ -278,7 +278,7 @@ def test_folder_of_traps(tmp_path, capsys):
     (root / "ann" / "tiny.png").write_bytes(png(1, 1))
     os.mkfifo(root / "ann" / "pipe.jpg")
     with open(root / "ann" / "large.jpg", "wb") as file:
-        file.truncate(data.MAX_BYTES + 1)
+        file.truncate(data.photographs.MAX_BYTES + 1)
     (root.joinpath("ann", *"123456789")).mkdir(parents=True)
     begin = time.perf_counter()
     faces = data.load("folder", root, cache=tmp_path / "cache")
@@ -394,14 +394,14 @@ def test_unreadable_file_is_named(tmp_path, monkeypatch):
     for name in ("ann", "bob"):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(tmp_path / "in" / name / "a.png")
-    whole = data._read_bytes
+    whole = data.photographs._read_bytes
 
     def refuse(path):
         if "ann" in path:
             raise PermissionError(13, "Permission denied", path)
         return whole(path)
 
-    monkeypatch.setattr(data, "_read_bytes", refuse)
+    monkeypatch.setattr(data.photographs, "_read_bytes", refuse)
     faces = data.load("folder", tmp_path / "in", cache=None)
     assert faces.names == ("bob",) and faces.skipped == (f"ann{os.sep}a.png: Permission denied",)
 
@@ -415,8 +415,8 @@ def test_interrupt_stops_decoding(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_decode", lambda *_: time.sleep(0.1))
-    monkeypatch.setattr(data, "as_completed", interrupted)
+    monkeypatch.setattr(data.photographs, "_decode", lambda *_: time.sleep(0.1))
+    monkeypatch.setattr(data.photographs, "as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.load("folder", tmp_path / "in", cache=None)
     assert time.perf_counter() - begin < 3

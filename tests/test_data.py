@@ -216,7 +216,7 @@ def test_exif_rotation(orientation, size, suffix, tmp_path):
     back = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)  # the orientation that undoes it
     stored = quarters(size)
     if back > 1:
-        stored = stored.transpose(data.TRANSPOSE[back])
+        stored = stored.transpose(data.photographs.TRANSPOSE[back])
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if suffix == "webp" else {"quality": 95} if suffix == "jpg" else {}
@@ -497,7 +497,7 @@ def test_the_crop_that_was_found_is_read_from_the_cache(tmp_path, monkeypatch):
     """A run asks for it by name where its first load did not."""
     root = sized(tmp_path / "in", (250, 250), (250, 250), (100, 100))
     found = load(root, tmp_path)
-    monkeypatch.setattr(data, "_decode", None)
+    monkeypatch.setattr(data.photographs, "_decode", None)
     again = load(root, tmp_path, crop=found.crop)
     assert found.crop == "lfw" and torch.equal(found.images, again.images)
     with pytest.raises(data.DataError):
@@ -664,7 +664,7 @@ def test_cache_gives_the_same_faces(folder, tmp_path):
 
 def test_cache_is_used(folder, tmp_path, monkeypatch):
     load(folder, tmp_path)
-    monkeypatch.setattr(data, "_decode", None)
+    monkeypatch.setattr(data.photographs, "_decode", None)
     assert len(load(folder, tmp_path)) == 8
     with pytest.raises(data.DataError):
         load(folder, tmp_path, cache=None)
@@ -691,8 +691,8 @@ def test_cache_notices_a_changed_folder(change, folder, tmp_path, monkeypatch):
         path.rename(folder / "ann" / "zero.png")
     else:
         path.chmod(0o400)
-    calls, whole = [], data._decode_all
-    monkeypatch.setattr(data, "_decode_all", lambda *given: calls.append(given) or whole(*given))
+    calls, whole = [], data._decode_alike
+    monkeypatch.setattr(data, "_decode_alike", lambda *given: calls.append(given) or whole(*given))
     after = load(folder, tmp_path)
     assert len(calls) == 1
     if change in ("touch", "grow", "add", "remove"):
