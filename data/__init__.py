@@ -2,13 +2,14 @@
 
     faces = data.load("synthetic")                      # the rendered faces: needs nothing
     faces = data.load("folder", root="lfw")             # one folder a person: LFW, or photographs
+    faces = data.load("folder", root="lfw", size=112)   # at another size than the paper's 64
     faces = data.load("celeba", root="celeba")          # img_align_celeba/ and identity_CelebA.txt
     split = data.split_persons(faces, train=2000, validation=100, target=30, seed=0)
     data.write_manifest("people.json", faces, split)
     faces, split = data.open_run(config, folder)        # what a script calls: all of the above
 
-In: image files. Out: `Faces` with images uint8 (N, 3, 64, 64), RGB, in CelebA's frame: eye centres
-on average at row 33.4, columns 22.3 and 41.2. All errors a user can cause are `DataError`, one line
+In: image files. Out: `Faces` with images uint8 (N, 3, size, size), RGB, size 64 unless asked, in
+CelebA's frame: eye centres on average at row 33.4, columns 22.3 and 41.2 of 64. All errors a user can cause are `DataError`, one line
 that names the file or setting and what to do. An image that cannot be used never stops a load: it
 is skipped, named with its reason in `Faces.skipped` and counted on stderr. Measured on LFW, 7,487
 photographs, two CPU cores: 9.5 s the first time, 0.6 s from the cache, n = 1.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -38,7 +40,9 @@ from . import run
 from .photographs import (  # noqa: F401  crop_box, load_image: for callers
     SIZE,
     _check_crop,
+    _check_size,
     _decode_alike,
+    _hash,
     _printable,
     _reason,
     _short,
@@ -74,7 +78,7 @@ NOT_PHOTOGRAPHS = frozenset({"thumbs.db", "desktop.ini"})
 class Faces:
     """Faces of many persons, images resident in memory.
 
-    images   torch uint8 (N, 3, 64, 64), RGB, 0..255
+    images   torch uint8 (N, 3, size, size), RGB, 0..255
     person   torch int64 (N,), index into names
     names    person index -> name, sorted, each has an image; unprintable characters are escaped
     files    N sources: path relative to the root, or "person-00003/0007" for rendered faces
@@ -82,7 +86,8 @@ class Faces:
     data     which loader made them: "synthetic", "folder" or "celeba"
     crop     of all the photographs, see `crop_box`; "" for rendered faces
     notes    what was loaded, and what to look at before its numbers are believed, one line each
-    hashes   photographs only: int64 (N,), the first 8 bytes of each image's blake2b
+    hashes   photographs only: int64 (N,), the first 8 bytes of the blake2b of each
+             image at size 64, whatever the size of images
     identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); their columns
              are named in data.synthetic
     """
@@ -123,6 +128,7 @@ def load(
     root: File | None = None,
     *,
     crop: str | None = None,
+    size: int = SIZE,
     cache: File | None = "runs/cache",
     progress: bool = True,
     person_folder: str | None = None,
@@ -142,19 +148,22 @@ def load(
                           identities, five digits
     crop     see `crop_box`, one for all images; None takes the one that the sizes of most ask for
              (celeba: "celeba"); images that it does not fit are skipped
-    cache    folder for decoded images, one file a (root, crop), used while every file's path, size,
+    size     side of the images, pixels, 32 to 256; rendered faces are rendered at it. Which
+             photographs there are, and whose, does not depend on it; other sizes than 64 are
+             decoded at 64 too, for `Faces.hashes`, in twice the time
+    cache    folder for decoded images, one file a (root, crop, size), used while every file's path, size,
              time and mode are as they were and rebuilt otherwise; None reads the images every time;
              one that cannot be written only warns
     progress a bar while 500 or more images are decoded
     person_folder  of root/a/b/image, "folder" alone: "first", a is the person and b a session, or
              "last", b is the person and a a collection; without it such a folder is refused
-    Photographs with the same pixels, once decoded: of one person the first is kept; those filed
+    Photographs with the same pixels, once decoded at 64: of one person the first is kept; those filed
     under several persons are left out of all, as nobody knows whose they are. Both are named in
     `skipped` and told on stderr.
-    Raises DataError: unknown name, crop or option, missing or empty folder, no readable image, bad
+    Raises DataError: unknown name, crop, size or option, missing or empty folder, no readable image, bad
     identity file.
     """
-    crop = _check_crop(crop)
+    crop, size = _check_crop(crop), _check_size(size)
     root = os.fspath(root) if root is not None else ""
     if name not in DATA_SETS:
         raise DataError(f"unknown data {name!r}: choose {', '.join(DATA_SETS)}")
@@ -162,7 +171,7 @@ def load(
         if root or crop or person_folder:
             no = "no root, no crop and no person folder"
             raise DataError(f"synthetic faces take {no}: choose folder or celeba")
-        return _load_synthetic(cache, progress, options)
+        return _load_synthetic(size, cache, progress, options)
     if person_folder and (name != "folder" or person_folder not in ("first", "last")):
         raise DataError(f"--person-folder {person_folder}: first or last, of --data folder alone")
     if options:
@@ -185,18 +194,19 @@ def load(
     whose = person_folder or ""
     signature = _digest([CACHE_VERSION, pillow_version, name, whose, listing, refused])
     store, guessed = (
-        _cache_path(cache, name, [os.path.realpath(root), asked, whose]) for asked in (crop, None)
+        _cache_path(cache, name, [os.path.realpath(root), asked, whose, size])
+        for asked in (crop, None)
     )
-    faces = _read_cache(store, signature)
+    faces = _read_cache(store, signature, size)
     if faces is None and crop:  # a run goes on with the crop that was found for it
-        faces = _read_cache(guessed, signature)
+        faces = _read_cache(guessed, signature, size)
     if faces is None or crop not in (None, faces.crop):
         found = [file for file, _ in entries]
         if name == "folder":
             listed = _folder_persons(root, found, refused, person_folder)
         else:
             listed = _celeba_persons(root, found[1:])
-        faces = _from_files(name, root, listed, crop, progress)
+        faces = _from_files(name, root, listed, crop, size, progress)
         _write_cache(store, signature, faces)
     for k, note in enumerate(faces.notes):  # the first says what there is, the others warn
         _say(note, sys.stderr if k else sys.stdout)
@@ -210,17 +220,19 @@ def load(
 Listed = tuple[list[str], list[str], list[str], list[str]]
 
 
-def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress: bool) -> Faces:
+def _from_files(
+    name: str, root: str, listed: Listed, crop: str | None, size: int, progress: bool
+) -> Faces:
     files, persons, refused, notes = listed
     if not files:
         why = f" ({refused[0]})" if refused else ""
         raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
     paths = [os.path.join(root, file) for file in files]
-    images, reasons, crop, cropped = _decode_alike(paths, crop, progress)
+    images, hashes, reasons, crop, cropped = _decode_alike(paths, crop, size, progress)
     shown = [_printable(file) for file in files]
     kept = [i for i, why in enumerate(reasons) if why is None]
-    hashes = {i: _hash(images[i]) for i in kept}
-    notes = [*notes, *_refuse_copies(hashes, persons, shown, reasons)]
+    known = {i: int(hashes[i]) for i in kept}
+    notes = [*notes, *_refuse_copies(known, persons, shown, reasons)]
     skipped = [f"{file}: {why}" for file, why in zip(shown, reasons) if why is not None]
     skipped = [*refused, *skipped]
     kept = [i for i in kept if reasons[i] is None]
@@ -241,14 +253,7 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
         data=name,
         crop=crop,
         notes=(f"{many}, {cropped}", *notes),
-        hashes=torch.tensor([hashes[i] for i in kept], dtype=torch.int64),
-    )
-
-
-def _hash(image: np.ndarray) -> int:
-    """Of an image's pixels; among a million two different ones share it once in 10^7 times."""
-    return int.from_bytes(
-        hashlib.blake2b(image.data, digest_size=8).digest(), "little", signed=True
+        hashes=torch.from_numpy(hashes[kept]),
     )
 
 
@@ -475,7 +480,9 @@ def _celeba_persons(root: str, files: list[str]) -> Listed:
 # ---- synthetic
 
 
-def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int]) -> Faces:
+def _load_synthetic(
+    size: int, cache: File | None, progress: bool, options: dict[str, int]
+) -> Faces:
     from . import synthetic
 
     settings = {"persons": 370, "images_per_person": 12, "seed": 0}
@@ -492,10 +499,10 @@ def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int])
         raise DataError(f"synthetic: persons must be at most 100000, not {persons}")
     source = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
     signature = _digest([CACHE_VERSION, settings, source])
-    store = _cache_path(cache, "synthetic", [settings])
-    faces = _read_cache(store, signature)
+    store = _cache_path(cache, "synthetic", [settings, size])
+    faces = _read_cache(store, signature, size)
     if faces is None:
-        made = synthetic.synthetic_faces(persons, per_person, seed, progress)
+        made = synthetic.synthetic_faces(persons, per_person, seed, progress, size)
         images, person, identity, content = map(torch.as_tensor, made)
         names = tuple(f"person-{k:05d}" for k in range(persons))
         files = tuple(f"{name}/{i:04d}" for name in names for i in range(per_person))
@@ -522,7 +529,7 @@ def _cache_path(cache: File | None, name: str, key: Any) -> Path | None:
     return None if cache is None or cache == "" else Path(cache) / f"{name}-{_digest(key)[:16]}.npz"
 
 
-def _read_cache(store: Path | None, signature: str) -> Faces | None:
+def _read_cache(store: Path | None, signature: str, size: int) -> Faces | None:
     """The cached faces; None where there are none, they are out of date or the file is broken (zip
     checks its CRC)."""
     if store is None:
@@ -540,7 +547,7 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
         images, person = arrays["images"], arrays["person"]
         texts: Any = {key: tuple(about[key]) for key in TEXTS}
         N = len(texts["files"])
-        fits = images.dtype == torch.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
+        fits = images.dtype == torch.uint8 and images.shape == (N, 3, size, size) and N > 0
         fits = fits and person.dtype == torch.int64 and person.shape == (N,)
         if not fits or person.min() < 0 or person.max() >= len(texts["names"]):
             raise ValueError("arrays do not fit together")
@@ -570,6 +577,40 @@ def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
 def image_counts(faces: Faces) -> torch.Tensor:
     """How many images each person has, int64 (len(names),)."""
     return torch.bincount(faces.person, minlength=len(faces.names))
+
+
+def read_pairs(path: File, faces: Faces) -> tuple[torch.Tensor, torch.Tensor]:
+    """LFW's pairs.txt -> image indices int64 (P, 2), and whether of one person, bool (P,).
+
+    Lines "ann 1 4", two photographs of ann, or "ann 1 bob 2", by the number a file's name ends in;
+    a first line "10 300" or "3000": so many (the product) of each kind. Raises DataError.
+    """
+    where: dict[tuple[str, str], list[int]] = {}
+    for i, (file, p) in enumerate(zip(faces.files, faces.person.tolist())):
+        if number := re.search(r"([0-9]+)(\.\w+)?$", file):
+            where.setdefault((faces.names[p], number[1].lstrip("0")), []).append(i)
+    pairs, same, each, shown = [], [], None, _printable(os.fspath(path))
+    with run.reading(shown, "give a file like LFW's pairs.txt"):
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    for at, line in enumerate(lines, start=1):
+        words = unicodedata.normalize("NFC", line).split("\t" if "\t" in line else None)
+        if at == 1 and re.fullmatch(r"[0-9]{1,9}(\s+[0-9]{1,9})?\s*", line):
+            each = math.prod(map(int, line.split()))
+        elif words:
+            same.append(len(words) == 3)
+            words[2:2] = words[:1] * same[-1]  # of one person: the name stands once
+            keys = [(_printable(a), n.strip().lstrip("0")) for a, n in zip(words[::2], words[1::2])]
+            found = [where.get(key, []) for key in keys]
+            fits = len(words) == 4 and (words[0] == words[2]) == same[-1] and found[0] != found[1]
+            if not fits or [*map(len, found)] != [1, 1]:
+                what = f"{_short(line)!r} is not two photographs of this data"
+                raise DataError(f"{shown}, line {at}: {what}; correct or remove the line")
+            pairs.append(found[0] + found[1])
+    one, two = same.count(True), same.count(False)
+    if 0 in (one, two) or each is not None and not one == two == each:
+        told = f"holds {one} pairs of one person and {two} of two"
+        raise _wrong(path, f"{told}; give both kinds, and as many of each as line 1 says")
+    return torch.tensor(pairs), torch.tensor(same)
 
 
 def split_persons(
@@ -720,8 +761,10 @@ def trained_on(path: File, faces: Faces) -> set[str]:
 
 
 def _hashes(faces: Faces) -> np.ndarray:
-    """Of each image, int64 (N,), the same on every machine."""
+    """Of each image at 64, int64 (N,), the same on every machine."""
     if faces.hashes is None:  # not of the loaders
+        if faces.images.shape[-1] != SIZE:
+            raise DataError(f"photographs of another size than {SIZE} are known by Faces.hashes")
         return np.array([_hash(image) for image in faces.images.numpy()], dtype="<i8")
     return faces.hashes.numpy().astype("<i8")
 

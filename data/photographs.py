@@ -6,6 +6,7 @@ and why, stands here.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -14,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ try:
 except ImportError:  # the bar is a comfort
     tqdm = None
 
-SIZE = 64  # side of every image, pixels (App. A)
+SIZE = 64  # side of an image, pixels (App. A)
+SIZES = (32, 256)  # what can be asked for
 CROPS = ("lfw", "centre", "celeba", "none")
 BY_SIZE = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}  # otherwise centre
 MAX_PIXELS = 50_000_000  # larger images are skipped before they are decoded
@@ -89,26 +90,26 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     return 0, 0, width, height
 
 
-def load_image(path: File, crop: str | None = None) -> torch.Tensor:
-    """One photograph, decoded as the loaders do: torch uint8 (3, 64, 64), RGB.
+def load_image(path: File, crop: str | None = None, size: int = SIZE) -> torch.Tensor:
+    """One photograph, decoded as the loaders do: torch uint8 (3, size, size), RGB.
 
     Upright by its EXIF orientation; first frame of an animation; transparency over white; grey,
     palette, CMYK and 16-bit become 8-bit RGB; colour profiles are ignored; antialiased (bicubic).
-    crop: see `crop_box`.
+    crop: see `crop_box`; size: 32 to 256.
     Raises DataError naming the file and the reason.
     """
-    crop = _check_crop(crop)
+    crop, size = _check_crop(crop), _check_size(size)
     with warnings.catch_warnings():
         _quiet_pillow()
         try:
-            pixels, _ = _decode(_read_bytes(os.fspath(path)), crop)
+            pixels, _ = _decode(_read_bytes(os.fspath(path)), crop, size)
         except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
             raise _wrong(path, _reason(error)) from None
     return torch.from_numpy(pixels)
 
 
-def _decode(raw: bytes, crop: str | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image file's bytes -> uint8 (3, 64, 64), and its width and height; below 1 GB. Raises what
+def _decode(raw: bytes, crop: str | None, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image file's bytes -> uint8 (3, size, size), and its width and height; below 1 GB. Raises what
     Pillow does, or _Skip."""
     if not raw:
         raise _Skip("empty file")
@@ -121,7 +122,7 @@ def _decode(raw: bytes, crop: str | None) -> tuple[np.ndarray, tuple[int, int]]:
         if image.format in ("JPEG", "MPO"):
             if "progressive" in image.info and raw.count(b"\xff\xda") * W * H > MAX_SCAN_PIXELS:
                 raise _Skip("progressive JPEG with too many scans")
-            shrink = min(W, H) // (4 * SIZE)
+            shrink = min(W, H) // (4 * size)
             if shrink > 1:  # the decoder halves large photographs, to four times the size or more
                 image.draft(None, (W // shrink, H // shrink))
         if image.format == "JPEG2000" and len(raw) > MAX_JPEG2000_BYTES:
@@ -143,11 +144,11 @@ def _decode(raw: bytes, crop: str | None) -> tuple[np.ndarray, tuple[int, int]]:
         kx, ky = upright.width / W, upright.height / H
         right, bottom = min(right * kx, upright.width), min(bottom * ky, upright.height)
         box = (left * kx, top * ky, right, bottom)
-        small = _eight_bit(upright).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+        small = _eight_bit(upright).resize((size, size), Image.Resampling.BICUBIC, box=box)
         if small.mode == "RGBA":
             white = Image.new("RGBA", small.size, "white")
             small = Image.alpha_composite(white, small).convert("RGB")
-        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1)), (W, H)  # (3, 64, 64)
+        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1)), (W, H)  # (3, size, size)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -231,12 +232,34 @@ def _check_crop(crop: str | None) -> str | None:
     return crop
 
 
+def _check_size(size: int) -> int:
+    if type(size) is not int or not SIZES[0] <= size <= SIZES[1]:
+        told = f"give a whole number of pixels, {SIZES[0]} to {SIZES[1]}"
+        raise DataError(f"--size {_short(str(size))}: {told}")
+    return size
+
+
 # ---- many images
 
 
-def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[Any, list, list]:
-    """Files -> uint8 (N, 3, 64, 64), and per file its size, and None or why it was skipped."""
-    images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
+def _hash(image: np.ndarray) -> int:
+    """Of an image's pixels; among a million two different ones share it once in 10^7 times."""
+    return int.from_bytes(
+        hashlib.blake2b(image.data, digest_size=8).digest(), "little", signed=True
+    )
+
+
+def _decode_all(
+    paths: list[str], crop: str | None, size: int, progress: bool
+) -> tuple[np.ndarray, np.ndarray, list, list]:
+    """Files -> uint8 (N, 3, size, size), the hashes of what they are at 64, int64 (N,), and per file
+    its size, and None or why it was skipped."""
+    try:
+        images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
+    except MemoryError:
+        much = f"{len(paths)} images take {len(paths) * 3 * size**2 >> 20} MiB, more than there is"
+        raise DataError(f"--size {size}: {much}; lower it") from None
+    hashes = np.zeros(len(paths), dtype=np.int64)
     sizes: list[tuple[int, int] | None] = [None] * len(paths)
     reasons: list[str | None] = [None] * len(paths)
     stop = threading.Event()
@@ -246,7 +269,10 @@ def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[Any
             if stop.is_set():
                 break
             try:
-                images[i], sizes[i] = _decode(_read_bytes(paths[i]), crop)
+                raw = _read_bytes(paths[i])
+                images[i], sizes[i] = _decode(raw, crop, size)
+                # decoded again, as a photograph is the same one at every size, to the last bit
+                hashes[i] = _hash(images[i] if size == SIZE else _decode(raw, crop, SIZE)[0])
             except Exception as error:  # noqa: BLE001  as in load_image
                 reasons[i] = _reason(error)
 
@@ -265,25 +291,31 @@ def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[Any
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-    return images, sizes, reasons
+    return images, hashes, sizes, reasons
 
 
 def _decode_alike(
-    paths: list[str], crop: str | None, progress: bool
-) -> tuple[np.ndarray, list, str, str]:
-    """Files -> uint8 (N, 3, 64, 64), per file None or why it was skipped, the crop of all of them,
-    and what to tell of it. Without a crop it is the one that the sizes of most ask for."""
-    images, sizes, reasons = _decode_all(paths, crop, progress)
+    paths: list[str], crop: str | None, size: int, progress: bool
+) -> tuple[np.ndarray, np.ndarray, list, str, str]:
+    """Files -> uint8 (N, 3, size, size), their hashes, per file None or why it was skipped, the crop
+    of all, and what to tell of it. Without a crop it is the one that the sizes of most ask for."""
+    images, hashes, sizes, reasons = _decode_all(paths, crop, size, progress)
     counts = Counter(size for size in sizes if size)
     each = [f"{W}x{H}" + f" ({n})" * (len(counts) > 1) for (W, H), n in counts.most_common()]
     told = f"{'mixed sizes, ' * (len(each) > 1)}{_some(each)}: crop "
     if crop is not None:
-        return images, reasons, crop, told + crop
+        return images, hashes, reasons, crop, told + crop
     asked = [BY_SIZE.get(size, "centre") if size else "" for size in sizes]
     crop = max(CROPS, key=lambda crop: (asked.count(crop), crop == "centre"))
     again = [i for i, other in enumerate(asked) if other not in ("", crop)]
     if again:
-        pixels, _, why = _decode_all([paths[i] for i in again], crop, False)
+        pixels, marks, _, why = _decode_all([paths[i] for i in again], crop, size, False)
         for k, i in enumerate(again):
-            images[i], reasons[i] = pixels[k], why[k]
-    return images, reasons, crop, f"{told}{crop}, by the size of {'most' if again else 'all'}"
+            images[i], hashes[i], reasons[i] = pixels[k], marks[k], why[k]
+    return (
+        images,
+        hashes,
+        reasons,
+        crop,
+        f"{told}{crop}, by the size of {'most' if again else 'all'}",
+    )
