@@ -9,10 +9,11 @@
     faces, split = data.open_run(config, folder)        # what a script calls: all of the above
 
 In: image files. Out: `Faces` with images uint8 (N, 3, size, size), RGB, size 64 unless asked, in
-CelebA's frame: eye centres on average at row 33.4, columns 22.3 and 41.2 of 64. All errors a user can cause are `DataError`, one line
-that names the file or setting and what to do. An image that cannot be used never stops a load: it
-is skipped, named with its reason in `Faces.skipped` and counted on stderr. Measured on LFW, 7,487
-photographs, two CPU cores: 9.5 s the first time, 0.6 s from the cache, n = 1.
+CelebA's frame: eye centres on average at row 33.4, columns 22.3 and 41.2 of 64. All errors a user
+can cause are `DataError`, one line that names the file or setting and what to do. An image that
+cannot be used never stops a load: it is skipped, named with its reason in `Faces.skipped` and
+counted on stderr. Measured on LFW, 7,487 photographs, two CPU cores: 9.5 s the first time, 0.6 s
+from the cache, n = 1.
 """
 
 from __future__ import annotations
@@ -151,17 +152,17 @@ def load(
     size     side of the images, pixels, 32 to 256; rendered faces are rendered at it. Which
              photographs there are, and whose, does not depend on it; other sizes than 64 are
              decoded at 64 too, for `Faces.hashes`, in twice the time
-    cache    folder for decoded images, one file a (root, crop, size), used while every file's path, size,
-             time and mode are as they were and rebuilt otherwise; None reads the images every time;
-             one that cannot be written only warns
+    cache    folder for decoded images, one file a (root, crop, size), used while every file's path,
+             size, time and mode are as they were and rebuilt otherwise; None reads the images every
+             time; one that cannot be written only warns
     progress a bar while 500 or more images are decoded
     person_folder  of root/a/b/image, "folder" alone: "first", a is the person and b a session, or
              "last", b is the person and a a collection; without it such a folder is refused
-    Photographs with the same pixels, once decoded at 64: of one person the first is kept; those filed
-    under several persons are left out of all, as nobody knows whose they are. Both are named in
-    `skipped` and told on stderr.
-    Raises DataError: unknown name, crop, size or option, missing or empty folder, no readable image, bad
-    identity file.
+    Photographs with the same pixels, once decoded at 64: of one person the first is kept; those
+    filed under several persons are left out of all, as nobody knows whose they are. Both are named
+    in `skipped` and told on stderr.
+    Raises DataError: unknown name, crop, size or option, missing or empty folder, no readable
+    image, bad identity file.
     """
     crop, size = _check_crop(crop), _check_size(size)
     root = os.fspath(root) if root is not None else ""
@@ -230,12 +231,10 @@ def _from_files(
     paths = [os.path.join(root, file) for file in files]
     images, hashes, reasons, crop, cropped = _decode_alike(paths, crop, size, progress)
     shown = [_printable(file) for file in files]
-    kept = [i for i, why in enumerate(reasons) if why is None]
-    known = {i: int(hashes[i]) for i in kept}
-    notes = [*notes, *_refuse_copies(known, persons, shown, reasons)]
+    notes = [*notes, *_refuse_copies(hashes, persons, shown, reasons)]
     skipped = [f"{file}: {why}" for file, why in zip(shown, reasons) if why is not None]
     skipped = [*refused, *skipped]
-    kept = [i for i in kept if reasons[i] is None]
+    kept = [i for i, why in enumerate(reasons) if why is None]
     if not kept:
         raise _wrong(root, f"none of its {len(files)} files can be used ({skipped[-1]})")
     for k, i in enumerate(kept):  # in place: no second copy of all images
@@ -258,15 +257,13 @@ def _from_files(
 
 
 def _refuse_copies(
-    hashes: dict[int, int], persons: list[str], files: list[str], reasons: list[str | None]
+    hashes: np.ndarray, persons: list[str], files: list[str], reasons: list[str | None]
 ) -> list[str]:
-    """Writes into reasons what has the same pixels as another; returns what to tell.
-
-    hashes: file index -> hash, of the files that have no reason yet.
-    """
+    """Writes into reasons what has the same pixels as another; returns what to tell."""
     alike: dict[int, list[int]] = {}
-    for i, value in hashes.items():
-        alike.setdefault(value, []).append(i)
+    for i, value in enumerate(hashes.tolist()):
+        if reasons[i] is None:
+            alike.setdefault(value, []).append(i)
     copies, shared = 0, []
     for first, *rest in alike.values():
         others = [i for i in rest if persons[i] != persons[first]]

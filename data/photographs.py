@@ -109,8 +109,8 @@ def load_image(path: File, crop: str | None = None, size: int = SIZE) -> torch.T
 
 
 def _decode(raw: bytes, crop: str | None, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image file's bytes -> uint8 (3, size, size), and its width and height; below 1 GB. Raises what
-    Pillow does, or _Skip."""
+    """An image file's bytes -> uint8 (3, size, size), and its width and height; below 1 GB. Raises
+    what Pillow does, or _Skip."""
     if not raw:
         raise _Skip("empty file")
     Image.init()
@@ -252,8 +252,8 @@ def _hash(image: np.ndarray) -> int:
 def _decode_all(
     paths: list[str], crop: str | None, size: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, list, list]:
-    """Files -> uint8 (N, 3, size, size), the hashes of what they are at 64, int64 (N,), and per file
-    its size, and None or why it was skipped."""
+    """Files -> uint8 (N, 3, size, size), the hashes of what they are at 64, int64 (N,), and
+    per file its size, and None or why it was skipped."""
     try:
         images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
     except MemoryError:
@@ -297,8 +297,8 @@ def _decode_all(
 def _decode_alike(
     paths: list[str], crop: str | None, size: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, list, str, str]:
-    """Files -> uint8 (N, 3, size, size), their hashes, per file None or why it was skipped, the crop
-    of all, and what to tell of it. Without a crop it is the one that the sizes of most ask for."""
+    """Files -> uint8 (N, 3, size, size), their hashes, per file None or why it was skipped, the
+    crop of all, and what to tell of it. Without a crop it is the one that most sizes ask for."""
     images, hashes, sizes, reasons = _decode_all(paths, crop, size, progress)
     counts = Counter(size for size in sizes if size)
     each = [f"{W}x{H}" + f" ({n})" * (len(counts) > 1) for (W, H), n in counts.most_common()]

@@ -1242,7 +1242,7 @@ def test_who_was_trained_on_is_left_out(how, run, tmp_path, capsys):
 @pytest.mark.parametrize("side", [250, 1200])
 @pytest.mark.parametrize("size", [32, 112, 256])
 def test_who_was_trained_on_is_known_at_every_size(side, size, tmp_path, monkeypatch):
-    """Also of photographs so large that their decoder shrinks them, for each size by another factor."""
+    """Also of photographs so large that the decoder shrinks them, for each size differently."""
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(PERSONS):
         (tmp_path / "faces" / name).mkdir(parents=True)
