@@ -64,8 +64,8 @@ class PatchLocal:
     boxes (B, 4) = (top, left, height, width) of one size, alike modulo 2 to the power of the pools
     among `layers`.
     layers: how many convolutions (with their ReLU) and pools run on a window alone; by default as
-    long as the places allow and a window is at most 0.8 of its map. Raises ValueError for other
-    boxes.
+    long as the places allow, maps are even, and a window is at most 0.8 of its map. Raises
+    ValueError for other boxes.
     """
 
     def __init__(
@@ -96,10 +96,12 @@ class PatchLocal:
                 if layers is None and height * width > 0.8 * H * W:
                     break
                 outer = corners - torch.tensor([up, back], device=corners.device)
-                if pooled and bool((outer % 2).any()):
+                # of an odd map the pool drops the last row, which a window may hold
+                if pooled and (H % 2 or W % 2 or bool((outer % 2).any())):
                     if layers is None:
                         break
-                    raise ValueError(f"boxes must be alike modulo {2 * images.shape[2] // H}")
+                    alike = 2 * images.shape[2] // H
+                    raise ValueError(f"boxes must be alike modulo {alike}, and pooled maps even")
                 hole = rows_of(outer - 1, height + 2, width + 2, H, W)
                 slab = pixels_of(x)[hole].view(len(x), height + 2, width + 2, -1)
                 slab[:, up + 1 : up + 1 + h, back + 1 : back + 1 + w] = 0

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import attacks
 import embed as e
@@ -193,11 +194,30 @@ def test_attack_is_the_same_on_and_off(model, on_and_off, mask, mirroring):
     handle.remove()
     per_pass = 3 if mirroring else 2  # chunks of the six rows
     scoring = 2 if mirroring else 1  # the best of one restart, and of two
-    # whole images only where it is switched off, and to score
-    assert len(seen) == per_pass * 5 + 2 * 2 * scoring
+    # whole images only where it is switched off, to score, and thrice in the check
+    assert len(seen) == per_pass * 5 + 2 * (2 * scoring + 3)
     assert torch.allclose(on.images, off.images, rtol=0, atol=1e-9)
     assert torch.allclose(on.distance, off.distance, atol=1e-9)
     assert not torch.allclose(on.images, images, atol=1e-3) and on.gradients == off.gradients
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (112, 96), (150, 150), (33, 47)])
+def test_attack_at_the_far_corner_of_another_size_is_the_same_on_and_off(
+    model, on_and_off, monkeypatch, height, width
+):
+    """Maps with an odd number of rows, of which a max-pool drops the last."""
+    whole = model.head
+    monkeypatch.setattr(model, "head", lambda x: whole(F.adaptive_avg_pool2d(x, 2)))
+    images, anchor = rand(2, 3, height, width), model(rand(1, 3, height, width, seed=5))[0]
+    h, w = height * 10 // 64, width * 10 // 64
+    mask = attacks.square_mask(height - h, width - w, None, height, width)
+    pixels = attacks.mask_pixels(mask, images)
+    assert local_features(model, images, pixels) is not None  # it is tried
+    given = (model, images, anchor, mask, attacks.Effort(3, 0.1, 1))
+    on, off = on_and_off(lambda: attacks.tanh_attack(*given, seeded()))
+    assert torch.allclose(on.images, off.images, rtol=0, atol=1e-9)
+    assert torch.allclose(on.distance, off.distance, atol=1e-9)
+    assert (on.distance < attacks.distances(model, images, anchor)).all()
 
 
 def test_square_and_universal_patch_are_the_same_on_and_off(model, on_and_off):
