@@ -55,6 +55,11 @@ ATTACKS = (
     *("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch"),
     *("rule", "rule_places", "rule_one", "rule_attacked"),
 )
+# modules that answer otherwise in training mode; batch normalisation also moves its averages
+BY_MODE = torch.nn.modules.batchnorm._NormBase, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU
+# of the features' norm, between an image alone and beside another: rounding in float32 came to
+# 2e-6, TF32 keeps 10 bits; dropout and batch normalisation in training mode came to 0.02 and more
+SAME = 1e-3
 # Sec. 4.2: mirroring, selection
 DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
 COLUMNS: tuple[str, ...] = (
@@ -185,7 +190,9 @@ class Attacked:
     images: Tensor  # (B, C, H, W)
     distance: Tensor  # (B,) root of the squared distance to the anchor
     zero_gradients: int = 0  # (image, iteration) pairs whose whole gradient was zero
-    nonfinite: int = 0  # (image, iteration) pairs with a non-finite gradient, taken as zero
+    # (image, iteration) pairs with a non-finite distance or gradient, taken as zero, or random
+    # patterns with a non-finite distance
+    nonfinite: int = 0
     gradients: int = 0  # (image, iteration) pairs in all
     mask: Tensor | None = None  # (H, W) or (B, H, W) bool: where the images may differ
     extra: dict = dataclasses.field(default_factory=dict)  # what one attack adds, see there
@@ -305,6 +312,11 @@ class Transformed(torch.nn.Module):
         return side_by_side(self.embed(transform(images, self.transforms)), len(images))
 
 
+def lowest(loss: Tensor, dim: int = 0) -> Tensor:
+    """Where the smallest finite value is: in an argmin NaN would win."""
+    return loss.where(loss.isfinite(), torch.inf).argmin(dim)
+
+
 def views_of(embed: Embed) -> int:
     """How many images embed makes of one."""
     return int(getattr(embed, "views", 1))
@@ -352,20 +364,128 @@ def frozen(embed: Embed) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+# What an attack is given
+
+
+def held(owner: Any) -> Iterator[Any]:
+    """What a callable refers to: attributes, closure, defaults, the globals that its code names, the
+    parts of a method or partial."""
+    import dis
+
+    for part in owner.modules() if isinstance(owner, torch.nn.Module) else [owner]:
+        yield from getattr(part, "__dict__", {}).values()
+    yield getattr(owner, "__self__", None)
+    if isinstance(owner, functools.partial):
+        yield from (owner.func, *owner.args, *owner.keywords.values())
+    yield from getattr(owner, "__defaults__", None) or ()
+    for cell in getattr(owner, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # one that is still empty
+            yield cell.cell_contents
+    if code := getattr(owner, "__code__", None):
+        names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+        yield from (owner.__globals__[name] for name in names if name in owner.__globals__)
+
+
+def hidden(embed: Embed) -> list[torch.nn.Module]:
+    """Modules that a callable leads to in three steps, those that are `embed`'s own included."""
+    layer, seen = [embed], {id(embed): embed}
+    for _ in range(3):
+        found = {id(part): part for owner in layer for part in held(owner)}
+        libraries = type, type(torch)
+        layer = [x for k, x in found.items() if k not in seen and not isinstance(x, libraries)]
+        seen |= found
+    return [part for part in seen.values() if isinstance(part, torch.nn.Module)]
+
+
+def answer(embed: Embed, images: Tensor) -> Tensor:
+    """Features (1, D) of the first of the images. Raises ValueError unless embed is in evaluation
+    mode and answers an image alike a second time, and alone; it sees five images for that."""
+    call = "call model.eval() first"
+    ramp = torch.linspace(0, 1, images.shape[3]).to(images)
+    pair = torch.cat([images[:1], (images[-1:] + ramp) / 2])  # two that differ
+    with frozen(embed), torch.no_grad():
+        for module in (m for part in hidden(embed) for m in part.modules()):
+            if module.training and isinstance(module, BY_MODE):
+                told = f"{type(module).__name__} in training mode behind a callable"
+                raise ValueError(f"embed: {told}: {call}")
+        several = [embed(pair), embed(pair), embed(images[:1])]
+    for features, n in zip(several, (2, 2, 1)):
+        float_ = isinstance(features, Tensor) and features.is_floating_point()
+        if not float_ or features.dim() != 2 or len(features) != n:
+            raise ValueError(f"embed: gives {kind(features)} for {n} images, wanted float ({n}, D)")
+    one, again, alone = (features[0].float() for features in several)
+    if not one.isfinite().all():
+        raise ValueError("embed: features of the first image are not finite")
+    least = max(SAME, torch.finfo(several[0].dtype).eps) * one.norm()
+    for other, when in ((again, "a second time"), (alone, "alone and in a batch")):
+        if not (one - other).norm() <= least:
+            raise ValueError(f"embed: answers an image differently {when}: {call}")
+    return several[2]
+
+
+def accepted(embed: Embed | None, images: Tensor, *anchors: Tensor) -> list[Tensor]:
+    """The images and an anchor (N, D) for each, as constants. Raises ValueError for what would
+    become a wrong number.
+
+    images   (N, C, H, W) float32 or float64 in [0, 1]
+    anchors  (D,) or (N, D), features of one view, finite
+    embed    see `answer`; without it only the rest is checked
+    """
+    N = len(images) if isinstance(images, Tensor) and images.dim() == 4 else -1
+    if N < 0 or images.dtype not in (torch.float32, torch.float64):
+        wanted = "wanted float32 or float64 (N, C, H, W) in [0, 1]"
+        raise ValueError(f"images: {kind(images)}, {wanted}")
+    if images.numel():
+        low, high = (float(end) for end in images.detach().aminmax())
+        if not (low >= 0 and high <= 1):  # nor NaN
+            raise ValueError(f"images: values from {low:.4g} to {high:.4g}, wanted [0, 1]")
+    width = answer(embed, images).shape[1] if embed is not None and N else 0
+    for anchor in anchors:
+        vector = isinstance(anchor, Tensor) and anchor.is_floating_point() and anchor.numel()
+        if not vector or anchor.shape[:-1] not in ((), (1,), (N,)):
+            raise ValueError(f"anchor: {kind(anchor)}, wanted features (D,) or ({N}, D)")
+        views, rest = divmod(width, anchor.shape[-1])
+        if width and (rest or not views or views_of(embed) % views):
+            told = f"{kind(anchor)} for features of width {width}"
+            raise ValueError(f"anchor: {told} of {views_of(embed)} views")
+        if not anchor.isfinite().all():
+            raise ValueError("anchor: not finite")
+    given = [images, *(anchor.expand(N, -1) for anchor in anchors)]
+    return [x.detach().clone() if x.is_inference() else x.detach() for x in given]
+
+
 @torch.no_grad()
-def distances(embed: Embed, images: Tensor, anchor: Tensor, chunk: int = 256) -> Tensor:
-    """images (N, C, H, W), anchor (N, D) or (D,) -> (N,) root of `squared_distance`."""
+def score(embed: Embed, images: Tensor, anchor: Tensor, chunk: int) -> Tensor:
+    """`distances` of what was accepted before; NaN and infinity stay."""
     rows = max(1, chunk // views_of(embed))
     parts = zip(images.split(rows), anchor.expand(len(images), -1).split(rows))
     with frozen(embed):
-        return torch.cat([squared_distance(embed(x), a).sqrt() for x, a in parts])
+        found = [squared_distance(embed(x), a).sqrt() for x, a in parts if len(x)]
+    return torch.cat(found) if found else images.new_empty(0)
+
+
+def distances(embed: Embed, images: Tensor, anchor: Tensor, chunk: int = 256) -> Tensor:
+    """images (N, C, H, W), anchor (N, D) or (D,) -> (N,) root of `squared_distance`. Raises
+    ValueError for what `accepted` refuses, and for a distance that is not finite."""
+    images, anchor = accepted(embed, images, anchor)
+    found = score(embed, images, anchor, chunk)
+    if lost := int((~found.isfinite()).sum()):
+        raise ValueError(f"embed: {lost} of {len(images)} images have no finite distance")
+    return found
 
 
 @torch.no_grad()
 def extract(embed: Embed, images: Tensor, chunk: int = 256) -> Tensor:
-    """images (N, C, H, W) uint8 or float in [0, 1] -> features (N, D)."""
+    """images (N, C, H, W) uint8 or float in [0, 1] -> features (N, D). Raises ValueError for what
+    `accepted` refuses, and for features that are not finite."""
+    grey = getattr(images, "dtype", None) == torch.uint8
+    accepted(embed, to_float(images[:1]) if grey else images)
+    parts = images.split(chunk) if len(images) else [images.new_zeros(1, *images.shape[1:])]
     with frozen(embed):
-        return torch.cat([embed(to_float(part)) for part in images.split(chunk)])
+        found = torch.cat([embed(to_float(part)) for part in parts])[: len(images)]
+    if not found.isfinite().all():
+        raise ValueError("embed: features are not finite")
+    return found
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -486,18 +606,19 @@ def optimise(
         grad = torch.zeros_like(delta)
         transforms = eot.steps[min(step, n - 1)] if eot else None
         loss = losses(turn, w, delta, sign, transforms, grad if step < n else None)
+        lost = ~(loss.isfinite() & grad.isfinite().flatten(1).all(1))
         if step % every == 0 or step == n:
             if every > 1:
                 loss = losses(batches, w, delta, sign, eot and eot.validation, None)
-            better = loss < best_loss
+            better = (loss < best_loss) & loss.isfinite()
             best_loss = torch.where(better, loss, best_loss)
             best = torch.where(better[:, None, None], delta, best)
         if step in marks:
             curve[step] = loss
         if step < n:
-            finite, zero = grad.isfinite().flatten(1).all(1), (grad == 0).flatten(1).all(1)
-            counts += torch.stack([zero.sum(), (~finite).sum(), torch.full_like(zero, 1).sum()])
-            delta.grad = torch.where(finite[:, None, None], grad, 0.0)
+            zero = ~lost & (grad == 0).flatten(1).all(1)
+            counts += torch.stack([zero.sum(), lost.sum(), torch.full_like(zero, 1).sum()])
+            delta.grad = torch.where(lost[:, None, None], 0.0, grad)
             adam.param_groups[0]["lr"] = effort.lr * (1 - step / n if effort.decay else 1)
             adam.step()
     return tanh_perturb(w, best), best_loss, curve, counts
@@ -509,22 +630,43 @@ def draw_start(rows: int, restarts: int, channels: int, pixels: int, generator: 
     return torch.stack([torch.rand(share, generator=generator) for _ in range(restarts)]) - 0.5
 
 
+@torch.inference_mode(False)
 def tanh_attack(
-    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, start: Tensor | Rng
+    embed: Embed,
+    images: Tensor,
+    anchor: Tensor,
+    mask: Tensor,
+    effort: Effort,
+    start: Tensor | Rng | None = None,
 ) -> Attacked:
-    """Attack each image by itself inside its mask, eq. (7) in the form of App. C.
+    """Attack each image by itself inside its mask, eq. (7) in the form of App. C. Raises ValueError
+    for what `accepted` refuses, and for a mask of another size; warns of lost gradients.
 
     images  (B, C, H, W) in [0, 1]; anchor (B, D) or (D,), features of one view
     mask    (H, W) or (B, H, W) bool
-    start   (restarts, B, C, P): first delta, or the generator that draws it
+    start   (restarts, B, C, P): first delta, or the generator that draws it; None: seeded with 0
     extra   loss (R, B), the signed squared distance of each restart, the best of which counts;
             by_iterations, by_restarts {n: distance (B,)}
     """
+    images, anchor = accepted(embed, images, anchor)
+    return warned(attack_each(embed, images, anchor, mask, effort, start))
+
+
+def attack_each(
+    embed: Embed,
+    images: Tensor,
+    anchor: Tensor,
+    mask: Tensor,
+    effort: Effort,
+    start: Tensor | Rng | None,
+) -> Attacked:
+    """`tanh_attack` of what was accepted before."""
     B, C, scorer, each = *images.shape[:2], effort.scorer(embed), torch.arange(len(images))
-    pixels, anchor = mask_pixels(mask, images), anchor.expand(B, -1)  # (B, P)
-    if pixels.shape[1] == 0:
-        return Attacked(images.clone(), distances(scorer, images, anchor, effort.chunk))
+    pixels = mask_pixels(mask, images)  # (B, P)
+    if not pixels.numel():
+        return Attacked(images.clone(), score(scorer, images, anchor, effort.chunk))
     if not isinstance(start, Tensor):
+        start = torch.Generator().manual_seed(0) if start is None else start
         start = draw_start(B, effort.restarts, C, pixels.shape[1], start)
     R, start = len(start), start.to(images).flatten(0, 1)  # (R * B, C, P)
     w = to_tanh(images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1)))  # (B, C, P)
@@ -538,13 +680,24 @@ def tanh_attack(
     by_restarts, each = {}, each.to(images.device)
     # measured on the images, not taken from the loop's losses: a wrong choice would show
     for n in range(1, R + 1):
-        winner = loss[:n].argmin(0)
+        winner = lowest(loss[:n])
         attacked = paste(images, patch[winner, each], pixels)
-        by_restarts[n] = distances(scorer, attacked, anchor, effort.chunk)
+        by_restarts[n] = score(scorer, attacked, anchor, effort.chunk)
     curve = {n: torch.cat([run[2][n] for run in runs]).view(R, B)[winner, each] for n in runs[0][2]}
     counts = torch.stack([run[3] for run in runs]).sum(0).tolist()
     found = Attacked(attacked, by_restarts[R], *counts)
     found.extra = {"loss": loss, "by_restarts": by_restarts, "by_iterations": roots(curve)}
+    return found
+
+
+def warned(found: Attacked) -> Attacked:
+    """The same; a warning says where gradients were lost."""
+    import warnings
+
+    if found.zero_gradients or found.nonfinite:
+        lost = f"{found.zero_gradients} zero and {found.nonfinite} non-finite"
+        told = f"{lost} of {found.gradients} gradients: the attack could not follow them"
+        warnings.warn(f"{told}, its distances do not show robustness", stacklevel=4)
     return found
 
 
@@ -559,7 +712,8 @@ def roots(curve: dict[int, Tensor]) -> dict[int, Tensor]:
 def location_search(
     embed: Embed, images: Tensor, anchor: Tensor, places: Places, search: Effort, generator: Rng
 ) -> tuple[Tensor, Attacked]:
-    """A short attack by a square at each place: distances (B, K), and all of them as one attack.
+    """A short attack by a square at each place, on images that were accepted before: distances
+    (B, K), and all of them as one attack.
 
     Only the square's window is recomputed, where the embedding's layers can be followed.
     """
@@ -570,10 +724,11 @@ def location_search(
     images, anchor = (x.repeat_interleave(K, 0) for x in (images, anchor.expand(B, -1)))
     masks = masks.repeat(B, 1, 1)
     search = search._replace(chunk=fits or search.chunk)
-    result = tanh_attack(embed, images, anchor, masks, search, start)
+    result = attack_each(embed, images, anchor, masks, search, start)
     return result.distance.view(B, K), result
 
 
+@torch.inference_mode(False)
 def square_attack(
     embed: Embed,
     images: Tensor,
@@ -585,14 +740,15 @@ def square_attack(
 ) -> Attacked:
     """`location_search`, then `tanh_attack` from a new start at the best place of each image;
     extra: row, col (B,)."""
+    images, anchor = accepted(embed, images, anchor)
     found, searched = location_search(embed, images, anchor, places, search, generator)
-    best = torch.tensor(places)[(effort.sign * found).argmin(1).cpu()]  # (B, 2)
+    best = torch.tensor(places)[lowest(effort.sign * found, 1).cpu()]  # (B, 2)
     mask = squares(best.tolist(), *images.shape[2:])
-    result = tanh_attack(embed, images, anchor, mask, effort, generator)
+    result = attack_each(embed, images, anchor, mask, effort, generator)
     count(result, searched)
     result.mask = mask
     result.extra |= {"row": best[:, 0], "col": best[:, 1]}
-    return result
+    return warned(result)
 
 
 def count(total: Attacked, part: Attacked) -> None:
@@ -605,6 +761,7 @@ def count(total: Attacked, part: Attacked) -> None:
 # Universal eye patch, Sec. 3, App. C
 
 
+@torch.inference_mode(False)
 def universal_patch(
     embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, generator: Rng
 ) -> tuple[Tensor, Attacked]:
@@ -612,10 +769,14 @@ def universal_patch(
     distance to the anchor.
 
     images (B, C, H, W): the training intruders, which alone decide the best iterate; mask (H, W).
-    Returns the pattern (C, P) in [0, 1] and the patched training images.
+    Returns the pattern (C, P) in [0, 1] and the patched training images. Raises ValueError without
+    images.
     """
+    images, anchor = accepted(embed, images, anchor)
     B, C = images.shape[:2]
-    pixels, anchor = mask_pixels(mask, images), anchor.expand(B, -1)
+    if not B:
+        raise ValueError("images: none to train the universal patch on")
+    pixels = mask_pixels(mask, images)
     start = draw_start(1, 1, C, pixels.shape[1], generator)[0].to(images)
     rows = min(effort.rows(embed), effort.batch or B)
     parts = zip(images.split(rows), anchor.split(rows), pixels.split(rows))
@@ -624,10 +785,10 @@ def universal_patch(
         batches = [Batch.of(embed, *part, whole=effort.eot is not None) for part in parts]
         pattern, _, curve, counts = optimise(batches, w, start, effort)
     patched = apply_pattern(images, pattern[0], mask)
-    distance = distances(effort.scorer(embed), patched, anchor, effort.chunk)
+    distance = score(effort.scorer(embed), patched, anchor, effort.chunk)
     found = Attacked(patched, distance, *counts.tolist())
     found.extra = {"by_iterations": roots(curve)}
-    return pattern[0], found
+    return pattern[0], warned(found)
 
 
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
@@ -650,20 +811,23 @@ def random_patterns(
     chunk: int = 256,
 ) -> Attacked:
     """For each image the closest of so many uniform random fillings of the mask: no gradient."""
-    C, P = images.shape[1], int(mask.sum())
-    anchor, attacked = anchor.expand(len(images), -1), images.clone()
+    images, anchor = accepted(embed, images, anchor)
+    C, P, lost, attacked = images.shape[1], mask_pixels(mask, images).shape[1], 0, images.clone()
     for i, image in enumerate(images):
         values = torch.rand(patterns, C, P, generator=generator).to(images)
         found = []
         for part in values.split(chunk):
             filled = apply_pattern(image.expand(len(part), -1, -1, -1), part, mask)
-            found.append(distances(embed, filled, anchor[i], chunk))
-        attacked[i] = apply_pattern(image[None], values[torch.cat(found).argmin()], mask)[0]
-    return Attacked(attacked, distances(embed, attacked, anchor, chunk))
+            found.append(score(embed, filled, anchor[i], chunk))
+        distance = torch.cat(found)
+        attacked[i] = apply_pattern(image[None], values[lowest(distance)], mask)[0]
+        lost += int((~distance.isfinite()).sum())
+    return Attacked(attacked, score(embed, attacked, anchor, chunk), nonfinite=lost)
 
 
 def uniform_noise(images: Tensor, amount: float, generator: Rng) -> Tensor:
     """images plus U(-amount, amount) in every pixel, clipped to [0, 1]."""
+    images = accepted(None, images)[0]
     noise = torch.rand(images.shape, generator=generator) * 2 - 1
     return (images + amount * noise.to(images)).clamp(0, 1)
 
@@ -671,6 +835,7 @@ def uniform_noise(images: Tensor, amount: float, generator: Rng) -> Tensor:
 # Indirect anchor and distal, Sec. 4.4
 
 
+@torch.inference_mode(False)
 def indirect_attack(
     embed: Embed,
     images: Tensor,
@@ -678,34 +843,37 @@ def indirect_attack(
     virtual: Tensor,
     mask: Tensor,
     effort: Effort,
-    start: Tensor,
+    start: Tensor | None = None,
 ) -> Attacked:
     """Attack the anchor and, from the same start, the features `virtual` (D,) of the autoencoded
     target; both are scored by the distance to the true anchor, the closer one is kept for each
     image; extra: direct, indirect (B,)."""
-    direct = tanh_attack(embed, images, anchor, mask, effort, start)
-    indirect = tanh_attack(embed, images, virtual, mask, effort, start)
-    indirect.distance = distances(embed, indirect.images, anchor, effort.chunk)
+    images, anchor, virtual = accepted(embed, images, anchor, virtual)
+    direct = attack_each(embed, images, anchor, mask, effort, start)
+    indirect = attack_each(embed, images, virtual, mask, effort, start)
+    indirect.distance = score(embed, indirect.images, anchor, effort.chunk)
     result = worst(direct, indirect)
     result.extra = {"direct": direct.distance, "indirect": indirect.distance}
-    return result
+    return warned(result)
 
 
+@torch.inference_mode(False)
 def distal_attack(
     embed: Embed, shape: Sequence[int], anchor: Tensor, effort: Effort, generator: Rng
 ) -> Attacked:
     """A whole free image from uniform random pixels, driven to the anchor's features; shape
     (B, C, H, W); Fig. 4."""
     noise = torch.rand(tuple(shape), generator=generator).to(anchor)
+    noise, anchor = accepted(embed, noise, anchor)
     mask = torch.ones(tuple(shape)[2:], dtype=torch.bool)
-    return tanh_attack(embed, noise, anchor, mask, effort, generator)
+    return warned(attack_each(embed, noise, anchor, mask, effort, generator))
 
 
 def worst(*results: Attacked) -> Attacked:
     """Of several attacks on the same images, for each image the one that came closest; counters are
     summed; extra: strongest (B,), which."""
     distance = torch.stack([result.distance for result in results])  # (A, B)
-    strongest, each = distance.argmin(0), torch.arange(distance.shape[1], device=distance.device)
+    strongest, each = lowest(distance), torch.arange(distance.shape[1], device=distance.device)
     images = torch.stack([result.images for result in results])[strongest, each]
     best = Attacked(images, distance[strongest, each], extra={"strongest": strongest})
     for result in results:
@@ -902,7 +1070,7 @@ def run_attack(
     virtual   (D,): features of the autoencoded target, for `indirect`
     For the four of the rule embed is `Covered`, and anchor its own.
     """
-    C, H, W = images.shape[1:]
+    images, (_, C, H, W) = accepted(None, images, anchor)[0], images.shape
     mask = eye_patch_mask(H, W) if name.endswith("eye_patch") else eyeglasses_mask(H, W)
     effort, pattern, scorer = effort_of(name, config), None, embed
     chunk = effort.chunk
@@ -1353,6 +1521,7 @@ def attack_run(argv: Sequence[str] | None) -> int:
     """`python attacks.py`: the attacks asked for on every embedding of a run."""
     import hashlib
     import json
+    import warnings
 
     import embed as embedding
     from data import run
@@ -1384,7 +1553,9 @@ def attack_run(argv: Sequence[str] | None) -> int:
         settings["embedding"] = run.fingerprint(file)
         about = {"config": settings, "seed": config.seed, "data": faces.data, **run.record(device)}
         out = args.run / method / people.folder
-        attack_method(config, embed, people, out, about, args.overwrite)
+        with warnings.catch_warnings():  # metrics.py tells of the gradients, once
+            warnings.filterwarnings("ignore", ".* of .* gradients")
+            attack_method(config, embed, people, out, about, args.overwrite)
     return 0
 
 

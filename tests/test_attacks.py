@@ -1,6 +1,7 @@
 """Each attack is held to its definition: known optima, masks, signs, seeds, and the real command on
 a small run."""
 
+import functools
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import attacks
@@ -264,6 +266,194 @@ def test_transform_moves_scales_turns_and_brightens():
     assert ((drawn - torch.tensor([0, 0, 1.0, 0, 1])).abs().amax(0) > 0.95 * limits).all()
 
 
+# what an attack is given
+CALLS = {
+    "distances": lambda *given: attacks.distances(*given),
+    "tanh": lambda *given: attacks.tanh_attack(*given, eyeglasses_mask(), Effort(2, restarts=1)),
+    "square": lambda *given: attacks.square_attack(
+        *given, [(15, 15), (35, 20)], Effort(2, restarts=1), Effort(1), seeded()
+    ),
+    "universal": lambda *given: attacks.universal_patch(
+        *given, eye_patch_mask(), Effort(2), seeded()
+    )[1],
+    "random": lambda *given: attacks.random_patterns(*given, eyeglasses_mask(), 2, seeded()),
+    "indirect": lambda embed, images, anchor: attacks.indirect_attack(
+        embed, images, anchor, anchor, square_mask(20, 20), Effort(2, restarts=1)
+    ),
+    "run clean": lambda *given: run_attack("clean", Config(), *given, seeded()),
+    "run glasses": lambda *given: run_attack("eyeglasses", Config(iterations=1), *given, seeded()),
+}
+EMBED, X = Linear(), faces(3)
+A = EMBED(faces(1, 9))[0].detach()
+WRONG = {
+    "uint8": (EMBED, (X * 255).byte(), A, "images: uint8 .3, 3, 64, 64., wanted float32"),
+    "float16": (EMBED, X.half(), A, "images: float16"),
+    "one image": (EMBED, X[0], A, r"images: float32 \(3, 64, 64\), wanted .* \(N, C, H, W\)"),
+    "numpy": (EMBED, X.numpy(), A, "images: ndarray"),
+    "0 to 255": (EMBED, X * 255, A, r"images: values from .* to 2\d\d.*, wanted \[0, 1\]"),
+    "-1 to 1": (EMBED, X * 2 - 1, A, "images: values from -"),
+    "NaN": (EMBED, X.where(X < 0.99, math.nan), A, "images: values from nan"),
+    "tuple": (lambda x: (EMBED(x), x), X, A, "embed: gives tuple"),
+    "maps": (lambda x: EMBED(x)[..., None, None], X, A, r"embed: gives float32 \(2, 8, 1, 1\)"),
+    "flat": (lambda x: EMBED(x).flatten(), X, A, r"embed: gives float32 \(16,\) for 2 images"),
+    "labels": (lambda x: EMBED(x).long(), X, A, "embed: gives int64"),
+    "NaN features": (lambda x: EMBED(x) * math.nan, X, A, "embed: features .* not finite"),
+    "narrow anchor": (EMBED, X, A[:1], r"anchor: float32 \(1,\) for features of width 8 of 1 view"),
+    "part of the anchor": (Mirrored(EMBED), X, A[:4], "anchor: float32 .* width 16 of 2 views"),
+    "wide anchor": (EMBED, X, torch.cat([A, A]), "anchor: float32 .16,. for features of width 8"),
+    "anchor of maps": (EMBED, X, A[None, :, None], "anchor: float32 .1, 8, 1., wanted features"),
+    "two anchors": (EMBED, X, torch.stack([A, A]), r"anchor: float32 \(2, 8\), wanted .*\(3, D\)"),
+    "NaN anchor": (EMBED, X, A * math.inf, "anchor: not finite"),
+    "no anchor": (EMBED, X, None, "anchor: NoneType"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("embed, images, anchor, told", WRONG.values(), ids=WRONG)
+def test_wrong_inputs_are_one_line(call, embed, images, anchor, told):
+    with pytest.raises(ValueError, match="^" + told) as error:
+        call(embed, images, anchor)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_inputs_of_the_calls_without_an_anchor():
+    for name in ("uint8", "float16", "one image", "0 to 255", "NaN", "numpy"):
+        embed, images, _, told = WRONG[name]
+        with pytest.raises(ValueError, match="^" + told):
+            attacks.uniform_noise(images, 0.1, seeded())
+        if name != "uint8":  # which it is for
+            with pytest.raises(ValueError, match="^" + told):
+                attacks.extract(embed, images)
+    for name in ("tuple", "maps", "NaN features"):
+        with pytest.raises(ValueError, match="^" + WRONG[name][3]):
+            attacks.extract(WRONG[name][0], X)
+        with pytest.raises(ValueError, match="^" + WRONG[name][3]):
+            attacks.distal_attack(WRONG[name][0], (1, 3, 64, 64), A, Effort(1), seeded())
+    last = lambda x: EMBED(x) / (x[:, :1, 0, 0] != 0.5)  # infinite for one image
+    bad = torch.cat([X, X[:1].clone()])
+    bad[3, 0, 0, 0] = 0.5
+    with pytest.raises(ValueError, match="1 of 4 images have no finite distance"):
+        attacks.distances(last, bad, A)
+    with pytest.raises(ValueError, match="features are not finite"):
+        attacks.extract(last, bad)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_is_right_stays_right(call):
+    """float64, an anchor for each image, one of shape (1, D), one that is mirrored too."""
+    alike = [(EMBED, X, A), (EMBED, X, A.expand(3, -1)), (EMBED, X, A[None])]
+    found = [getattr(r, "distance", r) for r in (call(*given) for given in alike)]
+    assert all(torch.equal(found[0], other) for other in found) and found[0].isfinite().all()
+    call(Linear().double(), X.double(), A.double())
+    twice = Mirrored(EMBED)
+    call(twice, X, twice(faces(1, 9))[0].detach())
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_an_empty_batch_gives_an_empty_result(call):
+    strict = lambda x: EMBED(x) if len(x) else 1 / 0
+    if call is CALLS["universal"]:
+        with pytest.raises(ValueError, match="none to train"):
+            call(strict, X[:0], A)
+        return
+    found = call(strict, X[:0], A)
+    assert getattr(found, "distance", found).shape == (0,)
+    assert getattr(found, "images", X[:0]).shape == (0, 3, 64, 64)
+    assert (
+        attacks.extract(strict, X[:0]).shape == attacks.extract(strict, X[:0] * 1).shape == (0, 8)
+    )
+    assert attacks.extract(strict, X[:0].byte()).shape == (0, 8)
+    assert attacks.uniform_noise(X[:0], 0.1, seeded()).shape == (0, 3, 64, 64)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_attacks_work_where_gradients_are_off(call, mode):
+    plain = call(EMBED, X, A)
+    with mode():
+        given = EMBED, X.clone(), A.clone()
+        found = call(*given)
+    again = call(EMBED, X.clone().requires_grad_(), A.clone().requires_grad_())
+    for other in (found, again):
+        assert torch.equal(*(getattr(r, "distance", r) for r in (plain, other)))
+        assert not getattr(other, "images", X).requires_grad
+
+
+def test_a_start_of_the_attacks_own():
+    given = EMBED, X, A, eyeglasses_mask(), Effort(3, 0.1, 2)
+    assert torch.equal(
+        attacks.tanh_attack(*given).images, attacks.tanh_attack(*given, seeded()).images
+    )
+
+
+def train_mode():
+    """A model in training mode behind every kind of callable, and what must not move in it."""
+    torch.manual_seed(0)
+    model = Small()
+
+    class Holder:
+        def __init__(self):
+            self.model = model
+
+        def features(self, x):
+            return self.model(x)
+
+        def __call__(self, x):
+            return self.model(x)
+
+    helper = lambda x: model(x)
+    callables = {
+        "closure": lambda x: model(x),
+        "global": eval("lambda x: model(x)", {"model": model}),
+        "default": lambda x, model=model: model(x),
+        "partial": functools.partial(lambda net, x: net(x), model),
+        "method": model.forward,
+        "method of another": Holder().features,
+        "object": Holder(),
+        "helper": lambda x: torch.nn.functional.normalize(helper(x)),
+    }
+    return model, callables | {f"mirrored {k}": Mirrored(v) for k, v in callables.items()}
+
+
+@pytest.mark.parametrize("name", train_mode()[1])
+def test_training_mode_behind_a_callable_is_refused_and_nothing_moves(name):
+    model, callables = train_mode()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    anchor = torch.zeros(8)
+    for call in (*CALLS.values(), lambda embed, x, _: attacks.extract(embed, x)):
+        with pytest.raises(ValueError, match=r"^embed: .*: call model\.eval\(\) first$"):
+            call(callables[name], X, anchor)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    model.eval()
+    attacks.distances(callables[name], X, anchor)
+
+
+@pytest.mark.parametrize("images", [X, X[:1], X[:1].expand(3, -1, -1, -1), X[:1] * 0])
+@pytest.mark.parametrize("mirroring", [False, True])
+def test_training_mode_that_is_not_found_is_seen_in_the_answers(images, mirroring):
+    """Batch statistics and dropout of no module; an image alone, and a batch of copies."""
+    weight = EMBED.weight.detach()
+    callables = {
+        "alone and in a batch": lambda x: F.batch_norm(x, None, None, training=True),
+        "a second time": lambda x: F.dropout(x + 0.1, 0.1),
+    }
+    for told, layer in callables.items():
+        embed = judge(lambda x, layer=layer: layer(x).flatten(1) @ weight, mirroring)
+        with pytest.raises(ValueError, match=f"differently {told}: call model.eval"):
+            attacks.distances(embed, images, A)
+
+
+def test_rounding_that_depends_on_the_batch_is_not_refused(small):
+    import embed
+
+    torch.manual_seed(0)
+    for model in (embed.Embedding(1 / 4), ResNet(), small):
+        model.eval()
+        for image in faces(5, 3):
+            attacks.distances(lambda x, f=model: f(x), image[None], model(X[:1])[0].detach())
+
+
 # tanh attack
 @pytest.mark.parametrize("direction", ["impersonate", "evade"])
 def test_attack_stays_in_its_mask_and_range_and_has_the_right_sign(small, direction):
@@ -304,6 +494,7 @@ def test_more_restarts_never_hurt(small):
     assert torch.equal(found[2].extra["loss"][:2], found[1].extra["loss"])
 
 
+@pytest.mark.filterwarnings("ignore:.*gradients")  # far out, tanh is flat
 def test_best_iterate_is_kept(small):
     x, anchor = faces(4), small(faces(1, 5))[0].detach()
     settings = {"lr": 50.0, "restarts": 1}  # overshoots
@@ -433,8 +624,12 @@ def test_mode_and_gradient_flags_are_restored(small):
     universal_patch(small, faces(2), anchor, eye_patch_mask(), iterations=2)
     tanh_attack(small, faces(2), anchor, eyeglasses_mask(), iterations=2)
     handle.remove()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="^anchor: "):
         tanh_attack(small, faces(2), torch.zeros(5), eyeglasses_mask(), iterations=2)
+    fails = small.register_forward_hook(lambda *_: 1 / (not torch.is_grad_enabled()) and None)
+    with pytest.raises(ZeroDivisionError):  # in the loop, after the checks
+        tanh_attack(small, faces(2), anchor, eyeglasses_mask(), iterations=2)
+    fails.remove()
     assert set(seen) == {(False, False)}
     assert [m.training for m in small.modules()] == modes and [
         p.requires_grad for p in small.parameters()
@@ -443,19 +638,97 @@ def test_mode_and_gradient_flags_are_restored(small):
     assert all(torch.equal(v, state[k]) for k, v in small.state_dict().items())
 
 
-def test_zero_and_nonfinite_gradients_are_counted():
-    flat = lambda x: torch.zeros(len(x), 4) * x.sum((1, 2, 3))[:, None]
-    result = tanh_attack(flat, faces(2), torch.ones(4), eyeglasses_mask(), iterations=3, restarts=1)
+def test_zero_and_nonfinite_gradients_are_counted_and_warned_of():
+    rounded = lambda x: (x * 255).round().mean((2, 3))
+    with pytest.warns(UserWarning, match="^6 zero and 0 non-finite of 6 gradients") as told:
+        result = tanh_attack(
+            rounded, faces(2), torch.ones(3), eyeglasses_mask(), iterations=3, restarts=1
+        )
     assert (result.zero_gradients, result.nonfinite, result.gradients) == (6, 0, 6)
-    broken = lambda x: (x.sum((1, 2, 3)) - 1e9)[:, None].sqrt()
-    result = tanh_attack(
-        broken, faces(2), torch.ones(1), eyeglasses_mask(), iterations=3, restarts=1
-    )
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    broken = lambda x: (x - x.detach()).sum((1, 2, 3))[:, None].sqrt()  # 0, with an infinite slope
+    given = broken, faces(2), torch.ones(1)
+    with pytest.warns(UserWarning, match="^0 zero and 6 non-finite of 6 gradients"):
+        result = tanh_attack(*given, eyeglasses_mask(), iterations=3, restarts=1)
     assert (result.zero_gradients, result.nonfinite, result.gradients) == (0, 6, 6)
     assert result.images.isfinite().all()
+    efforts = Effort(3, restarts=1), Effort(1)
+    calls = [  # once for each attack that was asked for, whatever it is made of
+        lambda: universal_patch(*given, eye_patch_mask(), iterations=3),
+        lambda: attacks.square_attack(*given, [(15, 15), (35, 35)], *efforts, seeded()),
+        lambda: attacks.indirect_attack(*given, given[2] + 1, square_mask(9, 9), efforts[0]),
+        lambda: attacks.distal_attack(broken, (2, 3, 64, 64), given[2], efforts[0], seeded()),
+    ]
+    for call in calls:
+        with pytest.warns(UserWarning, match="gradients: the attack could not follow") as told:
+            call()
+        assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_attacks_that_follow_every_gradient_do_not_warn(small, recwarn):
+    tanh_attack(small, faces(2), torch.ones(8), eyeglasses_mask(), iterations=3)
+    universal_patch(small, faces(2), torch.ones(8), eye_patch_mask(), iterations=3)
+    assert not recwarn.list
+
+
+class Broken(nn.Module):
+    """Distances to zero of 1 + the mean under the glasses, in some images something else."""
+
+    def __init__(self, value, share=1.0):
+        super().__init__()
+        self.value, self.share = value, share
+
+    def forward(self, x):
+        mean = x[:, :, eyeglasses_mask()].mean((1, 2))
+        # which ones hangs on all pixels, so that it is the same alone and in a batch
+        bad = (x.double().sum((1, 2, 3)) * 1e3).frac() < self.share
+        return torch.where(bad, self.value, 1 + mean)[:, None]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_never_wins_a_minimum_and_is_counted(value):
+    embed, x, mask, zero = Broken(value, 0.5), faces(4, 1), eyeglasses_mask(), torch.zeros(1)
+    found, drawn, features = (
+        attacks.random_patterns(embed, x, zero, mask, 40, seeded()),
+        seeded(),
+        [],
+    )
+    for image in x:
+        values = torch.rand(40, 3, 107, generator=drawn)
+        features.append(embed(attacks.apply_pattern(image.expand(40, -1, -1, -1), values, mask)))
+    features = torch.cat(features, 1)
+    assert found.nonfinite == (~features.isfinite()).sum() and 0 < found.nonfinite < 160
+    by_hand = features.where(features.isfinite(), torch.inf).amin(0)
+    assert torch.allclose(found.distance, by_hand)
+    for direction in ("impersonate", "evade"):
+        settings = {"direction": direction, "iterations": 12, "lr": 0.1, "restarts": 3}
+        with pytest.warns(UserWarning, match="non-finite"):
+            found = tanh_attack(embed, x, zero, mask, False, **settings)
+        assert found.nonfinite and found.distance.isfinite().all()
+        lost = found.extra["loss"].isinf()  # restarts that never met a number
+        assert lost.any() and not found.extra["loss"].isnan().any() and (found.distance <= 2).all()
+    loss = torch.tensor([[value, 2.0, 1.0], [3.0, value, value]])
+    assert attacks.lowest(loss, 1).tolist() == [2, 0]
+    one = attacks.Attacked(x[:2], torch.tensor([value, 1.0]))
+    two = attacks.Attacked(1 - x[:2], torch.tensor([2.0, value]))
+    assert attacks.worst(one, two).distance.tolist() == [2, 1]
+
+
+def test_a_place_that_is_no_number_is_not_searched_further():
+    def embed(images):  # the square at (15, 15) breaks it, that at (15, 35) helps
+        seen = images[:, :, 15:25, 35:45].mean((1, 2, 3))
+        return torch.where(images[:, 0, 15, 15] == 0.5, seen, torch.nan)[:, None]
+
+    efforts = Effort(8, 0.1, 1), Effort(2, 0.1)
+    places, x = [(15, 15), (35, 35), (15, 35)], torch.full((2, 3, 64, 64), 0.5)
+    with pytest.warns(UserWarning, match="non-finite"):
+        found = attacks.square_attack(embed, x, torch.ones(1), places, *efforts, seeded())
+    assert found.extra["col"].tolist() == [35, 35] and found.extra["row"].tolist() == [15, 15]
+    assert found.distance.isfinite().all() and found.nonfinite > 0
 
 
 # square
+@pytest.mark.filterwarnings("ignore:.*gradients")  # at places that the window does not touch
 def test_location_search_finds_the_planted_place():
     """The embedding reads one window for each image, so only the square on that window can help."""
     planted = [(15, 35), (25, 20), (35, 35)]
@@ -463,7 +736,7 @@ def test_location_search_finds_the_planted_place():
     x[:, :, 0, 0] = torch.tensor([0.1, 0.2, 0.3])[:, None]  # the image says which window is read
 
     def embed(images):
-        which = (images[:, 0, 0, 0] * 10).round().long() - 1
+        which = ((images[:, 0, 0, 0] * 10).round().long() - 1).clamp(0, 2)
         views = torch.stack(
             [images[:, :, r : r + 10, c : c + 10].mean((1, 2, 3)) for r, c in planted], 1
         )  # (N, 3)
@@ -883,6 +1156,24 @@ def test_same_command_same_rows_whatever_the_targets_beside(trained, monkeypatch
     assert rows(trained, "eyeglasses") != first["eyeglasses"]
 
 
+def test_the_command_leaves_lost_gradients_to_the_health_check(
+    trained, monkeypatch, capsys, recwarn
+):
+    import embed
+    import metrics
+
+    rounded = lambda self, x: (x * 255).round() / 255
+    monkeypatch.setattr(embed.Embedding, "standardised", rounded)
+    assert in_process(trained, monkeypatch, "--attacks", "eyeglasses", "--overwrite") == 0
+    assert not recwarn.list and "gradients" not in capsys.readouterr().err
+    about = json.loads((trained / "ours/attacks/eyeglasses.json").read_text())
+    assert about["zero_gradients"] == about["gradients"] > 0
+    checks = {check.name: check for check in metrics.health([metrics.read_run(trained)])}
+    assert checks["gradients"].status == metrics.FAILED
+    assert "eyeglasses" in checks["gradients"].detail
+    (trained / "ours/attacks/eyeglasses.csv").unlink()
+
+
 def test_goes_on_after_a_stop_keeps_what_is_finished_and_refuses_other_settings(
     trained, monkeypatch, capsys, interrupted_at
 ):
@@ -1044,4 +1335,5 @@ def test_the_last_iterate_counts_without_a_gradient():
 
     anchor = torch.zeros(3 * 64 * 64)
     tanh_attack(counted, image, anchor, eyeglasses_mask(), iterations=3, restarts=1)
-    assert calls == [True, True, True, False, False]  # three steps, the last iterate, the distance
+    # three for the check, three steps, the last iterate, the distance
+    assert calls == [False] * 3 + [True] * 3 + [False] * 2
