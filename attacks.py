@@ -368,7 +368,7 @@ def frozen(embed: Embed) -> Iterator[None]:
 
 
 def held(owner: Any) -> Iterator[Any]:
-    """What a callable refers to: attributes, closure, defaults, the globals that its code names, the
+    """What a callable refers to: attributes, closure, defaults, globals that its code names, the
     parts of a method or partial."""
     import dis
 
@@ -1005,8 +1005,9 @@ def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     the attacker chooses l, so the bound is the smallest over l. An intruder whose bound is delta or
     more is refused by eq. (1) under the rule, whatever the patch shows. It bounds the rule, not F;
     this photograph, not another pose; one patch of at most that size; and nothing on evasion. F
-    must not depend on the rest of the batch.
+    must not depend on the rest of the batch: `accepted` refuses one that does, ValueError.
     """
+    images, _ = accepted(rule, images, rule.anchor)
     with frozen(rule):
         d = rule.squared(images).sqrt()  # (N, K)
     bound, place = d.new_zeros(len(d)), d.new_zeros(len(d), dtype=torch.long)
