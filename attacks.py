@@ -53,6 +53,7 @@ EYEGLASSES = (
 ATTACKS = (
     *("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion"),
     *("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch"),
+    *("rule", "rule_places", "rule_one", "rule_attacked"),
 )
 # modules that answer otherwise in training mode; batch normalisation also moves its averages
 BY_MODE = torch.nn.modules.batchnorm._NormBase, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU
@@ -114,6 +115,13 @@ class Config:
     eot_scale: float = 0.05  # not in the paper: 1 +- this
     eot_rotation: float = 5.0  # not in the paper: degrees
     eot_brightness: float = 0.1  # not in the paper: 1 +- this
+    rule_patch: int = 10  # not in the paper: certified against patches up to this side, of 64
+    rule_mask: int = 12  # not in the paper: side of the masks of the certificate, of 64
+    rule_fill: str = "mean"  # not in the paper: what covers, mean (face) | noise
+    rule_anchor: str = "whole"  # not in the paper: whole | masked, as the candidate
+    rule_intruders: int = 64  # not in the paper: intruders a target whose patch attacks the rule
+    rule_iterations: int = 200  # not in the paper: of that attack
+    rule_lr: float = 0.05  # not in the paper: of that attack
     chunk: int = 0  # not in the paper: images in one pass; 0: 128 on a CPU, 2048 on a GPU
 
 
@@ -128,7 +136,8 @@ PRESETS: dict[str, dict] = {
     | {"square_search_iterations": 2, "square_search_lr": 0.3, "eot_samples": 1, "eot_tests": 8}
     | {"patch_train": 64, "patch_iterations": 60, "patch_lr": 0.2, "patch_batch": 16}
     | {"evasion_iterations": 80, "evasion_lr": 0.2, "evasion_restarts": 1}
-    | {"distal_iterations": 150, "distal_lr": 0.2},
+    | {"distal_iterations": 150, "distal_lr": 0.2}
+    | {"rule_mask": 14, "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
 }
 
 
@@ -359,8 +368,8 @@ def frozen(embed: Embed) -> Iterator[None]:
 
 
 def held(owner: Any) -> Iterator[Any]:
-    """What a callable refers to: attributes, closure, defaults, globals its code names, parts of a
-    method or partial."""
+    """What a callable refers to: attributes, closure, defaults, globals that its code names, the
+    parts of a method or partial."""
     import dis
 
     for part in owner.modules() if isinstance(owner, torch.nn.Module) else [owner]:
@@ -499,12 +508,22 @@ def to_tanh(x: Tensor) -> Tensor:
     return torch.atanh((2 * x - 1) * 0.999999)
 
 
+def place_patches(images: Tensor, patches: Tensor, places: Tensor) -> Tensor:
+    """Images (B, C, H, W), each with the patches (1, K, C, h, w) at places (K, 2) ->
+    (B, K, C, H, W)."""
+    out, (h, w) = images[:, None].repeat(1, len(places), 1, 1, 1), patches.shape[3:]
+    for k, (top, left) in enumerate(places.tolist()):
+        out[:, k, :, top : top + h, left : left + w] = patches[:, k]
+    return out
+
+
 def tanh_perturb(w: Tensor, delta: Tensor) -> Tensor:
     """The pixels under the mask, in [0, 1] whatever delta is: Adam needs no projection."""
     return (torch.tanh(w + delta) + 1) / 2
 
 
 try:
+    from kernels.place_patches import place_patches  # type: ignore[no-redef,assignment]
     from kernels.tanh_perturb import tanh_perturb  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
@@ -862,6 +881,160 @@ def worst(*results: Attacked) -> Attacked:
     return best
 
 
+# A certificate: no patch, whatever it shows and wherever it sits (not in the paper)
+
+Size = int | tuple[int, int]  # a side, or height and width, pixels
+
+
+class Cover(NamedTuple):
+    """What the rule hides, and which of it holds which place of a patch."""
+
+    masks: Tensor  # (K, H, W) bool
+    holds: Tensor  # (L, K) bool: mask k hides all of place l
+    corners: Tensor | None = None  # (K, 2) = (top, left) of masks that are rectangles of one size
+    places: Tensor | None = None  # (L, 2) = (top, left) of patches that are
+    patch: tuple[int, int] | None = None  # height and width of these
+
+    def patches_at(self, place: Tensor) -> Tensor:
+        """(N, H, W) bool, the patches at these places (N,)."""
+        masks = torch.zeros(len(place), *self.masks.shape[1:], dtype=torch.bool)
+        for mask, (row, column) in zip(masks, self.places[place].tolist()):
+            mask[row : row + self.patch[0], column : column + self.patch[1]] = True
+        return masks
+
+
+def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
+    """Rectangles at stride mask - patch + 1 both ways, flush edges included: each of the
+    (height - patch + 1) x (width - patch + 1) places of a patch lies inside at least one.
+
+    Raises ValueError unless the mask is larger than the patch and fits the image.
+    """
+    (ph, pw), (mh, mw) = ((s, s) if isinstance(s, int) else s for s in (patch, mask))
+    if not (1 <= ph < mh <= height and 1 <= pw < mw <= width):
+        told = f"a mask of {mh}x{mw} against a patch of {ph}x{pw} in {height}x{width}"
+        raise ValueError(f"{told}: the mask must be larger than the patch and fit the image")
+    inside, holds, starts, places = [], [], [], []
+    for n, p, m in ((height, ph, mh), (width, pw, mw)):
+        start = torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))  # (k,)
+        pixel, place = torch.arange(n)[:, None], torch.arange(n - p + 1)[:, None]
+        inside.append((pixel >= start) & (pixel < start + m))  # (n, k)
+        holds.append((place >= start) & (place + p <= start + m))  # (n - p + 1, k)
+        starts.append(start)
+        places.append(place[:, 0])
+    masks = (inside[0].T[:, None, :, None] & inside[1].T[None, :, None, :]).flatten(0, 1)
+    held = holds[0][:, None, :, None] & holds[1][None, :, None, :]  # (rows, cols, k rows, k cols)
+    corners = [torch.cartesian_prod(*sides) for sides in (starts, places)]
+    return Cover(masks, held.flatten(2).flatten(0, 1), *corners, (ph, pw))
+
+
+def cover_of(masks: Tensor, patches: Tensor) -> Cover:
+    """masks (K, H, W) that hide, patches (L, H, W) that an attacker may fill, bool: a threat model
+    that is a list of places, as App. C's. Raises ValueError where no mask holds a patch."""
+    uncovered = patches.flatten(1).float() @ (~masks).flatten(1).float().T  # (L, K)
+    return checked(Cover(masks, uncovered == 0))
+
+
+def checked(rule: Cover) -> Cover:
+    """The cover; ValueError where a place lies inside no mask: the bound would be none."""
+    if len(missing := (~rule.holds.any(1)).nonzero()):
+        raise ValueError(f"{len(missing)} places of the patch lie inside no mask")
+    return rule
+
+
+class Covered(torch.nn.Module):
+    """The rule: cover the image by each mask, judge it by the largest distance to the anchor.
+
+    embed   any, mirrored or not: the mask comes before the mirror
+    anchor  (C, H, W), the defender's own clean image; masked: it is covered as the candidate is
+    fill    (C, H, W), what covers: it must not depend on the candidate
+
+    Its features (N, D) of an image are those of the mask that decides, so that their squared
+    distance to `self.anchor` (D,) is the squared score: every attack runs on it as on any
+    embedding. Raises ValueError for a cover that leaves a place out.
+    """
+
+    def __init__(
+        self, embed: Embed, anchor: Tensor, rule: Cover, fill: Tensor, masked: bool = False
+    ) -> None:
+        super().__init__()
+        self.embed, self.views = embed, views_of(embed) * len(rule.masks)
+        self.rule = checked(rule)
+        self.masks, self.fill = rule.masks[:, None].to(anchor.device), fill.to(anchor)
+        self.patches = self.corners = None  # the fill under each mask (1, K, C, h, w), and where
+        if rule.corners is not None:
+            h, w = (int(rule.masks[0].any(side).sum()) for side in (1, 0))
+            parts = [self.fill[:, r : r + h, c : c + w] for r, c in rule.corners.tolist()]
+            self.patches = torch.stack(parts)[None]
+            self.corners = rule.corners.to(anchor.device)
+        plain = embed.embed if isinstance(embed, Mirrored) else embed
+        self.anchor = extract(plain, anchor[None])[0]
+        several = self.cover(anchor[None])[0] if masked else anchor[None]
+        found = extract(plain, several)
+        self.anchors = found.expand(len(rule.masks), -1)  # (K, D)
+
+    def cover(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K, C, H, W)."""
+        if self.patches is None or images.dtype != torch.float32:
+            return torch.where(self.masks, self.fill, images[:, None])
+        return place_patches(images, self.patches, self.corners)
+
+    @torch.no_grad()
+    def squared(self, images: Tensor, chunk: int = 256) -> Tensor:
+        """Squared distances (N, K) under each mask; one that is no number is taken as 0."""
+        found = images.new_zeros(len(images), len(self.masks))
+        for n, image in enumerate(images):
+            parts = zip(self.cover(image[None])[0].split(chunk), self.anchors.split(chunk))
+            found[n] = torch.cat([squared_distance(self.embed(x), a) for x, a in parts])
+        return found.nan_to_num(nan=0.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        k = self.squared(images.detach()).argmax(1)  # (N,)
+        features = self.embed(torch.where(self.masks[k], self.fill, images))
+        V = features.shape[1] // self.anchors.shape[1]
+        moved = (self.anchor - self.anchors[k]) / math.sqrt(V)  # nothing, unless masked
+        return features + torch.cat([moved] * V, 1)
+
+
+@torch.no_grad()
+def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of images (N, C, H, W): score (N,) under the rule, bound (N,) below which no patch brings it,
+    and the place (N,) where it is that low.
+
+    A patch at place l lies inside every mask k that holds it. Covered by k, the image is what it is
+    without the patch: d_k is known. The score is the largest of all d_k, so at least that of these;
+    the attacker chooses l, so the bound is the smallest over l. An intruder whose bound is delta or
+    more is refused by eq. (1) under the rule, whatever the patch shows. It bounds the rule, not F;
+    this photograph, not another pose; one patch of at most that size; and nothing on evasion. F
+    must not depend on the rest of the batch: `accepted` refuses one that does, ValueError.
+    """
+    images, _ = accepted(rule, images, rule.anchor)
+    with frozen(rule):
+        d = rule.squared(images).sqrt()  # (N, K)
+    bound, place = d.new_zeros(len(d)), d.new_zeros(len(d), dtype=torch.long)
+    for n, each in enumerate(d):  # one image at a time: (L, K) is large
+        largest = torch.where(rule.rule.holds.to(d.device), each, -math.inf).amax(1)  # (L,)
+        bound[n], place[n] = largest.min(0)
+    return d.amax(1), bound, place
+
+
+def cover_named(name: str, config: Config, height: int, width: int) -> Cover:
+    """The cover of `rule` and `rule_attacked`, any place; of `rule_places`, App. C's own places,
+    and of `rule_one`, which hides all of these at once (what the others have to beat)."""
+    sides = [(scale(config.rule_patch, n), scale(config.rule_mask, n)) for n in (height, width)]
+    if name in ("rule", "rule_attacked"):
+        patch, mask = zip(*sides)
+        return cover(height, width, patch, mask)
+    named = torch.stack([eyeglasses_mask(height, width), eye_patch_mask(height, width)])
+    patches = torch.cat([named, squares(square_positions(5, height, width), height, width)])
+    if name == "rule_one":
+        return cover_of(patches.any(0, keepdim=True), patches)
+    starts = [(scale(r, height), scale(c, width)) for r in (15, 22, 29) for c in (15, 22, 29)]
+    masks = torch.zeros(9, height, width, dtype=torch.bool)
+    for mask, (row, column) in zip(masks, starts):
+        mask[row : scale(16, height) + row, column : scale(16, width) + column] = True
+    return cover_of(torch.cat([named, masks]), patches)
+
+
 # Every attack by its name
 
 
@@ -872,6 +1045,8 @@ def effort_of(name: str, config: Config) -> Effort:
         own = config.patch_iterations, config.patch_lr, 1
     elif name == "evasion":
         own = config.evasion_iterations, config.evasion_lr, config.evasion_restarts
+    elif name == "rule_attacked":
+        own = config.rule_iterations, config.rule_lr, 1
     elif name == "distal":
         own = config.distal_iterations, config.distal_lr, 1
     batch = config.patch_batch if name.endswith("eye_patch") else 0
@@ -894,6 +1069,7 @@ def run_attack(
     images    (B, C, H, W): the intruders, or for evasion the target's own; anchor (D,)
     training  the universal patch's intruders
     virtual   (D,): features of the autoencoded target, for `indirect`
+    For the four of the rule embed is `Covered`, and anchor its own.
     """
     images, (_, C, H, W) = accepted(None, images, anchor)[0], images.shape
     mask = eye_patch_mask(H, W) if name.endswith("eye_patch") else eyeglasses_mask(H, W)
@@ -929,6 +1105,18 @@ def run_attack(
     elif name == "distal":
         mask = torch.ones_like(mask)
         result = distal_attack(embed, (1, *images.shape[1:]), anchor, effort, generator)
+    elif name.startswith("rule") and isinstance(embed, Covered):
+        result.distance, bound, place = certify(embed, images)
+        result.extra["bound"] = bound
+        if embed.rule.places is not None:
+            result.extra |= dict(zip(("row", "col"), embed.rule.places[place.cpu()].T))
+        if name == "rule_attacked":  # a patch at its weakest place
+            mask = embed.rule.patches_at(place.cpu())
+            known, result = (
+                result.extra,
+                tanh_attack(embed, images, anchor, mask, effort, generator),
+            )
+            result.extra |= known
     elif name != "clean":
         raise ValueError(f"no such attack {name!r}, or it lacks its images: {', '.join(ATTACKS)}")
     if pattern is not None:
@@ -973,6 +1161,7 @@ NOT_SETTINGS = ("method", "attacks", "chunk")
 # a short attack made twice tells whether this machine repeats itself
 RESTARTS = ("restarts", "evasion_restarts", "square_search_iterations")
 SHORT = ("iterations", "patterns", "patch_iterations", "evasion_iterations", "distal_iterations")
+SHORT += ("rule_iterations",)
 
 
 class Judged(NamedTuple):
@@ -1018,6 +1207,7 @@ def parse(argv: Sequence[str] | None):
     choices: dict[str, tuple] = {"attacks": tuple(ATTACKS), "defences": tuple(DEFENCES)}
     choices |= {"seed": (-1, largest), "min_images": (2, largest)}
     choices |= {"chunk": (0, largest), "patch_batch": (0, largest)}
+    choices |= {"rule_fill": ("mean", "noise"), "rule_anchor": ("whole", "masked")}
     told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C)."
     config, args = run.parse(Config, PRESETS, argv, told, choices, own_preset)
     held = about(args.run)
@@ -1112,9 +1302,17 @@ def attack_target(
         best = select_anchor(features) if selection else 0
         genuine = [i for i in own if i != own[best]]
         others = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}
+        others["rule_attacked"] = tested[: config.rule_intruders]
+        others |= dict.fromkeys(("rule", "rule_places", "rule_one"), genuine + tested)
         candidates = others.get(name, tested)
         judge = Mirrored(embed) if mirroring else embed
         inputs: dict[str, Any] = {"embed": judge, "anchor": features[best]}
+        if name.startswith("rule"):
+            anchor = load([own[best]])[0]
+            fill = fill_of(config.rule_fill, people, anchor)
+            rule = cover_named(name, config, *anchor.shape[1:])
+            judge = Covered(judge, anchor, rule, fill, config.rule_anchor == "masked")
+            inputs = {"embed": judge, "anchor": judge.anchor}
         if name.endswith("eye_patch"):
             inputs["training"] = load(training)
         if name == "indirect":
@@ -1142,7 +1340,8 @@ def attack_target(
             for n, distance in result.extra.get(key, {}).items():
                 total, several = part[key].get(n, (0.0, 0))
                 part[key][n] = (total + float(distance.sum()), several + len(distance))
-        more = [key for key in ("row", "col", "direct", "indirect") if key in result.extra]
+        more = ("row", "col", "direct", "indirect", "bound")
+        more = [key for key in more if key in result.extra]
         columns = [result.extra[key].tolist() for key in more]
         for candidate, distance, *values in zip(candidates, result.distance.tolist(), *columns):
             other = faces.names[int(faces.person[candidate])] if candidate >= 0 else ""
@@ -1158,10 +1357,24 @@ def attack_target(
     return part, arrays if name != "clean" else {}
 
 
-def effort_told(name: str, config: Config) -> dict[str, int]:
+def fill_of(name: str, people: Judged, like: Tensor) -> Tensor:
+    """What the certificate's masks show, (C, H, W): the mean of up to 1,000 faces of persons that
+    are not targets, or noise as in App. A. It is fixed before any candidate is seen."""
+    if name == "noise":
+        drawn = torch.randn(like.shape, generator=stable_generator("fill"))
+        return (drawn * 0.25 + 0.5).clamp(0, 1).to(like)
+    others = torch.isin(people.faces.person, torch.tensor(people.far or people.near))
+    return to_float(people.faces.images[others][:1000]).mean(0).to(like)
+
+
+def effort_told(name: str, config: Config) -> dict[str, Any]:
     """The iterations and restarts, patterns and training intruders that an attack ran with."""
     if name in ("clean", "noise", "grey_eye_patch"):
         return {}
+    if name.startswith("rule"):
+        masks = len(cover_named(name, config, 64, 64).masks)
+        told = {"masks": masks, "fill": config.rule_fill, "anchor_seen": config.rule_anchor}
+        return told | ({"iterations": config.rule_iterations} if name == "rule_attacked" else {})
     if name == "random_eyeglasses":
         return {"patterns": config.patterns}
     effort = effort_of(name, config)

@@ -31,7 +31,11 @@ COUNTS = "targets / genuine / intruders"
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion")
 ATTACKS += ("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch")
-DERIVED = ("direct", "direct+indirect", "worst")  # Sec. 4.4; the last is not in the paper
+ATTACKS += ("rule", "rule_places", "rule_one", "rule_attacked")
+# of the rows under the rule: genuine pairs beside the bounds of the intruders (not in the paper)
+CERTIFIED = {"certified": "rule", "certified_places": "rule_places", "certified_one": "rule_one"}
+# Sec. 4.4; the others are not in the paper
+DERIVED = ("direct", "direct+indirect", "worst", *CERTIFIED)
 # one printed patch, any of them
 WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect")
 
@@ -52,6 +56,7 @@ class Row(NamedTuple):
     row: int = -1  # where a located patch sits
     col: int = -1
     direct: float = math.nan  # of the indirect attack: the direct half's distance
+    bound: float = math.nan  # of the rule: no patch brings the score below
 
 
 COLUMNS = Row._fields[:10]  # that every file has
@@ -259,11 +264,16 @@ def sides(attacks: Attacks, name: str) -> tuple[list[Row], list[Row]]:
     genuine, intruders = [], []
     if name == "worst":
         intruders = worst(attacks)
+    elif name in CERTIFIED:
+        genuine, found = (pick(attacks, CERTIFIED[name], role) for role in ROLES)
+        intruders = [r._replace(distance=r.bound) for r in found]
+    elif name == "rule_attacked":
+        genuine, intruders = (pick(attacks, a, r) for a, r in zip(("rule", name), ROLES))
     elif name in DERIVED:
         intruders = direct_and_either(attacks)[name != "direct"]
     else:
         genuine, intruders = (pick(attacks, name, role) for role in ROLES)
-    if genuine or intruders:
+    if (genuine or intruders) and not name.startswith(("rule", "certified")):
         genuine = genuine or pick(attacks, "clean", "genuine")
         intruders = intruders or pick(attacks, "clean", "intruder")
     return genuine, intruders
@@ -321,7 +331,8 @@ def merits(attacks: Attacks, name: str) -> dict[str, Any] | None:
     (g, g_target), (i, i_target) = columns(genuine), columns(intruders)
     evading = name not in (*DERIVED, "clean") and not pick(attacks, name, "intruder")
     same = [] if evading else same_pairs(attacks, intruders)
-    real = columns(clean)[0]
+    rule = name.startswith(("rule", "certified"))  # it has a threshold of its own
+    real = g if rule else columns(clean)[0]
     return {
         "auroc": auroc(g, i),
         "aupr": aupr(g, i),
@@ -331,7 +342,7 @@ def merits(attacks: Attacks, name: str) -> dict[str, Any] | None:
         "n_intruders": len(i),
         "detected": detection_at_fpr(real, g if evading else i, FPR, evading),
         "fpr": fpr_at(real, threshold(real)),
-        "clean_same_pairs": area_of(genuine, same) if same else math.nan,
+        "clean_same_pairs": area_of(clean if rule else genuine, same) if same else math.nan,
     }
 
 
@@ -434,8 +445,13 @@ class Check(NamedTuple):
 
 
 def gradients(attacks: Attacks) -> Iterator[str]:
-    """An attack cannot have followed a gradient that was zero everywhere, or not finite."""
+    """An attack cannot have followed a gradient that was zero everywhere, or not finite.
+
+    One on the rule can: where the mask that decides hides the patch, nothing is left to gain.
+    """
     for name, attack in attacks.items():
+        if name == "rule_attacked":
+            continue
         keys = ("zero_gradients", "nonfinite", "gradients")
         zero, nonfinite, of = (attack.sidecar.get(k) for k in keys)
         if (zero is not None or nonfinite is not None) and of != 0:
@@ -531,6 +547,15 @@ def outside_mask(attacks: Attacks, tolerance: float = 1e-5) -> Iterator[str]:
             yield "" if moved <= tolerance else f"{name}: by {moved:.3g}"  # nan fails too
 
 
+def soundness(attacks: Attacks, tolerance: float = 1e-5) -> Iterator[str]:
+    """An attack on the rule that gets below a bound has refuted the certificate."""
+    for told, held in _settings(attacks, "rule_attacked") if "rule" in attacks else ():
+        bounds = pairs(pick(held, "rule", "intruder"))
+        found = pairs(pick(held, "rule_attacked", "intruder"))
+        below = [k for k, r in found.items() if r.distance < bounds[k].bound * (1 - tolerance)]
+        yield f"{len(below)} of {len(found)} below their bound{told}" if below else ""
+
+
 def reproducible(attacks: Attacks, tolerance: float = 0.02) -> Iterator[str]:
     """The same attack with the same seed must give the same distances, on average within
     `tolerance` (a share).
@@ -563,6 +588,7 @@ CHECKS = {
     "attacks harm": (harm, "no attack raised the AU-ROC of its pairs", "no pairs with clean rows"),
     "random search": (chance, "does not beat gradients", "no pairs under both kinds of eyeglasses"),
     "indirect attack": (indirect, "takes at most 0.02 of AU-ROC", "no pairs under both attacks"),
+    "certificate": (soundness, "no attack on the rule went below a bound", "no attack on the rule"),
     "outside the mask": (outside_mask, "nothing changed", "no attack measured it"),
     "same seed, same result": (reproducible, "repeated", "no attack was repeated"),
 }
@@ -599,7 +625,8 @@ def health_lines(checks: Sequence[Check]) -> str:
 
 
 KINDS = get_type_hints(Row)
-LIMITS = {"mirroring": (0, 1), "selection": (0, 1), "distance": (0, 1e300), "direct": (0, 1e300)}
+LIMITS: dict[str, tuple[float, float]] = {"mirroring": (0, 1), "selection": (0, 1)}
+LIMITS |= dict.fromkeys(("distance", "direct", "bound"), (0, 1e300))
 
 
 def optional_json(path: Path) -> dict[str, Any]:

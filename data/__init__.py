@@ -2,70 +2,66 @@
 
     faces = data.load("synthetic")                      # the rendered faces: needs nothing
     faces = data.load("folder", root="lfw")             # one folder a person: LFW, or photographs
+    faces = data.load("folder", root="lfw", size=112)   # at another size than the paper's 64
     faces = data.load("celeba", root="celeba")          # img_align_celeba/ and identity_CelebA.txt
     split = data.split_persons(faces, train=2000, validation=100, target=30, seed=0)
     data.write_manifest("people.json", faces, split)
     faces, split = data.open_run(config, folder)        # what a script calls: all of the above
 
-In: image files. Out: `Faces` with images uint8 (N, 3, 64, 64), RGB, in CelebA's frame: eye centres
-on average at row 33.4, columns 22.3 and 41.2. All errors a user can cause are `DataError`, one line
-that names the file or setting and what to do. An image that cannot be used never stops a load: it
-is skipped, named with its reason in `Faces.skipped` and counted on stderr. Measured on LFW, 7,487
-photographs, two CPU cores: 9.5 s the first time, 0.6 s from the cache, n = 1.
+In: image files. Out: `Faces` with images uint8 (N, 3, size, size), RGB, size 64 unless asked, in
+CelebA's frame: eye centres on average at row 33.4, columns 22.3 and 41.2 of 64. All errors a user
+can cause are `DataError`, one line that names the file or setting and what to do. An image that
+cannot be used never stops a load: it is skipped, named with its reason in `Faces.skipped` and
+counted on stderr. Measured on LFW, 7,487 photographs, two CPU cores: 9.5 s the first time, 0.6 s
+from the cache, n = 1.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
+import math
 import os
 import re
 import stat
 import sys
-import threading
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from PIL import __version__ as pillow_version
 
 from . import run
+from .photographs import (  # noqa: F401  crop_box, load_image: for callers
+    SIZE,
+    _check_crop,
+    _check_size,
+    _decode_alike,
+    _hash,
+    _printable,
+    _reason,
+    _short,
+    _some,
+    _wrong,
+    crop_box,
+    load_image,
+)
+from .run import File
 from .run import UsageError as DataError
 
-try:
-    from tqdm import tqdm
-except ImportError:  # the bar is a comfort
-    tqdm = None
-
-File = str | os.PathLike[str]  # a path
-SIZE = 64  # side of every image, pixels (App. A)
-CROPS = ("lfw", "centre", "celeba", "none")
-BY_SIZE = {(250, 250): "lfw", (178, 218): "celeba", (SIZE, SIZE): "none"}  # otherwise centre
 DATA_SETS = ("synthetic", "folder", "celeba")
-MAX_PIXELS = 50_000_000  # larger images are skipped before they are decoded
-MAX_BYTES = 256 * 2**20  # larger files are skipped before they are read
-MIN_SIDE = 8  # pixels; anything smaller shows no face
-MAX_SCAN_PIXELS = 2_500_000_000  # progressive JPEG: scans x pixels, a bound on decoding time
-MAX_JPEG2000_BYTES = 12 * 2**20  # some 0.2 s a MiB: a bound on decoding time
 IDENTITY_FILE = "identity_CelebA.txt"
 PUT_IDENTITIES = "put CelebA's identity file there"
 MAX_DEPTH = 8  # folders below the root
 MAX_FILES = 2_000_000  # below one root; more is a whole disk given by mistake
 MAX_TEXT_BYTES = 64 * 2**20  # identity file or manifest
 CACHE_VERSION = 2
-# Left out: EPS and WMF call other programs, FITS unpacks gzip without a bound, the rest hold no
-# pixels Pillow decodes
-UNUSED_FORMATS = frozenset({"EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
 # folders that hold persons and are none, in one or several of these words
 SPLITS = {*"train training test testing val valid validation dev eval evaluation".split()}
 SPLITS |= {
@@ -77,27 +73,13 @@ CAMERA = re.compile(  # what cameras, scanners and counters call a file
     re.IGNORECASE,
 )
 NOT_PHOTOGRAPHS = frozenset({"thumbs.db", "desktop.ini"})
-TRANSPOSE = {  # EXIF orientation -> what turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-QUARTER_TURNS = tuple(TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))
-
-
-class _Skip(Exception):
-    """One image cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class Faces:
     """Faces of many persons, images resident in memory.
 
-    images   torch uint8 (N, 3, 64, 64), RGB, 0..255
+    images   torch uint8 (N, 3, size, size), RGB, 0..255
     person   torch int64 (N,), index into names
     names    person index -> name, sorted, each has an image; unprintable characters are escaped
     files    N sources: path relative to the root, or "person-00003/0007" for rendered faces
@@ -105,7 +87,8 @@ class Faces:
     data     which loader made them: "synthetic", "folder" or "celeba"
     crop     of all the photographs, see `crop_box`; "" for rendered faces
     notes    what was loaded, and what to look at before its numbers are believed, one line each
-    hashes   photographs only: int64 (N,), the first 8 bytes of each image's blake2b
+    hashes   photographs only: int64 (N,), the first 8 bytes of the blake2b of each
+             image at size 64, whatever the size of images
     identity, content   synthetic only: true factors, float32 (persons, I) and (N, C); their columns
              are named in data.synthetic
     """
@@ -136,243 +119,9 @@ class Split:
     seed: int
 
 
-# ---- one image
-
-
-def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, float, float, float]:
-    """The square (left, top, right, bottom), in pixels, that brings an image to CelebA's frame.
-
-    crop: "lfw"     left 57, top 39, side 139 of 250 x 250; other square sizes in proportion
-          "celeba"  rows 45-172, columns 25-152 of 178 x 218; other sizes of that shape too
-          "centre"  the largest centred square
-          "none"    the whole image, squeezed to a square if it is not one
-          None      by size: 250 x 250 lfw, 178 x 218 celeba, 64 x 64 none, otherwise centre
-    Raises DataError for an unknown crop or one that does not fit the image's shape.
-    """
-    crop = _check_crop(crop)
-    if crop is None:
-        crop = BY_SIZE.get((width, height), "centre")
-    this = f"this image is {width}x{height}; use crop centre"
-    if crop == "lfw":
-        if width != height:
-            raise DataError(f"crop lfw needs a square image, {this}")
-        k = width / 250
-        return 57 * k, 39 * k, 196 * k, 178 * k
-    if crop == "celeba":
-        if abs(width * 218 - height * 178) > 218:  # off by more than a column
-            raise DataError(f"crop celeba needs the shape 178x218, {this}")
-        kx, ky = width / 178, height / 218
-        return 25 * kx, 45 * ky, 153 * kx, 173 * ky
-    if crop == "centre":
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        return left, top, left + side, top + side
-    return 0, 0, width, height
-
-
-def load_image(path: File, crop: str | None = None) -> torch.Tensor:
-    """One photograph, decoded as the loaders do: torch uint8 (3, 64, 64), RGB.
-
-    Upright by its EXIF orientation; first frame of an animation; transparency over white; grey,
-    palette, CMYK and 16-bit become 8-bit RGB; colour profiles are ignored; antialiased (bicubic).
-    crop: see `crop_box`.
-    Raises DataError naming the file and the reason.
-    """
-    crop = _check_crop(crop)
-    with warnings.catch_warnings():
-        _quiet_pillow()
-        try:
-            pixels, _ = _decode(_read_bytes(os.fspath(path)), crop)
-        except Exception as error:  # noqa: BLE001  a hostile file can make a decoder raise anything
-            raise _wrong(path, _reason(error)) from None
-    return torch.from_numpy(pixels)
-
-
-def _decode(raw: bytes, crop: str | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image file's bytes -> uint8 (3, 64, 64), and its width and height; below 1 GB. Raises what
-    Pillow does, or _Skip."""
-    if not raw:
-        raise _Skip("empty file")
-    Image.init()
-    formats = [name for name in Image.ID if name not in UNUSED_FORMATS]
-    with Image.open(io.BytesIO(raw), formats=formats) as image:
-        W, H = image.size
-        if W * H > MAX_PIXELS:
-            raise _Skip(f"{W}x{H} pixels is too large (limit {MAX_PIXELS // 10**6} megapixels)")
-        if image.format in ("JPEG", "MPO"):
-            if "progressive" in image.info and raw.count(b"\xff\xda") * W * H > MAX_SCAN_PIXELS:
-                raise _Skip("progressive JPEG with too many scans")
-            shrink = min(W, H) // (4 * SIZE)
-            if shrink > 1:  # the decoder halves large photographs, to four times the size or more
-                image.draft(None, (W // shrink, H // shrink))
-        if image.format == "JPEG2000" and len(raw) > MAX_JPEG2000_BYTES:
-            raise _Skip(f"JPEG 2000 of more than {MAX_JPEG2000_BYTES >> 20} MiB")
-        drafted = image.size != (W, H)
-        image.load()
-        try:
-            turn = TRANSPOSE.get(image.getexif().get(0x0112, 1))
-        except Exception:  # noqa: BLE001  absurd EXIF says nothing about the picture
-            turn = None
-        upright = image.transpose(turn) if turn is not None else image
-        if not drafted:
-            W, H = upright.size
-        elif turn in QUARTER_TURNS:
-            W, H = H, W
-        if min(W, H) < MIN_SIDE:
-            raise _Skip(f"{W}x{H} pixels is too small")
-        left, top, right, bottom = crop_box(W, H, crop)
-        kx, ky = upright.width / W, upright.height / H
-        right, bottom = min(right * kx, upright.width), min(bottom * ky, upright.height)
-        box = (left * kx, top * ky, right, bottom)
-        small = _eight_bit(upright).resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-        if small.mode == "RGBA":
-            white = Image.new("RGBA", small.size, "white")
-            small = Image.alpha_composite(white, small).convert("RGB")
-        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1)), (W, H)  # (3, 64, 64)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, or RGBA where there is transparency. 16-bit grey is scaled by 1/257, wider
-    grey by its range."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        grey = np.array(image, dtype=np.float32)
-        np.nan_to_num(grey, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        top = 65535.0 if image.mode.startswith("I;16") else float(grey.max())
-        levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        grey *= 255.0 / next((level for level in levels if top <= level), top)
-        grey += 0.5
-        return Image.fromarray(np.clip(grey, 0, 255, out=grey).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        try:
-            return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        except Exception:  # noqa: BLE001  a transparency entry that does not fit the image: drop it
-            image.info.pop("transparency", None)
-    return image.convert("RGB")
-
-
-def _read_bytes(path: str) -> bytes:
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):  # a pipe or device would block or never end
-        raise _Skip("not a regular file")
-    if about.st_size > MAX_BYTES:
-        raise _Skip(f"{about.st_size // 2**20} MiB is too large (limit {MAX_BYTES // 2**20} MiB)")
-    with open(path, "rb") as file:
-        return file.read(MAX_BYTES)
-
-
-def _quiet_pillow() -> None:
-    """Inside `warnings.catch_warnings`: Pillow's remarks are dropped, a decompression bomb's is an
-    error."""
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-
-def _reason(error: BaseException) -> str:
-    """Why an image was skipped, one short printable line."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow reads"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return "too large (decompression bomb)"
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if not isinstance(error, _Skip | OSError | DataError):
-        text = f"broken image ({type(error).__name__}: {text})"
-    return _printable(text.strip() or type(error).__name__)[:160]
-
-
-def _printable(text: str) -> str:
-    """One safe line: the unprintable (line ends, raw bytes) and the backslash are escaped."""
-    safe = (c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in text)
-    return "".join(safe)
-
-
-def _short(text: str) -> str:
-    return _printable(text)[:60]
-
-
-def _some(texts: Sequence[str]) -> str:
-    more = [f"and {len(texts) - 3} more"] if len(texts) > 3 else []
-    return "; ".join([*texts[:3], *more])
-
-
-def _wrong(path: File, what: str) -> DataError:
-    """The error for a file or folder."""
-    return DataError(f"{_printable(os.fspath(path))}: {what}")
-
-
-def _check_crop(crop: str | None) -> str | None:
-    if crop in (None, "", "auto"):
-        return None
-    if crop not in CROPS:
-        advice = f"choose {', '.join(CROPS)}, or leave it out to go by the image's size"
-        raise DataError(f"unknown crop {crop!r}: {advice}")
-    return crop
-
-
 def _say(text: str, file: Any = None) -> None:
     if run.rank() == 0:
         print(f"data: {text}", file=file or sys.stderr, flush=True)
-
-
-# ---- many images
-
-
-def _decode_all(paths: list[str], crop: str | None, progress: bool) -> tuple[Any, list, list]:
-    """Files -> uint8 (N, 3, 64, 64), and per file its size, and None or why it was skipped."""
-    images = np.empty((len(paths), 3, SIZE, SIZE), dtype=np.uint8)
-    sizes: list[tuple[int, int] | None] = [None] * len(paths)
-    reasons: list[str | None] = [None] * len(paths)
-    stop = threading.Event()
-
-    def work(some: range) -> None:
-        for i in some:
-            if stop.is_set():
-                break
-            try:
-                images[i], sizes[i] = _decode(_read_bytes(paths[i]), crop)
-            except Exception as error:  # noqa: BLE001  as in load_image
-                reasons[i] = _reason(error)
-
-    chunks = [range(i, min(i + 32, len(paths))) for i in range(0, len(paths), 32)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=min(16, cores or 1)) as pool:
-        _quiet_pillow()
-        try:
-            done = as_completed([pool.submit(work, chunk) for chunk in chunks])
-            if tqdm is not None and progress and len(paths) >= 500:
-                done = tqdm(
-                    done, "decoding", len(chunks), unit="image", unit_scale=32, disable=None
-                )
-            for _ in done:
-                pass
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    return images, sizes, reasons
-
-
-def _decode_alike(
-    paths: list[str], crop: str | None, progress: bool
-) -> tuple[np.ndarray, list, str, str]:
-    """Files -> uint8 (N, 3, 64, 64), per file None or why it was skipped, the crop of all of them,
-    and what to tell of it. Without a crop it is the one that the sizes of most ask for."""
-    images, sizes, reasons = _decode_all(paths, crop, progress)
-    counts = Counter(size for size in sizes if size)
-    each = [f"{W}x{H}" + f" ({n})" * (len(counts) > 1) for (W, H), n in counts.most_common()]
-    told = f"{'mixed sizes, ' * (len(each) > 1)}{_some(each)}: crop "
-    if crop is not None:
-        return images, reasons, crop, told + crop
-    asked = [BY_SIZE.get(size, "centre") if size else "" for size in sizes]
-    crop = max(CROPS, key=lambda crop: (asked.count(crop), crop == "centre"))
-    again = [i for i, other in enumerate(asked) if other not in ("", crop)]
-    if again:
-        pixels, _, why = _decode_all([paths[i] for i in again], crop, False)
-        for k, i in enumerate(again):
-            images[i], reasons[i] = pixels[k], why[k]
-    return images, reasons, crop, f"{told}{crop}, by the size of {'most' if again else 'all'}"
 
 
 def load(
@@ -380,6 +129,7 @@ def load(
     root: File | None = None,
     *,
     crop: str | None = None,
+    size: int = SIZE,
     cache: File | None = "runs/cache",
     progress: bool = True,
     person_folder: str | None = None,
@@ -399,19 +149,22 @@ def load(
                           identities, five digits
     crop     see `crop_box`, one for all images; None takes the one that the sizes of most ask for
              (celeba: "celeba"); images that it does not fit are skipped
-    cache    folder for decoded images, one file a (root, crop), used while every file's path, size,
-             time and mode are as they were and rebuilt otherwise; None reads the images every time;
-             one that cannot be written only warns
+    size     side of the images, pixels, 32 to 256; rendered faces are rendered at it. Which
+             photographs there are, and whose, does not depend on it; other sizes than 64 are
+             decoded at 64 too, for `Faces.hashes`, in twice the time
+    cache    folder for decoded images, one file a (root, crop, size), used while every file's path,
+             size, time and mode are as they were and rebuilt otherwise; None reads the images every
+             time; one that cannot be written only warns
     progress a bar while 500 or more images are decoded
     person_folder  of root/a/b/image, "folder" alone: "first", a is the person and b a session, or
              "last", b is the person and a a collection; without it such a folder is refused
-    Photographs with the same pixels, once decoded: of one person the first is kept; those filed
-    under several persons are left out of all, as nobody knows whose they are. Both are named in
-    `skipped` and told on stderr.
-    Raises DataError: unknown name, crop or option, missing or empty folder, no readable image, bad
-    identity file.
+    Photographs with the same pixels, once decoded at 64: of one person the first is kept; those
+    filed under several persons are left out of all, as nobody knows whose they are. Both are named
+    in `skipped` and told on stderr.
+    Raises DataError: unknown name, crop, size or option, missing or empty folder, no readable
+    image, bad identity file.
     """
-    crop = _check_crop(crop)
+    crop, size = _check_crop(crop), _check_size(size)
     root = os.fspath(root) if root is not None else ""
     if name not in DATA_SETS:
         raise DataError(f"unknown data {name!r}: choose {', '.join(DATA_SETS)}")
@@ -419,7 +172,7 @@ def load(
         if root or crop or person_folder:
             no = "no root, no crop and no person folder"
             raise DataError(f"synthetic faces take {no}: choose folder or celeba")
-        return _load_synthetic(cache, progress, options)
+        return _load_synthetic(size, cache, progress, options)
     if person_folder and (name != "folder" or person_folder not in ("first", "last")):
         raise DataError(f"--person-folder {person_folder}: first or last, of --data folder alone")
     if options:
@@ -442,18 +195,19 @@ def load(
     whose = person_folder or ""
     signature = _digest([CACHE_VERSION, pillow_version, name, whose, listing, refused])
     store, guessed = (
-        _cache_path(cache, name, [os.path.realpath(root), asked, whose]) for asked in (crop, None)
+        _cache_path(cache, name, [os.path.realpath(root), asked, whose, size])
+        for asked in (crop, None)
     )
-    faces = _read_cache(store, signature)
+    faces = _read_cache(store, signature, size)
     if faces is None and crop:  # a run goes on with the crop that was found for it
-        faces = _read_cache(guessed, signature)
+        faces = _read_cache(guessed, signature, size)
     if faces is None or crop not in (None, faces.crop):
         found = [file for file, _ in entries]
         if name == "folder":
             listed = _folder_persons(root, found, refused, person_folder)
         else:
             listed = _celeba_persons(root, found[1:])
-        faces = _from_files(name, root, listed, crop, progress)
+        faces = _from_files(name, root, listed, crop, size, progress)
         _write_cache(store, signature, faces)
     for k, note in enumerate(faces.notes):  # the first says what there is, the others warn
         _say(note, sys.stderr if k else sys.stdout)
@@ -467,20 +221,20 @@ def load(
 Listed = tuple[list[str], list[str], list[str], list[str]]
 
 
-def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress: bool) -> Faces:
+def _from_files(
+    name: str, root: str, listed: Listed, crop: str | None, size: int, progress: bool
+) -> Faces:
     files, persons, refused, notes = listed
     if not files:
         why = f" ({refused[0]})" if refused else ""
         raise _wrong(root, f"no images{why}; expected one folder a person with images in it")
     paths = [os.path.join(root, file) for file in files]
-    images, reasons, crop, cropped = _decode_alike(paths, crop, progress)
+    images, hashes, reasons, crop, cropped = _decode_alike(paths, crop, size, progress)
     shown = [_printable(file) for file in files]
-    kept = [i for i, why in enumerate(reasons) if why is None]
-    hashes = {i: _hash(images[i]) for i in kept}
     notes = [*notes, *_refuse_copies(hashes, persons, shown, reasons)]
     skipped = [f"{file}: {why}" for file, why in zip(shown, reasons) if why is not None]
     skipped = [*refused, *skipped]
-    kept = [i for i in kept if reasons[i] is None]
+    kept = [i for i, why in enumerate(reasons) if why is None]
     if not kept:
         raise _wrong(root, f"none of its {len(files)} files can be used ({skipped[-1]})")
     for k, i in enumerate(kept):  # in place: no second copy of all images
@@ -498,27 +252,18 @@ def _from_files(name: str, root: str, listed: Listed, crop: str | None, progress
         data=name,
         crop=crop,
         notes=(f"{many}, {cropped}", *notes),
-        hashes=torch.tensor([hashes[i] for i in kept], dtype=torch.int64),
-    )
-
-
-def _hash(image: np.ndarray) -> int:
-    """Of an image's pixels; among a million two different ones share it once in 10^7 times."""
-    return int.from_bytes(
-        hashlib.blake2b(image.data, digest_size=8).digest(), "little", signed=True
+        hashes=torch.from_numpy(hashes[kept]),
     )
 
 
 def _refuse_copies(
-    hashes: dict[int, int], persons: list[str], files: list[str], reasons: list[str | None]
+    hashes: np.ndarray, persons: list[str], files: list[str], reasons: list[str | None]
 ) -> list[str]:
-    """Writes into reasons what has the same pixels as another; returns what to tell.
-
-    hashes: file index -> hash, of the files that have no reason yet.
-    """
+    """Writes into reasons what has the same pixels as another; returns what to tell."""
     alike: dict[int, list[int]] = {}
-    for i, value in hashes.items():
-        alike.setdefault(value, []).append(i)
+    for i, value in enumerate(hashes.tolist()):
+        if reasons[i] is None:
+            alike.setdefault(value, []).append(i)
     copies, shared = 0, []
     for first, *rest in alike.values():
         others = [i for i in rest if persons[i] != persons[first]]
@@ -732,7 +477,9 @@ def _celeba_persons(root: str, files: list[str]) -> Listed:
 # ---- synthetic
 
 
-def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int]) -> Faces:
+def _load_synthetic(
+    size: int, cache: File | None, progress: bool, options: dict[str, int]
+) -> Faces:
     from . import synthetic
 
     settings = {"persons": 370, "images_per_person": 12, "seed": 0}
@@ -749,10 +496,10 @@ def _load_synthetic(cache: File | None, progress: bool, options: dict[str, int])
         raise DataError(f"synthetic: persons must be at most 100000, not {persons}")
     source = hashlib.sha256(Path(synthetic.__file__).read_bytes()).hexdigest()
     signature = _digest([CACHE_VERSION, settings, source])
-    store = _cache_path(cache, "synthetic", [settings])
-    faces = _read_cache(store, signature)
+    store = _cache_path(cache, "synthetic", [settings, size])
+    faces = _read_cache(store, signature, size)
     if faces is None:
-        made = synthetic.synthetic_faces(persons, per_person, seed, progress)
+        made = synthetic.synthetic_faces(persons, per_person, seed, progress, size)
         images, person, identity, content = map(torch.as_tensor, made)
         names = tuple(f"person-{k:05d}" for k in range(persons))
         files = tuple(f"{name}/{i:04d}" for name in names for i in range(per_person))
@@ -779,7 +526,7 @@ def _cache_path(cache: File | None, name: str, key: Any) -> Path | None:
     return None if cache is None or cache == "" else Path(cache) / f"{name}-{_digest(key)[:16]}.npz"
 
 
-def _read_cache(store: Path | None, signature: str) -> Faces | None:
+def _read_cache(store: Path | None, signature: str, size: int) -> Faces | None:
     """The cached faces; None where there are none, they are out of date or the file is broken (zip
     checks its CRC)."""
     if store is None:
@@ -797,7 +544,7 @@ def _read_cache(store: Path | None, signature: str) -> Faces | None:
         images, person = arrays["images"], arrays["person"]
         texts: Any = {key: tuple(about[key]) for key in TEXTS}
         N = len(texts["files"])
-        fits = images.dtype == torch.uint8 and images.shape == (N, 3, SIZE, SIZE) and N > 0
+        fits = images.dtype == torch.uint8 and images.shape == (N, 3, size, size) and N > 0
         fits = fits and person.dtype == torch.int64 and person.shape == (N,)
         if not fits or person.min() < 0 or person.max() >= len(texts["names"]):
             raise ValueError("arrays do not fit together")
@@ -827,6 +574,40 @@ def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
 def image_counts(faces: Faces) -> torch.Tensor:
     """How many images each person has, int64 (len(names),)."""
     return torch.bincount(faces.person, minlength=len(faces.names))
+
+
+def read_pairs(path: File, faces: Faces) -> tuple[torch.Tensor, torch.Tensor]:
+    """LFW's pairs.txt -> image indices int64 (P, 2), and whether of one person, bool (P,).
+
+    Lines "ann 1 4", two photographs of ann, or "ann 1 bob 2", by the number a file's name ends in;
+    a first line "10 300" or "3000": so many (the product) of each kind. Raises DataError.
+    """
+    where: dict[tuple[str, str], list[int]] = {}
+    for i, (file, p) in enumerate(zip(faces.files, faces.person.tolist())):
+        if number := re.search(r"([0-9]+)(\.\w+)?$", file):
+            where.setdefault((faces.names[p], number[1].lstrip("0")), []).append(i)
+    pairs, same, each, shown = [], [], None, _printable(os.fspath(path))
+    with run.reading(shown, "give a file like LFW's pairs.txt"):
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    for at, line in enumerate(lines, start=1):
+        words = unicodedata.normalize("NFC", line).split("\t" if "\t" in line else None)
+        if at == 1 and re.fullmatch(r"[0-9]{1,9}(\s+[0-9]{1,9})?\s*", line):
+            each = math.prod(map(int, line.split()))
+        elif words:
+            same.append(len(words) == 3)
+            words[2:2] = words[:1] * same[-1]  # of one person: the name stands once
+            keys = [(_printable(a), n.strip().lstrip("0")) for a, n in zip(words[::2], words[1::2])]
+            found = [where.get(key, []) for key in keys]
+            fits = len(words) == 4 and (words[0] == words[2]) == same[-1] and found[0] != found[1]
+            if not fits or [*map(len, found)] != [1, 1]:
+                what = f"{_short(line)!r} is not two photographs of this data"
+                raise DataError(f"{shown}, line {at}: {what}; correct or remove the line")
+            pairs.append(found[0] + found[1])
+    one, two = same.count(True), same.count(False)
+    if 0 in (one, two) or each is not None and not one == two == each:
+        told = f"holds {one} pairs of one person and {two} of two"
+        raise _wrong(path, f"{told}; give both kinds, and as many of each as line 1 says")
+    return torch.tensor(pairs), torch.tensor(same)
 
 
 def split_persons(
@@ -977,8 +758,10 @@ def trained_on(path: File, faces: Faces) -> set[str]:
 
 
 def _hashes(faces: Faces) -> np.ndarray:
-    """Of each image, int64 (N,), the same on every machine."""
+    """Of each image at 64, int64 (N,), the same on every machine."""
     if faces.hashes is None:  # not of the loaders
+        if faces.images.shape[-1] != SIZE:
+            raise DataError(f"photographs of another size than {SIZE} are known by Faces.hashes")
         return np.array([_hash(image) for image in faces.images.numpy()], dtype="<i8")
     return faces.hashes.numpy().astype("<i8")
 

@@ -714,11 +714,15 @@ def render(identity: torch.Tensor, content: torch.Tensor, size: int = 64) -> tor
 
 
 def synthetic_faces(
-    persons: int = 370, images_per_person: int = 12, seed: int = 0, progress: bool = False
+    persons: int = 370,
+    images_per_person: int = 12,
+    seed: int = 0,
+    progress: bool = False,
+    size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rendered persons -> images, person, identity, content.
 
-    images uint8 (N, 3, 64, 64), person int64 (N,), identity (persons, I), content (N, C), with
+    images uint8 (N, 3, size, size), person int64 (N,), identity (persons, I), content (N, C), with
     N = persons * images_per_person, in the order of persons. Person k's factors and faces depend
     only on (seed, k).
     """
@@ -728,12 +732,12 @@ def synthetic_faces(
         factors[k] = _content_rows(np.random.default_rng([seed, k, 3]), images_per_person)
     content = torch.from_numpy(factors).flatten(0, 1)
     person = torch.arange(persons).repeat_interleave(images_per_person)
-    images = torch.empty(len(person), 3, 64, 64, dtype=torch.uint8)
+    images = torch.empty(len(person), 3, size, size, dtype=torch.uint8)
     for i in range(0, len(person), _CHUNK):
         # The last chunk is filled up: a sum in another order could move a rounding, and persons are
         # to be independent.
         at = torch.arange(i, i + _CHUNK).clamp(max=len(person) - 1)
-        images[i : i + _CHUNK] = render(identity[person[at]], content[at])[: len(person) - i]
+        images[i : i + _CHUNK] = render(identity[person[at]], content[at], size)[: len(person) - i]
         done = min(i + _CHUNK, len(person))
         # a log gets the last line only
         if progress and (sys.stderr.isatty() or done == len(person)):

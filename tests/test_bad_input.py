@@ -131,14 +131,15 @@ def test_damaged_images(tmp_path):
         path.write_bytes(raw)
         begin = time.perf_counter()
         try:
-            pixels = data.load_image(path, rng.choice((None, "lfw", "centre", "celeba", "none")))
+            crop, size = rng.choice((None, *data.photographs.CROPS)), rng.choice((64, 64, 32, 256))
+            pixels = data.load_image(path, crop, size)
         except data.DataError as error:
             one_line(error)
         except BaseException:
             (tmp_path / "failed").write_bytes(raw)
             raise
         else:
-            assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.uint8
+            assert pixels.shape == (3, size, size) and pixels.dtype == torch.uint8
             read += 1
         slowest = max(slowest, time.perf_counter() - begin)
     told = f"slowest {slowest:.2f} s, peak {peak() / GIBIBYTE:.2f} GiB"
@@ -278,7 +279,7 @@ def test_folder_of_traps(tmp_path, capsys):
     (root / "ann" / "tiny.png").write_bytes(png(1, 1))
     os.mkfifo(root / "ann" / "pipe.jpg")
     with open(root / "ann" / "large.jpg", "wb") as file:
-        file.truncate(data.MAX_BYTES + 1)
+        file.truncate(data.photographs.MAX_BYTES + 1)
     (root.joinpath("ann", *"123456789")).mkdir(parents=True)
     begin = time.perf_counter()
     faces = data.load("folder", root, cache=tmp_path / "cache")
@@ -394,14 +395,14 @@ def test_unreadable_file_is_named(tmp_path, monkeypatch):
     for name in ("ann", "bob"):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(tmp_path / "in" / name / "a.png")
-    whole = data._read_bytes
+    whole = data.photographs._read_bytes
 
     def refuse(path):
         if "ann" in path:
             raise PermissionError(13, "Permission denied", path)
         return whole(path)
 
-    monkeypatch.setattr(data, "_read_bytes", refuse)
+    monkeypatch.setattr(data.photographs, "_read_bytes", refuse)
     faces = data.load("folder", tmp_path / "in", cache=None)
     assert faces.names == ("bob",) and faces.skipped == (f"ann{os.sep}a.png: Permission denied",)
 
@@ -415,8 +416,8 @@ def test_interrupt_stops_decoding(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_decode", lambda *_: time.sleep(0.1))
-    monkeypatch.setattr(data, "as_completed", interrupted)
+    monkeypatch.setattr(data.photographs, "_decode", lambda *_: time.sleep(0.1))
+    monkeypatch.setattr(data.photographs, "as_completed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.load("folder", tmp_path / "in", cache=None)
     assert time.perf_counter() - begin < 3
@@ -455,6 +456,27 @@ def test_damaged_identity_files(tmp_path):
             )
             read += 1
     print(f"{150 * FUZZ} identity files, {read} read")
+
+
+def test_damaged_pairs(tmp_path):
+    rng, path, read = random.Random(6), tmp_path / "pairs.txt", 0
+    files = tuple(f"p{k}/p{k}_{i:04d}.jpg" for k in range(3) for i in range(4))
+    person = torch.arange(3).repeat_interleave(4)
+    faces = data.Faces(torch.zeros(12, 3, 64, 64), person, ("p0", "p1", "p2"), files)
+    whole = b"2 4\n" + b"".join(b"p%d\t1\t3\np0\t%d\tp2\t0\n" % (i % 3, i % 4) for i in range(8))
+    for _ in range(300 * FUZZ):
+        path.write_bytes(mutate(whole, rng.choice(WORDS) * 40, rng))
+        try:
+            pairs, same = data.read_pairs(path, faces)
+        except data.DataError as error:
+            one_line(error)
+            assert "pairs.txt" in str(error)
+        else:
+            assert pairs.shape == (len(same), 2) and (pairs[:, 0] != pairs[:, 1]).all()
+            assert torch.equal(person[pairs[:, 0]] == person[pairs[:, 1]], same)
+            read += 1
+    assert read
+    print(f"{300 * FUZZ} pair files, {read} read")
 
 
 def test_damaged_manifests(tmp_path):

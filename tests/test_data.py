@@ -216,7 +216,7 @@ def test_exif_rotation(orientation, size, suffix, tmp_path):
     back = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)  # the orientation that undoes it
     stored = quarters(size)
     if back > 1:
-        stored = stored.transpose(data.TRANSPOSE[back])
+        stored = stored.transpose(data.photographs.TRANSPOSE[back])
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if suffix == "webp" else {"quality": 95} if suffix == "jpg" else {}
@@ -235,6 +235,76 @@ def test_the_decoders_shrinking_moves_nothing(tmp_path):
     for crop in ("centre", "lfw"):
         jpeg, exact = (data.load_image(tmp_path / name, crop).int() for name in ("a.jpg", "a.png"))
         assert (jpeg - exact).abs().max() <= 2
+
+
+# ---- size
+
+
+@pytest.mark.parametrize("size", [32, 112, 150, 256])
+def test_every_size_shows_the_same_frame(size, tmp_path):
+    """The JPEG decoder shrinks for the size asked for: detail that fits into it stays."""
+    grain = np.random.default_rng(0).integers(0, 256, (250, 250, 3), dtype=np.uint8)
+    Image.fromarray(grain).resize((1500, 1500), Image.Resampling.BICUBIC).save(tmp_path / "a.png")
+    Image.open(tmp_path / "a.png").save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    jpeg, exact = (
+        data.load_image(tmp_path / f"a.{suffix}", "lfw", size).float() for suffix in ("jpg", "png")
+    )
+    # 0.7 at most from 112 on; shrunk for 64 it would be 2.3, 3.6 and 7.2
+    error = (jpeg - exact).abs().mean()
+    assert jpeg.shape == (3, size, size) and error < (1.5 if size > 64 else 2.5)
+    Image.fromarray(grain).resize((8, 8)).resize((250, 250)).save(tmp_path / "b.png")
+    usual, other = (data.load_image(tmp_path / "b.png", size=s)[None].float() for s in (64, size))
+    resized = torch.nn.functional.interpolate(other, (64, 64), mode="bilinear", antialias=True)
+    assert (resized - usual).abs().mean() < 2
+
+
+def of_size(folder, celeba, tmp_path, name, size=64):
+    root = {"folder": folder, "celeba": celeba}.get(name)
+    options = {} if root else {"persons": 2, "images_per_person": 3}
+    cache = tmp_path / "cache"
+    return data.load(name, root, cache=cache, progress=False, size=size, **options)
+
+
+@pytest.mark.parametrize("name", ["folder", "celeba", "synthetic"])
+def test_loads_at_a_size(name, folder, celeba, tmp_path, monkeypatch):
+    """The same photographs in the same order, each size in a cache of its own."""
+    sizes = (64, 32, 112)
+    first = [of_size(folder, celeba, tmp_path, name, size) for size in sizes]
+    monkeypatch.setattr(data.photographs, "_decode", None)
+    monkeypatch.setattr("data.synthetic.synthetic_faces", None)
+    again = [of_size(folder, celeba, tmp_path, name, size) for size in sizes]
+    for size, faces, cached in zip(sizes, first, again):
+        assert faces.images.shape == (len(first[0]), 3, size, size)
+        assert torch.equal(faces.images, cached.images)
+        assert faces.files == first[0].files and faces.notes == first[0].notes
+        for key in ("person", "hashes", "identity", "content"):
+            one, other, kept = (getattr(f, key) for f in (first[0], faces, cached))
+            assert (
+                one is other is kept is None or torch.equal(one, other) and torch.equal(one, kept)
+            )
+    assert len([*(tmp_path / "cache").iterdir()]) == 3
+    small, large = (faces.images.float() for faces in (first[0], first[2]))
+    large = torch.nn.functional.interpolate(large, (64, 64), mode="bilinear", antialias=True)
+    assert (large - small).abs().mean() < 6
+
+
+@pytest.mark.parametrize("size", [31, 257, 0, -64, 64.0, True, "64", None])
+def test_sizes_that_are_refused(size, folder, celeba, tmp_path):
+    for name in data.DATA_SETS:
+        with pytest.raises(data.DataError, match="^--size .* a whole number of pixels, 32 to 256$"):
+            of_size(folder, celeba, tmp_path, name, size)
+    with pytest.raises(data.DataError, match="--size"):
+        data.load_image(folder / "ann" / "0.png", size=size)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_more_images_than_there_is_memory(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", full)
+    with pytest.raises(data.DataError, match="^--size 256: 8 images take 1 MiB, .*; lower it$"):
+        load(folder, tmp_path, size=256)
 
 
 # ---- folder
@@ -497,7 +567,7 @@ def test_the_crop_that_was_found_is_read_from_the_cache(tmp_path, monkeypatch):
     """A run asks for it by name where its first load did not."""
     root = sized(tmp_path / "in", (250, 250), (250, 250), (100, 100))
     found = load(root, tmp_path)
-    monkeypatch.setattr(data, "_decode", None)
+    monkeypatch.setattr(data.photographs, "_decode", None)
     again = load(root, tmp_path, crop=found.crop)
     assert found.crop == "lfw" and torch.equal(found.images, again.images)
     with pytest.raises(data.DataError):
@@ -664,7 +734,7 @@ def test_cache_gives_the_same_faces(folder, tmp_path):
 
 def test_cache_is_used(folder, tmp_path, monkeypatch):
     load(folder, tmp_path)
-    monkeypatch.setattr(data, "_decode", None)
+    monkeypatch.setattr(data.photographs, "_decode", None)
     assert len(load(folder, tmp_path)) == 8
     with pytest.raises(data.DataError):
         load(folder, tmp_path, cache=None)
@@ -691,8 +761,8 @@ def test_cache_notices_a_changed_folder(change, folder, tmp_path, monkeypatch):
         path.rename(folder / "ann" / "zero.png")
     else:
         path.chmod(0o400)
-    calls, whole = [], data._decode_all
-    monkeypatch.setattr(data, "_decode_all", lambda *given: calls.append(given) or whole(*given))
+    calls, whole = [], data._decode_alike
+    monkeypatch.setattr(data, "_decode_alike", lambda *given: calls.append(given) or whole(*given))
     after = load(folder, tmp_path)
     assert len(calls) == 1
     if change in ("touch", "grow", "add", "remove"):
@@ -884,6 +954,80 @@ def test_nobody_left_to_train():
     with pytest.raises(data.DataError, match="no train persons"):
         data.split_persons(made([10] * 3), None, 0, 3)
     assert data.split_persons(made([10] * 3), 0, 0, 3).target == (0, 1, 2)
+
+
+# ---- pairs
+
+
+PAIRED = ("ann/ann_0001.png", "ann/ann_0012.png", "b b/1.png", "b b/2.png", "b b/x.png")
+
+
+@pytest.fixture
+def paired(tmp_path):
+    fill(tmp_path / "in", *PAIRED, "zo\u00eb/zoe_0002.jpeg", "zo\u00eb/2.png", "zo\u00eb/3.png")
+    return load(tmp_path / "in", tmp_path)
+
+
+def of_pairs(tmp_path, faces, text):
+    (tmp_path / "pairs.txt").write_bytes(text.encode())
+    return data.read_pairs(tmp_path / "pairs.txt", faces)
+
+
+@pytest.mark.parametrize("head", ["", "1\t2\n", "2\n", "\ufeff2 1\r\n"])
+def test_pairs(head, paired, tmp_path):
+    rows = "ann\t1\t12\nann\t1\tb b\t2\r\n\nb b\t0001\t2\nzoe\u0308\t3\tann\t12\n"
+    pairs, same = of_pairs(tmp_path, paired, head + rows)
+    named = [tuple(paired.files[i] for i in pair) for pair in pairs]
+    ann_1, ann_12, b_1, b_2, _ = PAIRED
+    zoe = "zo\u00eb/3.png"
+    assert named == [(ann_1, ann_12), (ann_1, b_2), (b_1, b_2), (zoe, ann_12)]
+    assert same.tolist() == [True, False, True, False]
+    assert pairs.dtype == torch.int64 and same.dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["ann 1", "ann 1 2", "ann 1 1", "ann 1 x", "ann 1 zo\u00eb 2", "ann 1 ann 12", "ann one bob 1"]
+    + [
+        "ann 1 12 zo\u00eb 3",
+        "nobody 1 2",
+        "zo\u00eb 2 ann 77",
+        "ann 1 +12",
+        "5",
+        "\t\t",
+        "\t",
+        "ann",
+    ],
+)
+def test_a_line_that_is_no_pair(line, paired, tmp_path):
+    with pytest.raises(
+        data.DataError, match="pairs.txt, line 3: .* is not two photographs"
+    ) as told:
+        of_pairs(tmp_path, paired, f"1\nann 1 12\n{line}\n")
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("", "holds 0 pairs of one person and 0 of two; give both kinds"),
+        ("ann 1 12\n", "holds 1 pairs of one person and 0 of two"),
+        ("ann 1 zo\u00eb 3\n", "holds 0 pairs of one person and 1 of two"),
+        ("10 300\nann 1 12\nann 1 zo\u00eb 3\n", "holds 1 .* as many of each as line 1 says"),
+        ("2\n" + "ann 1 12\n" * 3 + "ann 1 zo\u00eb 3\n", "holds 3 pairs of one person and 1"),
+    ],
+)
+def test_pairs_that_are_too_few(text, what, paired, tmp_path):
+    with pytest.raises(data.DataError, match=f"pairs.txt: {what}"):
+        of_pairs(tmp_path, paired, text)
+
+
+def test_pairs_that_cannot_be_read(paired, tmp_path):
+    with pytest.raises(data.DataError, match="absent.txt: no such file: give a file like LFW's"):
+        data.read_pairs(tmp_path / "absent.txt", paired)
+    (tmp_path / "pairs.txt").write_bytes(b"\xff\xfe\0")
+    with pytest.raises(data.DataError, match="pairs.txt: cannot be read"):
+        data.read_pairs(tmp_path / "pairs.txt", paired)
 
 
 # ---- manifest
@@ -1093,6 +1237,30 @@ def test_who_was_trained_on_is_left_out(how, run, tmp_path, capsys):
     line = f"--root {root}: 2 of 6 persons left out, the embedding was trained on these persons"
     out = capsys.readouterr().out.splitlines()
     assert [text for text in out if not text.startswith("data: 24 photographs of 6")] == [line]
+
+
+@pytest.mark.parametrize("side", [250, 1200])
+@pytest.mark.parametrize("size", [32, 112, 256])
+def test_who_was_trained_on_is_known_at_every_size(side, size, tmp_path, monkeypatch):
+    """Also of photographs so large that the decoder shrinks them, for each size differently."""
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(PERSONS):
+        (tmp_path / "faces" / name).mkdir(parents=True)
+        for i in range(2):
+            noise = np.random.default_rng([k, i]).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+            image = Image.fromarray(noise).resize((side, side))
+            image.save(tmp_path / "faces" / name / f"{i}.jpg")
+    config = Config(root="faces", validation_persons=4)
+    faces, split = data.open_run(config, tmp_path / "run")
+    trained = {faces.names[k] for k in split.train}
+    (tmp_path / "faces").rename(tmp_path / "moved")
+    other = load(tmp_path / "moved", tmp_path, size=size)
+    assert other.images.shape[-1] == size and len(trained) == 2
+    assert data.trained_on(tmp_path / "run" / "people.json", other) == trained
+    assert data.read_manifest(tmp_path / "run" / "people.json", other) == split
+    unknown = dataclasses.replace(other, hashes=None)
+    with pytest.raises(data.DataError, match="another size than 64 are known by Faces.hashes"):
+        data.trained_on(tmp_path / "run" / "people.json", unknown)
 
 
 def test_nobody_is_left_to_judge(run, tmp_path, capsys):

@@ -944,3 +944,40 @@ def test_figure_3_is_measured_between_target_persons(tmp_path):
         nearest = np.abs(np.subtract.outer(found, every)).min(1)
         assert len(found) == 500 and nearest.max() < 1e-3 * np.median(every), kind
     assert np.median(pairs["real-real"]) != pytest.approx(np.median(pairs["real-generated"]), 0.01)
+
+
+def test_certified_rows_are_scores_of_genuine_pairs_and_bounds_of_intruders(tmp_path):
+    def row(attack, candidate, role, distance, bound=""):
+        person = "a" if role == "genuine" else "b"
+        return f"{attack},1,1,0,t{candidate % 2},7,{candidate},{person},{role},{distance},{bound}"
+
+    folder = tmp_path / "run/ours/attacks"
+    folder.mkdir(parents=True)
+    genuine = [0.1, 0.2, 0.3, 0.4]
+    scores, bounds, attacked = [0.35, 0.5, 0.6, 0.7], [0.15, 0.25, 0.45, 0.5], [0.3, 0.4, 0.45, 0.5]
+    clean = [row("clean", i, "genuine", d) for i, d in enumerate([0.1, 0.15, 0.2, 0.25])]
+    clean += [row("clean", 10 + i, "intruder", d) for i, d in enumerate([0.3, 0.6, 0.7, 0.8])]
+    rule = [row("rule", i, "genuine", d, 0.0) for i, d in enumerate(genuine)]
+    rule += [row("rule", 10 + i, "intruder", s, b) for i, (s, b) in enumerate(zip(scores, bounds))]
+    on = [row("rule_attacked", 10 + i, "intruder", d, 0.0) for i, d in enumerate(attacked)]
+    for name, rows in {"clean": clean, "rule": rule, "rule_attacked": on}.items():
+        (folder / f"{name}.csv").write_text("\n".join([f"{HEADER},bound", *rows]) + "\n")
+    found = metrics.summary(tmp_path / "run")["ours"]
+    assert found["rule"]["auroc"] == metrics.auroc(genuine, scores)
+    assert found["certified"]["auroc"] == metrics.auroc(genuine, bounds) == 11 / 16
+    assert found["rule_attacked"]["auroc"] == metrics.auroc(genuine, attacked)
+    # eq. (1) with a threshold of the rule's own: above all four, so that at most 5 % are refused
+    assert found["certified"]["detected"] == 0.5 and found["rule"]["detected"] == 0.75
+    assert found["certified"]["clean_same_pairs"] == 1
+    (check,) = [
+        c for c in metrics.health([metrics.read_run(tmp_path / "run")]) if c[0] == "certificate"
+    ]
+    assert check.status == metrics.OK
+    text = (
+        (folder / "rule_attacked.csv").read_text().replace("genuine", "").replace(",0.3,", ",0.14,")
+    )
+    (folder / "rule_attacked.csv").write_text(text)
+    (check,) = [
+        c for c in metrics.health([metrics.read_run(tmp_path / "run")]) if c[0] == "certificate"
+    ]
+    assert check.status == metrics.FAILED and "1 of 4 below their bound" in check.detail

@@ -1,5 +1,5 @@
-"""The steps of every method and of the attacks, run on tensors that hold nothing and say they are on
-a GPU: what would wait for it, and which kernels are launched. Needs no GPU.
+"""The steps of every method and of the attacks, run on tensors that hold nothing and say they are
+on a GPU: what would wait for it, and which kernels are launched. Needs no GPU.
 
 Meta tensors, not FakeTensorMode: a torch built without CUDA cannot even slice a fake CUDA tensor.
 """

@@ -2,7 +2,7 @@
 run makes.
 
     python -m tests.torture              # 20 kills and 5 full disks for each script, a few minutes
-    python -m tests.torture --kills 2 --disks 1   # what tests/test_torture.py runs
+    python -m tests.torture --kills 1 --disks 1   # what tests/test_torture.py runs
     python -m tests.torture --demo       # 20 kills over the demo, half an hour on one core
 
 generator.py, embed.py and attacks.py, in tiny sizes on rendered faces, one after the other in a
