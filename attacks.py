@@ -913,18 +913,18 @@ def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
     if not (1 <= ph < mh <= height and 1 <= pw < mw <= width):
         told = f"a mask of {mh}x{mw} against a patch of {ph}x{pw} in {height}x{width}"
         raise ValueError(f"{told}: the mask must be larger than the patch and fit the image")
-    inside, holds, starts, places = [], [], [], []
+    inside, holds, starts, lasts = [], [], [], []
     for n, p, m in ((height, ph, mh), (width, pw, mw)):
         start = torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))  # (k,)
         pixel, place = torch.arange(n)[:, None], torch.arange(n - p + 1)[:, None]
         inside.append((pixel >= start) & (pixel < start + m))  # (n, k)
         holds.append((place >= start) & (place + p <= start + m))  # (n - p + 1, k)
         starts.append(start)
-        places.append(place[:, 0])
+        lasts.append(place[:, 0])
     masks = (inside[0].T[:, None, :, None] & inside[1].T[None, :, None, :]).flatten(0, 1)
     held = holds[0][:, None, :, None] & holds[1][None, :, None, :]  # (rows, cols, k rows, k cols)
-    corners = [torch.cartesian_prod(*sides) for sides in (starts, places)]
-    return Cover(masks, held.flatten(2).flatten(0, 1), *corners, (ph, pw))
+    corners, places = torch.cartesian_prod(*starts), torch.cartesian_prod(*lasts)
+    return Cover(masks, held.flatten(2).flatten(0, 1), corners, places, (ph, pw))
 
 
 def cover_of(masks: Tensor, patches: Tensor) -> Cover:
@@ -1054,6 +1054,22 @@ def effort_of(name: str, config: Config) -> Effort:
     return Effort(*own, config.decay, config.chunk or 256, batch, direction)
 
 
+def under_rule(
+    name: str, rule: Covered, images: Tensor, effort: Effort, generator: Rng
+) -> Attacked:
+    """`certify`; for `rule_attacked` also an attack on the rule by a patch at its weakest place.
+    extra: bound (B,), and row, col (B,) of that place."""
+    distance, bound, place = certify(rule, images)
+    result, place = Attacked(images, distance), place.cpu()
+    if name == "rule_attacked":
+        mask = rule.rule.patches_at(place)
+        result = tanh_attack(rule, images, rule.anchor, mask, effort, generator)
+    result.extra["bound"] = bound
+    if rule.rule.places is not None:
+        result.extra |= dict(zip(("row", "col"), rule.rule.places[place].T))
+    return result
+
+
 def run_attack(
     name: str,
     config: Config,
@@ -1106,17 +1122,7 @@ def run_attack(
         mask = torch.ones_like(mask)
         result = distal_attack(embed, (1, *images.shape[1:]), anchor, effort, generator)
     elif name.startswith("rule") and isinstance(embed, Covered):
-        result.distance, bound, place = certify(embed, images)
-        result.extra["bound"] = bound
-        if embed.rule.places is not None:
-            result.extra |= dict(zip(("row", "col"), embed.rule.places[place.cpu()].T))
-        if name == "rule_attacked":  # a patch at its weakest place
-            mask = embed.rule.patches_at(place.cpu())
-            known, result = (
-                result.extra,
-                tanh_attack(embed, images, anchor, mask, effort, generator),
-            )
-            result.extra |= known
+        result = under_rule(name, embed, images, effort, generator)
     elif name != "clean":
         raise ValueError(f"no such attack {name!r}, or it lacks its images: {', '.join(ATTACKS)}")
     if pattern is not None:
