@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -1020,18 +1021,20 @@ def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def cover_named(name: str, config: Config, height: int, width: int) -> Cover:
     """The cover of `rule` and `rule_attacked`, any place; of `rule_places`, App. C's own places,
     and of `rule_one`, which hides all of these at once (what the others have to beat)."""
-    sides = [(scale(config.rule_patch, n), scale(config.rule_mask, n)) for n in (height, width)]
+    size = height, width
+    sides = [(scale(config.rule_patch, n), scale(config.rule_mask, n)) for n in size]
     if name in ("rule", "rule_attacked"):
         patch, mask = zip(*sides)
-        return cover(height, width, patch, mask)
-    named = torch.stack([eyeglasses_mask(height, width), eye_patch_mask(height, width)])
-    patches = torch.cat([named, squares(square_positions(5, height, width), height, width)])
+        return cover(*size, patch, mask)
+    named = torch.stack([eyeglasses_mask(*size), eye_patch_mask(*size)])
+    patches = torch.cat([named, squares(square_positions(5, *size), *size)])
     if name == "rule_one":
         return cover_of(patches.any(0, keepdim=True), patches)
-    starts = [(scale(r, height), scale(c, width)) for r in (15, 22, 29) for c in (15, 22, 29)]
-    masks = torch.zeros(9, height, width, dtype=torch.bool)
-    for mask, (row, column) in zip(masks, starts):
-        mask[row : scale(16, height) + row, column : scale(16, width) + column] = True
+    # each holds all squares from its corner to 6 pixels further both ways, whatever is rounded
+    ends = [[(scale(p, n), scale(p + 6, n) + scale(10, n)) for p in (15, 22, 29)] for n in size]
+    masks = torch.zeros(9, *size, dtype=torch.bool)
+    for mask, ((top, bottom), (left, right)) in zip(masks, itertools.product(*ends)):
+        mask[top:bottom, left:right] = True
     return cover_of(torch.cat([named, masks]), patches)
 
 
@@ -1064,6 +1067,7 @@ def under_rule(
     if name == "rule_attacked":
         mask = rule.rule.patches_at(place)
         result = tanh_attack(rule, images, rule.anchor, mask, effort, generator)
+        result.mask = mask
     result.extra["bound"] = bound
     if rule.rule.places is not None:
         result.extra |= dict(zip(("row", "col"), rule.rule.places[place].T))
