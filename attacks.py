@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from kernels.patch_local import local_features
@@ -46,6 +46,7 @@ except ImportError:
 Embed = Callable[[Tensor], Tensor]
 Places = Sequence[tuple[int, int]]
 Rng = torch.Generator
+Start = Tensor | Rng | None
 # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
 EYEGLASSES = (
     "0 0 7ff80ffe f00ff007 e003e003 c003c003 60024002 60024002 "
@@ -57,23 +58,15 @@ ATTACKS = (
     *("rule", "rule_places", "rule_one", "rule_attacked"),
 )
 # modules that answer otherwise in training mode; batch normalisation also moves its averages
-BY_MODE = torch.nn.modules.batchnorm._NormBase, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU
+BY_MODE = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU
 # of the features' norm, between an image alone and beside another: rounding in float32 came to
 # 2e-6, TF32 keeps 10 bits; dropout and batch normalisation in training mode came to 0.02 and more
 SAME = 1e-3
 # Sec. 4.2: mirroring, selection
 DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
-COLUMNS: tuple[str, ...] = (
-    "attack",
-    "mirroring",
-    "selection",
-    "seed",
-    "target",
-    "anchor",
-    "candidate",
-    "person",
-)
+COLUMNS = tuple("attack mirroring selection seed target anchor candidate person".split())
 COLUMNS += ("role", "distance")
+COUNTERS = ("zero_gradients", "nonfinite", "gradients")
 
 
 @dataclass(frozen=True)
@@ -290,7 +283,7 @@ def side_by_side(features: Tensor, N: int) -> Tensor:
     return torch.cat(views, 1) / math.sqrt(len(views))
 
 
-class Mirrored(torch.nn.Module):
+class Mirrored(nn.Module):
     """The features of an image and of its mirror, (N, 2 D), from one pass (Sec. 4.2)."""
 
     def __init__(self, embed: Embed) -> None:
@@ -301,7 +294,7 @@ class Mirrored(torch.nn.Module):
         return side_by_side(self.embed(torch.cat([images, images.flip(-1)])), len(images))
 
 
-class Transformed(torch.nn.Module):
+class Transformed(nn.Module):
     """The features of an image under S transforms (S, 5), (N, S * D), from one pass."""
 
     def __init__(self, embed: Embed, transforms: Tensor) -> None:
@@ -348,9 +341,8 @@ def transform(images: Tensor, transforms: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def frozen(embed: Embed) -> Iterator[None]:
-    """Evaluation mode without weight gradients; on leaving, every mode and requires_grad flag is as
-    it was."""
-    if not isinstance(embed, torch.nn.Module):
+    """Evaluation mode without weight gradients; on leaving, modes and flags are as they were."""
+    if not isinstance(embed, nn.Module):
         yield
         return
     modes = [(module, module.training) for module in embed.modules()]
@@ -373,7 +365,7 @@ def held(owner: Any) -> Iterator[Any]:
     parts of a method or partial."""
     import dis
 
-    for part in owner.modules() if isinstance(owner, torch.nn.Module) else [owner]:
+    for part in owner.modules() if isinstance(owner, nn.Module) else [owner]:
         yield from getattr(part, "__dict__", {}).values()
     yield getattr(owner, "__self__", None)
     if isinstance(owner, functools.partial):
@@ -387,7 +379,7 @@ def held(owner: Any) -> Iterator[Any]:
         yield from (owner.__globals__[name] for name in names if name in owner.__globals__)
 
 
-def hidden(embed: Embed) -> list[torch.nn.Module]:
+def hidden(embed: Embed) -> list[nn.Module]:
     """Modules that a callable leads to in three steps, those that are `embed`'s own included."""
     layer, seen = [embed], {id(embed): embed}
     for _ in range(3):
@@ -395,7 +387,7 @@ def hidden(embed: Embed) -> list[torch.nn.Module]:
         libraries = type, type(torch)
         layer = [x for k, x in found.items() if k not in seen and not isinstance(x, libraries)]
         seen |= found
-    return [part for part in seen.values() if isinstance(part, torch.nn.Module)]
+    return [part for part in seen.values() if isinstance(part, nn.Module)]
 
 
 def answer(embed: Embed, images: Tensor) -> Tensor:
@@ -495,8 +487,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def select_anchor(features: Tensor) -> int:
-    """Features (n, D) of one person -> the index with the lowest mean squared distance to the
-    others (Sec. 4.2)."""
+    """Features (n, D) of one person -> the index nearest to the others, by the mean squared
+    distance (Sec. 4.2)."""
     squared = (features[:, None].double() - features[None].double()).square().sum(-1)  # (n, n)
     return int(squared.sum(1).argmin())
 
@@ -510,8 +502,7 @@ def to_tanh(x: Tensor) -> Tensor:
 
 
 def place_patches(images: Tensor, patches: Tensor, places: Tensor) -> Tensor:
-    """Images (B, C, H, W), each with the patches (1, K, C, h, w) at places (K, 2) ->
-    (B, K, C, H, W)."""
+    """images (B, C, H, W), patches (1, K, C, h, w), places (K, 2) of them -> (B, K, C, H, W)."""
     out, (h, w) = images[:, None].repeat(1, len(places), 1, 1, 1), patches.shape[3:]
     for k, (top, left) in enumerate(places.tolist()):
         out[:, k, :, top : top + h, left : left + w] = patches[:, k]
@@ -541,19 +532,17 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, embed: Embed, images: Tensor, anchor: Tensor, pixels: Tensor, whole: bool) -> Batch:
-        """whole: do not look for a way to recompute only what the patch changes (exact but for
-        rounding)."""
-        local, mirrored = None, isinstance(embed, Mirrored)
+        """whole: recompute all of each image, not what the patch changes alone."""
+        local = None
         if local_features is not None and not whole:
             inner = embed.embed if isinstance(embed, Mirrored) else embed
-            local = local_features(inner, images, pixels, mirrored)
+            local = local_features(inner, images, pixels, inner is not embed)
         return cls(embed, images, anchor, pixels, local)
 
     def features(self, patch: Tensor, transforms: Tensor | None) -> Tensor:
         """Of the images with patch (n, C, P) pasted in."""
         if self.local is not None:
-            features = self.local(patch)
-            return side_by_side(features, len(patch))
+            return side_by_side(self.local(patch), len(patch))
         embed = self.embed if transforms is None else Transformed(self.embed, transforms)
         return embed(paste(self.images, patch, self.pixels))
 
@@ -633,12 +622,7 @@ def draw_start(rows: int, restarts: int, channels: int, pixels: int, generator: 
 
 @torch.inference_mode(False)
 def tanh_attack(
-    embed: Embed,
-    images: Tensor,
-    anchor: Tensor,
-    mask: Tensor,
-    effort: Effort,
-    start: Tensor | Rng | None = None,
+    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, start: Start = None
 ) -> Attacked:
     """Attack each image by itself inside its mask, eq. (7) in the form of App. C. Raises ValueError
     for what `accepted` refuses, and for a mask of another size; warns of lost gradients.
@@ -654,12 +638,7 @@ def tanh_attack(
 
 
 def attack_each(
-    embed: Embed,
-    images: Tensor,
-    anchor: Tensor,
-    mask: Tensor,
-    effort: Effort,
-    start: Tensor | Rng | None,
+    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, start: Start
 ) -> Attacked:
     """`tanh_attack` of what was accepted before."""
     B, C, scorer, each = *images.shape[:2], effort.scorer(embed), torch.arange(len(images))
@@ -723,9 +702,8 @@ def location_search(
     masks = squares(places, H, W)
     start = draw_start(B * K, 1, C, int(masks[0].sum()), generator)
     images, anchor = (x.repeat_interleave(K, 0) for x in (images, anchor.expand(B, -1)))
-    masks = masks.repeat(B, 1, 1)
     search = search._replace(chunk=fits or search.chunk)
-    result = attack_each(embed, images, anchor, masks, search, start)
+    result = attack_each(embed, images, anchor, masks.repeat(B, 1, 1), search, start)
     return result.distance.view(B, K), result
 
 
@@ -754,9 +732,8 @@ def square_attack(
 
 def count(total: Attacked, part: Attacked) -> None:
     """Add the part's counters to the total's."""
-    total.zero_gradients += part.zero_gradients
-    total.nonfinite += part.nonfinite
-    total.gradients += part.gradients
+    for key in COUNTERS:
+        setattr(total, key, getattr(total, key) + getattr(part, key))
 
 
 # Universal eye patch, Sec. 3, App. C
@@ -793,8 +770,7 @@ def universal_patch(
 
 
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
-    """images (B, C, H, W), pattern (C, P) or (B, C, P), mask (H, W): the masked pixels replaced by
-    the pattern."""
+    """images (B, C, H, W), the pixels of mask (H, W) replaced by pattern (C, P) or (B, C, P)."""
     pattern = pattern.to(images).expand(len(images), -1, -1)
     return paste(images, pattern, mask_pixels(mask, images))
 
@@ -862,8 +838,7 @@ def indirect_attack(
 def distal_attack(
     embed: Embed, shape: Sequence[int], anchor: Tensor, effort: Effort, generator: Rng
 ) -> Attacked:
-    """A whole free image from uniform random pixels, driven to the anchor's features; shape
-    (B, C, H, W); Fig. 4."""
+    """Images of this shape (B, C, H, W), all pixels free, from noise to the anchor; Fig. 4."""
     noise = torch.rand(tuple(shape), generator=generator).to(anchor)
     noise, anchor = accepted(embed, noise, anchor)
     mask = torch.ones(tuple(shape)[2:], dtype=torch.bool)
@@ -942,7 +917,7 @@ def checked(rule: Cover) -> Cover:
     return rule
 
 
-class Covered(torch.nn.Module):
+class Covered(nn.Module):
     """The rule: cover the image by each mask, judge it by the largest distance to the anchor.
 
     embed   any, mirrored or not: the mask comes before the mirror
@@ -1094,7 +1069,6 @@ def run_attack(
     images, (_, C, H, W) = accepted(None, images, anchor)[0], images.shape
     mask = eye_patch_mask(H, W) if name.endswith("eye_patch") else eyeglasses_mask(H, W)
     effort, pattern, scorer = effort_of(name, config), None, embed
-    chunk = effort.chunk
     if name.startswith("eot_"):
         S, T = config.eot_samples, config.eot_tests
         steps = draw_transforms(effort.iterations * S, config, generator).view(-1, S, 5)
@@ -1107,7 +1081,8 @@ def run_attack(
         result = tanh_attack(embed, images, anchor, mask, effort, generator)
     elif name == "square":
         places = square_positions(config.square_stride, H, W)
-        search = Effort(config.square_search_iterations, config.square_search_lr, chunk=chunk)
+        short = config.square_search_iterations, config.square_search_lr
+        search = Effort(*short, chunk=effort.chunk)
         result = square_attack(embed, images, anchor, places, effort, search, generator)
     elif name in ("eye_patch", "eot_eye_patch") and training is not None:
         pattern, result = universal_patch(embed, training, anchor, mask, effort, generator)
@@ -1115,8 +1090,8 @@ def run_attack(
     elif name == "grey_eye_patch":  # the control: what hiding the eyes does by itself
         pattern = images.new_full((C, int(mask.sum())), 0.5)
     elif name == "random_eyeglasses":
-        many = config.patterns
-        result = random_patterns(embed, images, anchor, mask, many, generator, chunk)
+        given = images, anchor, mask, config.patterns, generator, effort.chunk
+        result = random_patterns(embed, *given)
     elif name == "noise":
         result.images, mask = uniform_noise(images, config.noise, generator), torch.ones_like(mask)
     elif name == "indirect" and virtual is not None:
@@ -1132,7 +1107,7 @@ def run_attack(
     if pattern is not None:
         result.images = apply_pattern(images, pattern, mask)
     if pattern is not None or effort.eot or name in ("clean", "noise"):
-        result.distance = distances(scorer, result.images, anchor, chunk)
+        result.distance = distances(scorer, result.images, anchor, effort.chunk)
     result.mask = mask if result.mask is None else result.mask
     return result
 
@@ -1185,8 +1160,7 @@ class Judged(NamedTuple):
 
 
 def stable_generator(*parts: object) -> torch.Generator:
-    """A generator seeded from these values alone, the same in every process and on every
-    machine."""
+    """A generator seeded from these values alone, the same on every machine."""
     import hashlib
 
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
@@ -1277,16 +1251,11 @@ def autoencode(path: Path, images: Tensor) -> Tensor:
 
 
 def attack_target(
-    config: Config,
-    name: str,
-    embed: torch.nn.Module,
-    people: Judged,
-    person: int,
-    generator_file: Path,
+    config: Config, name: str, embed: nn.Module, people: Judged, person: int, lord: Path
 ) -> tuple[dict, dict]:
     """One attack on one target under each defence asked for: rows with counters, and example
-    images. The result depends on the seed and the target's name, not on which other targets are
-    attacked, or where."""
+    images. They depend on the seed and the target's name, not on which others are attacked, or
+    where. lord: the file of the run's generator."""
     import time
 
     from data import run
@@ -1306,7 +1275,7 @@ def attack_target(
         raise run.UsageError(f"--intruders {config.intruders}: {told}")
     own = (faces.person == person).nonzero().flatten().tolist()
     features = extract(embed, load(own), config.chunk)
-    part: dict = {"rows": [], "zero_gradients": 0, "nonfinite": 0, "gradients": 0}
+    part: dict = {"rows": []} | dict.fromkeys(COUNTERS, 0)
     part |= {"outside_mask_max": 0.0, "by_iterations": {}, "by_restarts": {}}
     for mirroring, selection in (DEFENCES[defence] for defence in config.defences):
         best = select_anchor(features) if selection else 0
@@ -1326,7 +1295,7 @@ def attack_target(
         if name.endswith("eye_patch"):
             inputs["training"] = load(training)
         if name == "indirect":
-            virtual = autoencode(generator_file, load([own[best]]))
+            virtual = autoencode(lord, load([own[best]]))
             inputs["virtual"] = extract(embed, virtual, config.chunk)[0]
         seeds = config.seed, target, "eyeglasses" if name == "indirect" else name
         attack: Any = functools.partial(run_attack, name, **inputs)
@@ -1344,7 +1313,7 @@ def attack_target(
         outside = ~mask.to(device).expand(len(images), -1, -1)[:, None]
         moved = float(((result.images - images).abs() * outside).max())
         part["outside_mask_max"] = max(part["outside_mask_max"], moved * (name != "clean"))
-        for key in ("zero_gradients", "nonfinite", "gradients"):
+        for key in COUNTERS:
             part[key] += getattr(result, key)
         for key in ("by_iterations", "by_restarts"):
             for n, distance in result.extra.get(key, {}).items():
@@ -1426,7 +1395,7 @@ def merge(name: str, table: Path, parts: list[dict], images: dict, about: dict) 
     record["outside_mask_max"] = max(part["outside_mask_max"] for part in parts)
     repeated = [part["reproducible"] for part in parts if "reproducible" in part]
     record["reproducible"] = repeated[0] if repeated else None
-    for key in ("zero_gradients", "nonfinite", "gradients"):
+    for key in COUNTERS:
         record[key] = sum(part[key] for part in parts)
     for key in ("by_iterations", "by_restarts"):
         sums = {n: [sum(v) for v in zip(*(p[key][n] for p in parts))] for n in parts[0][key]}

@@ -1,5 +1,4 @@
-"""Each attack is held to its definition: known optima, masks, signs, seeds, and the real command on
-a small run."""
+"""Each attack is held to its definition: known optima, masks, signs, seeds; the real command."""
 
 import functools
 import itertools
