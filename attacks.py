@@ -85,6 +85,9 @@ class Config:
     intruders: int = 64  # App. C, released code: attacking images a target
     seed: int = -1  # not in the paper: -1 takes the run's
     iterations: int = 1000  # Sec. 4: of every attack that has no number of its own
+    optimiser: str = (
+        "adam"  # Sec. 4: adam; not in the paper: sign, which takes no rate and no decay
+    )
     lr: float = 0.01  # Sec. 4: Adam's, on delta
     restarts: int = 5  # Sec. 4: the best is kept
     decay: bool = False  # not in the paper: the learning rate falls linearly to zero
@@ -144,7 +147,8 @@ class Eot(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """What an attack tries, and how hard. Raises ValueError for another direction."""
+    """What an attack tries, and how hard. Raises ValueError for another direction or
+    optimiser."""
 
     iterations: int = 1000
     lr: float = 0.01
@@ -154,6 +158,7 @@ class Effort(NamedTuple):
     batch: int = 0  # of the universal patch: training images that a step sees, in turn; 0: all
     direction: str = "impersonate"  # lowers the distance to the anchor; evade raises it
     eot: Eot | None = None
+    optimiser: str = "adam"  # App. C; sign takes neither lr nor decay
 
     @property
     def sign(self) -> int:
@@ -161,6 +166,13 @@ class Effort(NamedTuple):
         if self.direction not in ("impersonate", "evade"):
             raise ValueError(f"direction must be impersonate or evade, not {self.direction!r}")
         return 1 if self.direction == "impersonate" else -1
+
+    def begin(self, w: Tensor, start: Tensor, every: int) -> Any:
+        """`Adam` or `Sign`; every: between the iterates that are scored."""
+        if self.optimiser not in OPTIMISERS:
+            names = " or ".join(OPTIMISERS)
+            raise ValueError(f"optimiser must be {names}, not {self.optimiser!r}")
+        return OPTIMISERS[self.optimiser](w, start, self, every)
 
     def rows(self, embed: Embed) -> int:
         """Images of one pass, so that with all their views it has chunk."""
@@ -547,25 +559,97 @@ class Batch(NamedTuple):
         return embed(paste(self.images, patch, self.pixels))
 
 
+class Adam:
+    """Adam on x = delta, the form of App. C."""
+
+    def __init__(self, w: Tensor, start: Tensor, effort: Effort, every: int) -> None:
+        self.w, self.x, self.effort = w, start.clone(), effort
+        self.adam = torch.optim.Adam([self.x], lr=effort.lr, fused=True if start.is_cuda else None)
+
+    def patch(self, x: Tensor) -> Tensor:
+        return tanh_perturb(self.w, x)
+
+    def step(self, step: int, grad: Tensor, loss: Tensor | None, better: Tensor) -> None:
+        share = 1 - step / self.effort.iterations if self.effort.decay else 1
+        self.adam.param_groups[0]["lr"], self.x.grad = self.effort.lr * share, grad
+        self.adam.step()
+
+
+class Sign:
+    """Steps along the sign of the gradient on x = the pixels themselves, held in [0, 1]: Alg. 1 of
+    Croce and Hein (2020), `Reliable evaluation of adversarial robustness`, with its constants but
+    for the first step, a quarter of the range. Each row has a step size of its own.
+
+    At checkpoints, which come closer, a row goes back to its best iterate and halves its step size
+    if fewer than 3/4 of the steps since the last one lowered the loss, or if neither the step size
+    nor the best loss changed since then.
+    """
+
+    def __init__(self, w: Tensor, start: Tensor, effort: Effort, every: int) -> None:
+        scored = effort.iterations / every
+        shares = 0.22, 0.03, 0.06  # until the first checkpoint, less each time, at least
+        self.wait, self.less, self.least = (max(1, int(share * scored)) for share in shares)
+        self.x = self.before = tanh_perturb(w, start)
+        self.best = torch.stack([self.x, torch.zeros_like(self.x)])  # (2, N, C, P): x, gradient
+        self.size = torch.full_like(start[:, :1, :1], 0.25)
+        self.last = start.new_full((len(start),), -torch.inf)
+        self.halved = torch.ones_like(self.last, dtype=torch.bool)
+        self.tally, self.seen = torch.zeros_like(self.best[:, :, 0, 0]), -1  # (2, N): lower, best
+
+    def patch(self, x: Tensor) -> Tensor:
+        return x
+
+    def step(self, step: int, grad: Tensor, loss: Tensor | None, better: Tensor) -> None:
+        """grad (N, C, P) at x; loss (N,), None if x was not scored; better (N,): x is the best and
+        its gradient is known."""
+        if loss is not None:
+            grad = self.check(grad, loss, better)
+        z = (self.x - self.size * grad.sign()).clamp(0, 1)
+        moved = self.x + 0.75 * (z - self.x) + 0.25 * (self.x - self.before)
+        self.before, self.x = self.x, moved.clamp(0, 1)
+
+    def check(self, grad: Tensor, loss: Tensor, better: Tensor) -> Tensor:
+        """The gradient to step along: at a checkpoint that of the best iterate, where x is it."""
+        now = torch.stack([self.x, grad])
+        self.best = torch.where(better[:, None, None], now, self.best)
+        self.tally += torch.stack([loss < self.last, better])
+        self.last, self.seen = loss, self.seen + 1
+        if self.seen < self.wait:
+            return grad
+        lower, found = self.tally
+        halve = (lower < 0.75 * self.wait) | (~self.halved & (found == 0))
+        back = halve[:, None, None]
+        self.size = torch.where(back, self.size / 2, self.size)
+        self.x, grad = torch.where(back, self.best, now)
+        self.before = torch.where(back, self.x, self.before)  # without the momentum of before
+        self.halved, self.tally = halve, torch.zeros_like(self.tally)
+        self.seen, self.wait = 0, max(self.wait - self.less, self.least)
+        return grad
+
+
+OPTIMISERS: dict[str, Any] = {"adam": Adam, "sign": Sign}
+
+
 def losses(
     batches: Sequence[Batch],
-    w: Tensor,
-    delta: Tensor,
+    pixels: Embed,
+    x: Tensor,
     sign: int,
     transforms: Tensor | None,
     grad: Tensor | None,
 ) -> Tensor:
-    """w and delta (N, C, P) for the N images of one batch, or (1, C, P) for all -> (N or 1,).
+    """x (N, C, P) for the N images of one batch, or (1, C, P) for all, of which pixels makes the
+    patch -> (N or 1,).
 
-    grad: where to add the gradient for delta; without it none is computed.
+    grad: where to add the gradient for x; without it none is computed.
     """
     total, found = sum(len(batch.images) for batch in batches), []
-    shared = len(delta) < total
+    shared = len(x) < total
     for batch in batches:
         with torch.set_grad_enabled(grad is not None):
-            leaf = delta.detach().requires_grad_(grad is not None)
+            leaf = x.detach().requires_grad_(grad is not None)
             # App. C: batch.features pastes the patch into the images
-            patch = tanh_perturb(w, leaf).expand(len(batch.images), -1, -1)
+            patch = pixels(leaf).expand(len(batch.images), -1, -1)
             loss = sign * squared_distance(batch.features(patch, transforms), batch.anchor)
         if grad is not None:
             grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
@@ -576,7 +660,7 @@ def losses(
 def optimise(
     batches: Sequence[Batch], w: Tensor, start: Tensor, effort: Effort
 ) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
-    """Adam on delta from start (N or 1, C, P), the best iterate of each row kept.
+    """The optimiser's steps from delta = start (N or 1, C, P), the best iterate of each row kept.
 
     One batch with a delta for each image, or several that share one: then the mean over all images
     counts; with effort.batch they take turns, and every tenth iterate is scored on all of them.
@@ -587,31 +671,31 @@ def optimise(
     rotate = 0 < effort.batch < sum(len(batch.images) for batch in batches)
     every = 10 if eot or rotate else 1
     marks = {n, *(k - k % every for k in (n // 8, n // 4, n // 2))}
-    delta, best, curve = start.clone(), start.clone(), {}
+    moving = effort.begin(w, start, every)
+    best, curve = moving.x.clone(), {}
     best_loss, counts = start.new_full((len(start),), torch.inf), start.new_zeros(3).long()
-    adam = torch.optim.Adam([delta], lr=effort.lr, fused=True if start.is_cuda else None)
 
     for step in range(n + 1):  # the last iterate is scored without a gradient
         turn = [batches[step % len(batches)]] if rotate else batches
-        grad = torch.zeros_like(delta)
+        x, grad = moving.x, torch.zeros_like(best)
         transforms = eot.steps[min(step, n - 1)] if eot else None
-        loss = losses(turn, w, delta, sign, transforms, grad if step < n else None)
+        loss = losses(turn, moving.patch, x, sign, transforms, grad if step < n else None)
         lost = ~(loss.isfinite() & grad.isfinite().flatten(1).all(1))
-        if step % every == 0 or step == n:
+        scored = step % every == 0 or step == n
+        if scored:
             if every > 1:
-                loss = losses(batches, w, delta, sign, eot and eot.validation, None)
+                loss = losses(batches, moving.patch, x, sign, eot and eot.validation, None)
             better = (loss < best_loss) & loss.isfinite()
             best_loss = torch.where(better, loss, best_loss)
-            best = torch.where(better[:, None, None], delta, best)
+            best = torch.where(better[:, None, None], x, best)
         if step in marks:
             curve[step] = loss
         if step < n:
             zero = ~lost & (grad == 0).flatten(1).all(1)
             counts += torch.stack([zero.sum(), lost.sum(), torch.full_like(zero, 1).sum()])
-            delta.grad = torch.where(lost[:, None, None], 0.0, grad)
-            adam.param_groups[0]["lr"] = effort.lr * (1 - step / n if effort.decay else 1)
-            adam.step()
-    return tanh_perturb(w, best), best_loss, curve, counts
+            grad = torch.where(lost[:, None, None], 0.0, grad)
+            moving.step(step, grad, loss if scored else None, better & ~lost)
+    return moving.patch(best), best_loss, curve, counts
 
 
 def draw_start(rows: int, restarts: int, channels: int, pixels: int, generator: Rng) -> Tensor:
@@ -847,7 +931,11 @@ def distal_attack(
 
 def worst(*results: Attacked) -> Attacked:
     """Of several attacks on the same images, for each image the one that came closest; counters are
-    summed; extra: strongest (B,), which."""
+    summed; extra: strongest (B,), which.
+
+    A defender has to meet the nearest of both optimisers:
+    worst(*(tanh_attack(..., Effort(optimiser=name)) for name in ("adam", "sign")))
+    """
     distance = torch.stack([result.distance for result in results])  # (A, B)
     strongest, each = lowest(distance), torch.arange(distance.shape[1], device=distance.device)
     images = torch.stack([result.images for result in results])[strongest, each]
@@ -1029,7 +1117,8 @@ def effort_of(name: str, config: Config) -> Effort:
         own = config.distal_iterations, config.distal_lr, 1
     batch = config.patch_batch if name.endswith("eye_patch") else 0
     direction = "evade" if name == "evasion" else "impersonate"
-    return Effort(*own, config.decay, config.chunk or 256, batch, direction)
+    chunk, optimiser = config.chunk or 256, config.optimiser
+    return Effort(*own, config.decay, chunk, batch, direction, optimiser=optimiser)
 
 
 def under_rule(
@@ -1082,7 +1171,7 @@ def run_attack(
     elif name == "square":
         places = square_positions(config.square_stride, H, W)
         short = config.square_search_iterations, config.square_search_lr
-        search = Effort(*short, chunk=effort.chunk)
+        search = Effort(*short, chunk=effort.chunk, optimiser=config.optimiser)
         result = square_attack(embed, images, anchor, places, effort, search, generator)
     elif name in ("eye_patch", "eot_eye_patch") and training is not None:
         pattern, result = universal_patch(embed, training, anchor, mask, effort, generator)
