@@ -1270,7 +1270,8 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
 
     manifest, root = folder / "people.json", config.root or None
     if config.data:
-        options = {"size": config.size, "person_folder": config.person_folder or None}
+        options: dict[str, Any] = {"size": config.size}
+        options["person_folder"] = config.person_folder or None
         faces, seen = data.load(config.data, root, crop=config.crop or None, **options), set()
         if not config.model:
             seen = data.trained_on(manifest, faces)
@@ -1395,6 +1396,11 @@ def check_model(flag: str, embed: Embed, images: Tensor) -> None:
     """Raises run.UsageError for what `answer` refuses, and where no gradient reaches the images."""
     why = f"fails on the first images, {images.device}"
     with of_the_user(flag, why), frozen(embed):
+        given = images.clone()
+        with torch.no_grad():
+            embed(given)
+        if not torch.equal(given, images):
+            raise ValueError("embed: changes the images that it is given, in place")
         answer(embed, images)
         leaf = images.clone().requires_grad_()
         features = embed(leaf)
