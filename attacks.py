@@ -3,8 +3,9 @@
     python attacks.py --run runs/synthetic-demo-0                             # two CPU cores
     python attacks.py --run runs/celeba-paper-0 --attacks all --defences all  # the paper, one GPU
     python attacks.py --run RUN --data folder --root PERSONS --crop lfw       # on other persons
+    python attacks.py --model FILE.py:NAME --data folder --root PHOTOS        # any model: yours
 
-In:  people.json, run.json and <method>/embedding.pt of a run.
+In:  people.json, run.json and <method>/embedding.pt of a run; or --model and photographs.
 Out: <method>/attacks/<attack>.csv, one row a compared pair, with .json (settings, counters,
      versions) and .npz (example images) beside it, for metrics.py.
 
@@ -73,14 +74,19 @@ COUNTERS = ("zero_gradients", "nonfinite", "gradients")
 class Config:
     """Every setting of the attacks; the defaults are the paper's, a preset replaces some."""
 
-    preset: str = "paper"  # demo | paper | released; on the command line the run's own
+    preset: str = "paper"  # demo | paper | released | model; on the command line the run's own
     method: tuple[str, ...] = ("all",)  # not in the paper: methods, or all that the run holds
     attacks: tuple[str, ...] = ("clean", "eyeglasses")  # not in the paper: which, or all
     defences: tuple[str, ...] = ("both",)  # Sec. 4.2: basic, mirroring, selection, both, or all
     data: str = ""  # not in the paper: judge on other persons: folder | celeba | synthetic
     root: str = ""  # not in the paper: folder of --data
     crop: str = ""  # not in the paper: crop of --data
+    person_folder: str = ""  # not in the paper: the person is root/a/b's a, first, or b, last
+    model: str = ""  # not in the paper: FILE.py:NAME or package.module:NAME; its code is run
+    size: int = 64  # not in the paper: side of the images that --model takes, 32 to 256
+    distance: str = "euclidean"  # not in the paper: of --model's features; cosine normalises them
     min_images: int = 10  # Sec. 4: fewest images of a target
+    target_images: int = 0  # not in the paper: most images of a target, the first; 0: all
     targets: int = 27  # Sec. 4: persons that are impersonated
     intruders: int = 64  # App. C, released code: attacking images a target
     seed: int = -1  # not in the paper: -1 takes the run's
@@ -135,6 +141,18 @@ PRESETS: dict[str, dict] = {
     | {"evasion_iterations": 80, "evasion_lr": 0.2, "evasion_restarts": 1}
     | {"distal_iterations": 150, "distal_lr": 0.2}
     | {"rule_mask": 14, "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
+}
+# of --model, whose passes are dear: the demo's, fewer of them
+PRESETS["model"] = {
+    **PRESETS["demo"],
+    "attacks": ("clean", "eyeglasses", "square", "evasion", "rule"),
+    "target_images": 12,
+    "intruders": 10,
+    "clean_intruders": 40,
+    "iterations": 30,
+    "evasion_iterations": 30,
+    "square_stride": 10,
+    "rule_mask": 20,
 }
 
 
@@ -1231,7 +1249,7 @@ def choose_intruders(
 # main
 
 # what changes no number, or says only which rows to make
-NOT_SETTINGS = ("method", "attacks", "chunk")
+NOT_SETTINGS = ("method", "attacks", "chunk", "model")
 # a short attack made twice tells whether this machine repeats itself
 RESTARTS = ("restarts", "evasion_restarts", "square_search_iterations")
 SHORT = ("iterations", "patterns", "patch_iterations", "evasion_iterations", "distal_iterations")
@@ -1257,12 +1275,15 @@ def stable_generator(*parts: object) -> torch.Generator:
 
 
 def parse(argv: Sequence[str] | None):
-    """Config, flags and what run.json says. Raises run.UsageError."""
+    """Config, flags and what run.json says ({} with --model). Raises run.UsageError."""
     from data import run
 
-    def about(folder: Path | None) -> dict:
+    def about(args: Any) -> dict:
+        if getattr(args, "model", ""):
+            return {"preset": "model", "seed": 0}
+        folder = args.run
         if not folder or not folder.is_dir():
-            told = "no such folder: give the folder that embed.py wrote"
+            told = "no such folder: give the folder that embed.py wrote, or --model"
             raise run.UsageError(f"--run {folder or ''}: {told}")
         held = run.read_json(folder / "run.json", "give the --run folder of a training")
         kinds = {"data": str, "root": str, "crop": str, "preset": str, "seed": int, "options": dict}
@@ -1273,19 +1294,46 @@ def parse(argv: Sequence[str] | None):
         return held
 
     def own_preset(args) -> str:
-        held = about(args.run)["preset"]
+        held = about(args)["preset"]
         return held if held in PRESETS else "demo"
 
     largest = run.LARGEST
     choices: dict[str, tuple] = {"attacks": tuple(ATTACKS), "defences": tuple(DEFENCES)}
-    choices |= {"seed": (-1, largest), "min_images": (2, largest)}
-    choices |= {"chunk": (0, largest), "patch_batch": (0, largest)}
+    choices |= {"seed": (-1, largest), "min_images": (2, largest), "size": (32, 256)}
+    choices |= dict.fromkeys(("chunk", "patch_batch", "target_images"), (0, largest))
     choices |= {"rule_fill": ("mean", "noise"), "rule_anchor": ("whole", "masked")}
-    told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C)."
+    choices |= {"person_folder": ("", "first", "last"), "distance": ("euclidean", "cosine")}
+    told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C), or your own --model: its NAME "
+    told += "takes images, float (N, 3, size, size) in [0, 1], and gives features (N, D) - a "
+    told += "function, a Module - or takes nothing and returns such a thing."
     config, args = run.parse(Config, PRESETS, argv, told, choices, own_preset)
-    held = about(args.run)
-    seed = held["seed"] if config.seed < 0 else config.seed
-    return dataclasses.replace(config, seed=seed), args, held
+    held = about(args)
+    config = dataclasses.replace(config, seed=held["seed"] if config.seed < 0 else config.seed)
+    if config.person_folder and not config.data:
+        raise run.UsageError("--person-folder: it is that of --data folder")
+    if not config.model and (config.size, config.distance) != (Config.size, Config.distance):
+        told = f"--size {config.size} --distance {config.distance}"
+        raise run.UsageError(f"{told}: these are --model's; F takes {Config.size}, euclidean")
+    return (*of_model(config, args), held) if config.model else (config, args, held)
+
+
+def of_model(config: Config, args: Any) -> tuple[Config, Any]:
+    """What --model makes of the flags. Raises run.UsageError."""
+    from data import run
+
+    flag = f"--model {config.model}"
+    if not config.data:
+        raise run.UsageError(f"{flag}: give --data folder --root PHOTOS, a folder a person")
+    if config.method != Config.method:
+        raise run.UsageError(f"{flag} --method: the methods are those of a trained run")
+    if config.attacks == ATTACKS:
+        attacks = tuple(name for name in ATTACKS if name != "indirect")
+        config = dataclasses.replace(config, attacks=attacks)
+    if "indirect" in config.attacks:
+        raise run.UsageError(f"{flag} --attacks indirect: it needs the generator of a run")
+    photographs = Path(config.root).resolve().name if config.root else config.data
+    args.run = args.run or Path("runs", f"{photographs}-{model_name(config.model)}")
+    return config, args
 
 
 def judged(config: Config, folder: Path, about: dict) -> Judged:
@@ -1295,13 +1343,15 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
 
     manifest, root = folder / "people.json", config.root or None
     if config.data:
-        whose = getattr(config, "person_folder", "") or None
-        faces = data.load(config.data, root, crop=config.crop or None, person_folder=whose)
-        seen = data.trained_on(manifest, faces)
-        if about["crop"] not in ("", faces.crop):  # as they looked in the training
-            with contextlib.suppress(run.UsageError):  # a crop that fits none of them
-                again = data.load(config.data, root, crop=about["crop"], person_folder=whose)
-                seen |= data.trained_on(manifest, again)
+        options: dict[str, Any] = {"size": config.size}
+        options["person_folder"] = config.person_folder or None
+        faces, seen = data.load(config.data, root, crop=config.crop or None, **options), set()
+        if not config.model:
+            seen = data.trained_on(manifest, faces)
+            if about["crop"] not in ("", faces.crop):  # as they looked in the training
+                with contextlib.suppress(run.UsageError):  # a crop that fits none of them
+                    again = data.load(config.data, root, crop=about["crop"], **options)
+                    seen |= data.trained_on(manifest, again)
         others = [p for p, name in enumerate(faces.names) if name not in seen]
         n = faces.person.bincount(minlength=len(faces.names)).tolist()
         near = [p for p in others if n[p] >= config.min_images]
@@ -1311,9 +1361,12 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
         if not near:
             nobody = f"nobody{' else' * bool(seen)} has {config.min_images} images"
             raise run.UsageError(f"{told}: {nobody}: lower --min-images or add images")
+        if len(others) < 2:
+            raise run.UsageError(f"{told}: one person alone has no intruders: add persons")
         if seen:
             print(told, flush=True)
         rows = f"attacks-{Path(root).resolve().name if root else config.data}"
+        rows = "attacks" if config.model else rows
     else:
         options = {"crop": about["crop"] or None, **about["options"]}
         options["person_folder"] = about.get("person_folder") or None
@@ -1323,6 +1376,210 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
     by_name = [stable_generator(config.seed, faces.names[p]).initial_seed() for p in near]
     drawn = [p for _, p in sorted(zip(by_name, near))]
     return Judged(faces, sorted(drawn[: config.targets]), near, far, rows)
+
+
+# a model that is not of a run
+
+
+def model_name(text: str) -> str:
+    """`net-embed` of folder/net.py:embed: the name of its rows and tables."""
+    where, _, name = text.rpartition(":")
+    return f"{Path(where).stem if where.endswith('.py') else where}-{name}"
+
+
+@contextlib.contextmanager
+def of_the_user(flag: str, doing: str = "") -> Iterator[None]:
+    """What `accepted` refuses becomes one line, and while doing this whatever the user's code
+    raises."""
+    from data import run
+
+    try:
+        yield
+    except run.UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        told = " ".join(str(error).split())[:200]
+        ours = isinstance(error, ValueError) and told.startswith("embed: ")  # of `accepted`
+        if not (ours or doing):
+            raise
+        told = told[7:] if ours else f"{doing}: {type(error).__name__}: {told}"
+        raise run.UsageError(f"{flag}: {told}") from None
+
+
+def load_model(text: str, device: torch.device) -> tuple[Embed, Path | None]:
+    """What FILE.py:NAME or package.module:NAME means, and the file that says so.
+
+    NAME takes images and gives features (a function, a Module, any callable), or takes nothing and
+    returns such a thing (a function, a class). A Module comes back on the device, in evaluation
+    mode. It is run, whatever it does. Raises run.UsageError.
+    """
+    import importlib.util
+    import inspect
+    import sys
+
+    from data import run
+
+    def takes_nothing(found: Any) -> bool:
+        with contextlib.suppress(TypeError, ValueError):
+            return bool(inspect.signature(found).bind() is not None)
+        return False
+
+    flag, (where, _, name) = f"--model {text}", text.rpartition(":")
+    if not where or not name:
+        raise run.UsageError(f"{flag}: give FILE.py:NAME or package.module:NAME")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise run.UsageError(f"{flag}: no such file {where}")
+    torch.manual_seed(0)  # weights that it may draw: the same when the command goes on
+    with of_the_user(flag, "cannot be loaded"):
+        if where.endswith(".py"):
+            # last, and under another name: a file called embed.py must not hide ours
+            sys.path.append(str(Path(where).resolve().parent))
+            spec: Any = importlib.util.spec_from_file_location(f"of_user_{Path(where).stem}", where)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.append(str(Path.cwd()))
+            module = importlib.import_module(where)
+        found = getattr(module, name, None)
+        if found is None:
+            raise run.UsageError(f"{flag}: {where} has no {name}")
+        if not isinstance(found, torch.nn.Module) and takes_nothing(found):
+            found, name = found(), f"{name}()"
+        if isinstance(found, type) or not callable(found):
+            told = "wanted a function of images, a Module, or what returns one without arguments"
+            raise run.UsageError(f"{flag}: {name} is a {kind(found)}, {told}")
+        if isinstance(found, torch.nn.Module):
+            found = found.to(device).eval()
+    file = getattr(module, "__file__", None)
+    return found, Path(file) if file else None
+
+
+class Cosine(torch.nn.Module):
+    """Normalised features: the squared distance is twice the cosine distance."""
+
+    def __init__(self, embed: Embed) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.embed(images), dim=1)
+
+
+def check_model(flag: str, embed: Embed, images: Tensor) -> None:
+    """Raises run.UsageError for what `answer` refuses, and where no gradient reaches the images."""
+    why = f"fails on the first images, {images.device}"
+    with of_the_user(flag, why), frozen(embed):
+        given = images.clone()
+        with torch.no_grad():
+            embed(given)
+        if not torch.equal(given, images):
+            raise ValueError("embed: changes the images that it is given, in place")
+        answer(embed, images)
+        leaf = images.clone().requires_grad_()
+        features = embed(leaf)
+        if not features.requires_grad:
+            told = "has it no_grad, detach or numpy inside?"
+            raise ValueError(f"embed: no gradient reaches the images: {told}")
+        # not their norm, which may be constant
+        weights = torch.linspace(-1, 1, features.shape[1]).to(features)
+        grad = torch.autograd.grad((features @ weights).sum(), leaf, allow_unused=True)[0]
+        if grad is None or not grad.isfinite().all() or not grad.any():
+            told = "does it round, or stop it with detach?"
+            raise ValueError(f"embed: the gradient for the images is zero or not finite: {told}")
+
+
+def check_clean(flag: str, config: Config, embed: Embed, people: Judged, device: Any) -> list[str]:
+    """What to know before an attack: the clean AU-ROC of pairs of up to 30 persons, and what
+    another order of the colours, range or distance would give where it is low; one line each."""
+    import embed as embedding
+
+    some = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
+    person = people.faces.person
+    index = [i for p in some for i in (person == p).nonzero().flatten()[:4].tolist()]
+    images, who = to_float(people.faces.images[index].to(device)), person[index].to(device)
+    one, two = torch.triu_indices(len(who), len(who), 1, device=device)
+    same = who[one] == who[two]
+
+    def area(change: Callable[[Tensor], Tensor], normalise: bool) -> float:
+        features = extract(lambda x: embed(change(x)), images, config.chunk)
+        features = F.normalize(features, dim=1) if normalise else features
+        d = (features[one].double() - features[two].double()).square().sum(1)
+        return embedding.auroc(d[same], d[~same])
+
+    cosine, as_given = config.distance == "cosine", lambda x: x
+    with of_the_user(flag, "fails on the photographs"):
+        given, other = area(as_given, cosine), area(as_given, not cosine)
+    told = [f"clean AU-ROC {given:.3f}, {int(same.sum())} genuine of {len(same)} pairs"]
+    if other > given + 0.02:
+        better = "euclidean" if cosine else "cosine"
+        told.append(f"WARNING: {other:.3f} by the other distance: --distance {better}")
+    if given < 0.75:
+        changes: dict[str, Callable[[Tensor], Tensor]] = {"as BGR": lambda x: x.flip(1)}
+        changes |= {"in [-1, 1]": lambda x: 2 * x - 1, "in 0 to 255": lambda x: 255 * x}
+        found = [f"{given:.2f} as given"]
+        for name, change in changes.items():
+            with contextlib.suppress(Exception):
+                found.append(f"{area(change, cosine):.2f} {name}")
+        told.append(f"WARNING: {', '.join(found)}: frame, crop or range may be wrong")
+    return told
+
+
+def picture_for(path: Path, people: Judged) -> None:
+    """The first image of up to six persons as a PNG, as the model gets them."""
+    from PIL import Image
+
+    from data import run
+
+    first = [int((people.faces.person == p).nonzero()[0]) for p in people.near[:6]]
+    row = people.faces.images[first].permute(2, 0, 3, 1).flatten(1, 2)  # (H, n * W, 3)
+    image = Image.fromarray(row.contiguous().numpy())
+    run.write(path, functools.partial(image.save, format="PNG"))
+
+
+def attack_model(config: Config, args: Any, device: torch.device) -> int:
+    """`python attacks.py --model`: the attacks asked for on it, the table, the checks."""
+    import hashlib
+
+    from data import run
+
+    flag, name = f"--model {config.model}", model_name(config.model)
+    print(f"{flag} runs this Python code with your rights: only what you trust", flush=True)
+    embed, file = load_model(config.model, device)
+    with run.rank_0_first():
+        people = judged(config, args.run, {})
+    faces, targets = people.faces, len(people.targets)
+    check_model(flag, embed, to_float(faces.images[:4].to(device)))
+    effort = effort_of("eyeglasses", config)
+    told = f"{name}: {config.size} x {config.size}, crop {faces.crop or 'none'}, {targets} targets "
+    told += f"of {len(faces.names)} persons, {targets * config.intruders} pairs, preset "
+    told += f"{config.preset}: {effort.iterations} iterations x {effort.restarts}"
+    print(f"{told}; nothing is known of the persons that it was trained on", flush=True)
+    clean = check_clean(flag, config, embed, people, device)
+    if run.rank() == 0 and "as given" in clean[-1]:
+        picture = args.run / name / "input.png"
+        picture_for(picture, people)
+        clean[-1] += f": look at {picture}, what the model got"
+    print("\n".join(clean), flush=True)
+    settings = settings_of(config, people)
+    weights = sorted(run.fingerprint(*states(module)) for module in hidden(embed))
+    told = "".join([run.fingerprint(file), *weights])
+    settings["embedding"] = hashlib.sha256(told.encode()).hexdigest()[:16]
+    judge = Cosine(embed) if config.distance == "cosine" else embed
+    about = {"config": settings, "seed": config.seed, "data": faces.data, "model": config.model}
+    about |= run.record(device)
+    out = args.run / name / people.folder
+    with of_the_user(flag):
+        attack_method(config, judge, people, out, about, args.overwrite, device)
+    if run.rank():
+        return 0
+    figures = ["6", *(["7"] if "square" in config.attacks else [])]
+    return run.then("metrics", ["--run", str(args.run), "--figures", *figures])
+
+
+def states(module: torch.nn.Module) -> list[Tensor]:
+    """Weights and buffers, as `run.fingerprint` takes them."""
+    tensors = [t for t in module.state_dict().values() if isinstance(t, Tensor)]
+    return [t.detach().reshape(-1).float() for t in tensors]
 
 
 def autoencode(path: Path, images: Tensor) -> Tensor:
@@ -1340,7 +1597,13 @@ def autoencode(path: Path, images: Tensor) -> Tensor:
 
 
 def attack_target(
-    config: Config, name: str, embed: nn.Module, people: Judged, person: int, lord: Path
+    config: Config,
+    name: str,
+    embed: Embed,
+    people: Judged,
+    person: int,
+    lord: Path,
+    device: torch.device,
 ) -> tuple[dict, dict]:
     """One attack on one target under each defence asked for: rows with counters, and example
     images. They depend on the seed and the target's name, not on which others are attacked, or
@@ -1350,7 +1613,7 @@ def attack_target(
     from data import run
 
     began, faces = time.monotonic(), people.faces
-    device, target = next(embed.parameters()).device, faces.names[person]
+    target = faces.names[person]
 
     def load(index: Sequence[int]) -> Tensor:
         return to_float(faces.images[list(index)].to(device))
@@ -1363,6 +1626,7 @@ def attack_target(
         told = f"too few images of persons other than {target}: add persons, or lower it"
         raise run.UsageError(f"--intruders {config.intruders}: {told}")
     own = (faces.person == person).nonzero().flatten().tolist()
+    own = own[: config.target_images or None]
     features = extract(embed, load(own), config.chunk)
     part: dict = {"rows": []} | dict.fromkeys(COUNTERS, 0)
     part |= {"outside_mask_max": 0.0, "by_iterations": {}, "by_restarts": {}}
@@ -1537,11 +1801,18 @@ def progress(items: list, title: str) -> Iterator:
 
 
 def attack_method(
-    config: Config, embed: Any, people: Judged, out: Path, about: dict, overwrite: bool
+    config: Config,
+    embed: Embed,
+    people: Judged,
+    out: Path,
+    about: dict,
+    overwrite: bool,
+    device: torch.device,
 ) -> None:
     """Every attack asked for on one embedding, rows in `out`. A target's part is a file of its own,
     in a hidden folder, until the last is done; torchrun's processes share the targets."""
     import shutil
+    import warnings
 
     import numpy as np
 
@@ -1565,7 +1836,9 @@ def attack_method(
         own = people.targets[run.rank() :: run.world()]
         for person in progress([p for p in own if not files[p].exists()], title):
             generator = out.parents[1] / "generator.pt"
-            part, images = attack_target(config, name, embed, people, person, generator)
+            with warnings.catch_warnings():  # metrics.py tells of the gradients, once
+                warnings.filterwarnings("ignore", ".* of .* gradients")
+                part, images = attack_target(config, name, embed, people, person, generator, device)
             if images:
                 write = functools.partial(np.savez_compressed, **images)
                 run.write(files[person].with_suffix(".npz"), write)
@@ -1586,12 +1859,19 @@ def attack_method(
             shutil.rmtree(partial)
 
 
-def attack_run(argv: Sequence[str] | None) -> int:
-    """`python attacks.py`: the attacks asked for on every embedding of a run."""
+def settings_of(config: Config, people: Judged) -> dict[str, Any]:
+    """What must be the same for rows to stand in one file."""
     import hashlib
     import json
-    import warnings
 
+    faces = people.faces
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
+    who = json.dumps([faces.names, faces.files, people.targets])
+    return settings | {"people": hashlib.sha256(who.encode()).hexdigest()[:16]}
+
+
+def attack_run(argv: Sequence[str] | None) -> int:
+    """`python attacks.py`: the attacks asked for on every embedding of a run, or on --model."""
     import embed as embedding
     from data import run
 
@@ -1600,6 +1880,8 @@ def attack_run(argv: Sequence[str] | None) -> int:
     torch.backends.cudnn.allow_tf32 = False  # reported attacks are those of full float32
     chunk = config.chunk or (128 if device.type == "cpu" else 2048)
     config = dataclasses.replace(config, chunk=chunk)
+    if config.model:
+        return attack_model(config, args, device)
     there = sorted(path.parent.name for path in args.run.glob("*/embedding.pt"))
     methods = there if config.method == ("all",) else config.method
     unknown = sorted({*methods} - {*there})
@@ -1608,10 +1890,7 @@ def attack_run(argv: Sequence[str] | None) -> int:
         raise run.UsageError(f"--method {','.join(unknown) or 'all'}: {told}")
     with run.rank_0_first():
         people = judged(config, args.run, trained)
-    faces = people.faces
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
-    who = json.dumps([faces.names, faces.files, people.targets])
-    settings["people"] = hashlib.sha256(who.encode()).hexdigest()[:16]
+    settings = settings_of(config, people)
     for method in methods:
         file = args.run / method / "embedding.pt"
         embed = embedding.load_embedding(file, device)
@@ -1620,11 +1899,10 @@ def attack_run(argv: Sequence[str] | None) -> int:
             told = f"trained on other persons than {held} names: train it again with --overwrite"
             raise run.UsageError(f"{file}: {told}")
         settings["embedding"] = run.fingerprint(file)
-        about = {"config": settings, "seed": config.seed, "data": faces.data, **run.record(device)}
+        about = {"config": settings, "seed": config.seed, "data": people.faces.data}
+        about |= run.record(device)
         out = args.run / method / people.folder
-        with warnings.catch_warnings():  # metrics.py tells of the gradients, once
-            warnings.filterwarnings("ignore", ".* of .* gradients")
-            attack_method(config, embed, people, out, about, args.overwrite)
+        attack_method(config, embed, people, out, about, args.overwrite, device)
     return 0
 
 
