@@ -91,9 +91,7 @@ class Config:
     intruders: int = 64  # App. C, released code: attacking images a target
     seed: int = -1  # not in the paper: -1 takes the run's
     iterations: int = 1000  # Sec. 4: of every attack that has no number of its own
-    optimiser: str = (
-        "adam"  # Sec. 4: adam; not in the paper: sign, which takes no rate and no decay
-    )
+    optimiser: str = "adam"  # Sec. 4: adam; not in the paper: sign, without lr and decay
     lr: float = 0.01  # Sec. 4: Adam's, on delta
     restarts: int = 5  # Sec. 4: the best is kept
     decay: bool = False  # not in the paper: the learning rate falls linearly to zero
