@@ -194,25 +194,23 @@ def beyond(runs: Sequence[Run]) -> str:
     return markdown(["", *header, "worst of all it met", told], body)
 
 
+def rule_attacked(one: Run) -> Run:
+    """The run with the rule's rows of the intruders alone whose patch attacked it."""
+    met = {
+        (m, r.target, r.candidate)
+        for m, attacks in one.methods.items()
+        for r in (*pick(attacks, "rule_attacked", "intruder"), *pick(attacks, "rule", "genuine"))
+    }
+    return kept(one, lambda m, a, r: a != "rule" or (m, r.target, r.candidate) in met)
+
+
 def certificate(runs: Sequence[Run]) -> str:
     """The section on the rule of attacks.py's `certify`, "" without its rows: what no patch can
     reach, beside what the attack on it reached."""
     rules = [a["rule"].sidecar for one in runs for a in one.methods.values() if "rule" in a]
     if not rules:
         return ""
-    attacked_pairs, body = [], []
-    for one in runs:
-        met = {
-            (m, r.target, r.candidate)
-            for m, attacks in one.methods.items()
-            for r in (
-                *pick(attacks, "rule_attacked", "intruder"),
-                *pick(attacks, "rule", "genuine"),
-            )
-        }
-        attacked_pairs.append(
-            kept(one, lambda m, a, r: a != "rule" or (m, r.target, r.candidate) in met)
-        )
+    attacked_pairs, body = [rule_attacked(one) for one in runs], []
     for method in names(runs):
         clean = measure(runs, method, "clean")
         for places, *attacks in THREATS:
@@ -486,6 +484,10 @@ def variants() -> str:
     return side_by_side([(label, runs_of(*folders), method) for label, folders, method in lines])
 
 
+def of_targets(one: Run, targets: set[str]) -> Run:
+    return kept(one, lambda m, a, r: r.target in targets)
+
+
 def strength() -> str:
     """Eyeglasses at the demo's and at the paper's strength, on the targets that met both."""
     lines = []
@@ -493,8 +495,7 @@ def strength() -> str:
     for method, attacks in strong.methods.items():
         met = {r.target for r in attacks["eyeglasses"].rows}
         for one, told in ((demo, "80 x 1"), (strong, "1000 x 5")):
-            same = kept(one, lambda m, a, r: r.target in met)
-            lines.append((f"{LABELS[method]}, attacked {told}", [same], method))
+            lines.append((f"{LABELS[method]}, attacked {told}", [of_targets(one, met)], method))
     return side_by_side(lines)
 
 
