@@ -3,8 +3,9 @@
     python attacks.py --run runs/synthetic-demo-0                             # two CPU cores
     python attacks.py --run runs/celeba-paper-0 --attacks all --defences all  # the paper, one GPU
     python attacks.py --run RUN --data folder --root PERSONS --crop lfw       # on other persons
+    python attacks.py --model FILE.py:NAME --data folder --root PHOTOS        # any model: yours
 
-In:  people.json, run.json and <method>/embedding.pt of a run.
+In:  people.json, run.json and <method>/embedding.pt of a run; or --model and photographs.
 Out: <method>/attacks/<attack>.csv, one row a compared pair, with .json (settings, counters,
      versions) and .npz (example images) beside it, for metrics.py.
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from kernels.patch_local import local_features
@@ -45,6 +47,7 @@ except ImportError:
 Embed = Callable[[Tensor], Tensor]
 Places = Sequence[tuple[int, int]]
 Rng = torch.Generator
+Start = Tensor | Rng | None
 # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
 EYEGLASSES = (
     "0 0 7ff80ffe f00ff007 e003e003 c003c003 60024002 60024002 "
@@ -56,41 +59,41 @@ ATTACKS = (
     *("rule", "rule_places", "rule_one", "rule_attacked"),
 )
 # modules that answer otherwise in training mode; batch normalisation also moves its averages
-BY_MODE = torch.nn.modules.batchnorm._NormBase, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU
+BY_MODE = nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU
 # of the features' norm, between an image alone and beside another: rounding in float32 came to
 # 2e-6, TF32 keeps 10 bits; dropout and batch normalisation in training mode came to 0.02 and more
 SAME = 1e-3
 # Sec. 4.2: mirroring, selection
 DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
-COLUMNS: tuple[str, ...] = (
-    "attack",
-    "mirroring",
-    "selection",
-    "seed",
-    "target",
-    "anchor",
-    "candidate",
-    "person",
-)
+COLUMNS = tuple("attack mirroring selection seed target anchor candidate person".split())
 COLUMNS += ("role", "distance")
+COUNTERS = ("zero_gradients", "nonfinite", "gradients")
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of the attacks; the defaults are the paper's, a preset replaces some."""
 
-    preset: str = "paper"  # demo | paper | released; on the command line the run's own
+    preset: str = "paper"  # demo | paper | released | model; on the command line the run's own
     method: tuple[str, ...] = ("all",)  # not in the paper: methods, or all that the run holds
     attacks: tuple[str, ...] = ("clean", "eyeglasses")  # not in the paper: which, or all
     defences: tuple[str, ...] = ("both",)  # Sec. 4.2: basic, mirroring, selection, both, or all
     data: str = ""  # not in the paper: judge on other persons: folder | celeba | synthetic
     root: str = ""  # not in the paper: folder of --data
     crop: str = ""  # not in the paper: crop of --data
+    person_folder: str = ""  # not in the paper: the person is root/a/b's a, first, or b, last
+    model: str = ""  # not in the paper: FILE.py:NAME or package.module:NAME; its code is run
+    size: int = 64  # not in the paper: side of the images that --model takes, 32 to 256
+    distance: str = "euclidean"  # not in the paper: of --model's features; cosine normalises them
     min_images: int = 10  # Sec. 4: fewest images of a target
+    target_images: int = 0  # not in the paper: most images of a target, the first; 0: all
     targets: int = 27  # Sec. 4: persons that are impersonated
     intruders: int = 64  # App. C, released code: attacking images a target
     seed: int = -1  # not in the paper: -1 takes the run's
     iterations: int = 1000  # Sec. 4: of every attack that has no number of its own
+    optimiser: str = (
+        "adam"  # Sec. 4: adam; not in the paper: sign, which takes no rate and no decay
+    )
     lr: float = 0.01  # Sec. 4: Adam's, on delta
     restarts: int = 5  # Sec. 4: the best is kept
     decay: bool = False  # not in the paper: the learning rate falls linearly to zero
@@ -139,6 +142,18 @@ PRESETS: dict[str, dict] = {
     | {"distal_iterations": 150, "distal_lr": 0.2}
     | {"rule_mask": 14, "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
 }
+# of --model, whose passes are dear: the demo's, fewer of them
+PRESETS["model"] = {
+    **PRESETS["demo"],
+    "attacks": ("clean", "eyeglasses", "square", "evasion", "rule"),
+    "target_images": 12,
+    "intruders": 10,
+    "clean_intruders": 40,
+    "iterations": 30,
+    "evasion_iterations": 30,
+    "square_stride": 10,
+    "rule_mask": 20,
+}
 
 
 class Eot(NamedTuple):
@@ -150,7 +165,8 @@ class Eot(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """What an attack tries, and how hard. Raises ValueError for another direction."""
+    """What an attack tries, and how hard. Raises ValueError for another direction or
+    optimiser."""
 
     iterations: int = 1000
     lr: float = 0.01
@@ -160,6 +176,7 @@ class Effort(NamedTuple):
     batch: int = 0  # of the universal patch: training images that a step sees, in turn; 0: all
     direction: str = "impersonate"  # lowers the distance to the anchor; evade raises it
     eot: Eot | None = None
+    optimiser: str = "adam"  # App. C; sign takes neither lr nor decay
 
     @property
     def sign(self) -> int:
@@ -167,6 +184,13 @@ class Effort(NamedTuple):
         if self.direction not in ("impersonate", "evade"):
             raise ValueError(f"direction must be impersonate or evade, not {self.direction!r}")
         return 1 if self.direction == "impersonate" else -1
+
+    def begin(self, w: Tensor, start: Tensor, every: int) -> Any:
+        """`Adam` or `Sign`; every: between the iterates that are scored."""
+        if self.optimiser not in OPTIMISERS:
+            names = " or ".join(OPTIMISERS)
+            raise ValueError(f"optimiser must be {names}, not {self.optimiser!r}")
+        return OPTIMISERS[self.optimiser](w, start, self, every)
 
     def rows(self, embed: Embed) -> int:
         """Images of one pass, so that with all their views it has chunk."""
@@ -289,7 +313,7 @@ def side_by_side(features: Tensor, N: int) -> Tensor:
     return torch.cat(views, 1) / math.sqrt(len(views))
 
 
-class Mirrored(torch.nn.Module):
+class Mirrored(nn.Module):
     """The features of an image and of its mirror, (N, 2 D), from one pass (Sec. 4.2)."""
 
     def __init__(self, embed: Embed) -> None:
@@ -300,7 +324,7 @@ class Mirrored(torch.nn.Module):
         return side_by_side(self.embed(torch.cat([images, images.flip(-1)])), len(images))
 
 
-class Transformed(torch.nn.Module):
+class Transformed(nn.Module):
     """The features of an image under S transforms (S, 5), (N, S * D), from one pass."""
 
     def __init__(self, embed: Embed, transforms: Tensor) -> None:
@@ -347,9 +371,8 @@ def transform(images: Tensor, transforms: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def frozen(embed: Embed) -> Iterator[None]:
-    """Evaluation mode without weight gradients; on leaving, every mode and requires_grad flag is as
-    it was."""
-    if not isinstance(embed, torch.nn.Module):
+    """Evaluation mode without weight gradients; on leaving, modes and flags are as they were."""
+    if not isinstance(embed, nn.Module):
         yield
         return
     modes = [(module, module.training) for module in embed.modules()]
@@ -372,7 +395,7 @@ def held(owner: Any) -> Iterator[Any]:
     parts of a method or partial."""
     import dis
 
-    for part in owner.modules() if isinstance(owner, torch.nn.Module) else [owner]:
+    for part in owner.modules() if isinstance(owner, nn.Module) else [owner]:
         yield from getattr(part, "__dict__", {}).values()
     yield getattr(owner, "__self__", None)
     if isinstance(owner, functools.partial):
@@ -386,7 +409,7 @@ def held(owner: Any) -> Iterator[Any]:
         yield from (owner.__globals__[name] for name in names if name in owner.__globals__)
 
 
-def hidden(embed: Embed) -> list[torch.nn.Module]:
+def hidden(embed: Embed) -> list[nn.Module]:
     """Modules that a callable leads to in three steps, those that are `embed`'s own included."""
     layer, seen = [embed], {id(embed): embed}
     for _ in range(3):
@@ -394,7 +417,7 @@ def hidden(embed: Embed) -> list[torch.nn.Module]:
         libraries = type, type(torch)
         layer = [x for k, x in found.items() if k not in seen and not isinstance(x, libraries)]
         seen |= found
-    return [part for part in seen.values() if isinstance(part, torch.nn.Module)]
+    return [part for part in seen.values() if isinstance(part, nn.Module)]
 
 
 def answer(embed: Embed, images: Tensor) -> Tensor:
@@ -494,8 +517,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def select_anchor(features: Tensor) -> int:
-    """Features (n, D) of one person -> the index with the lowest mean squared distance to the
-    others (Sec. 4.2)."""
+    """Features (n, D) of one person -> the index nearest to the others, by the mean squared
+    distance (Sec. 4.2)."""
     squared = (features[:, None].double() - features[None].double()).square().sum(-1)  # (n, n)
     return int(squared.sum(1).argmin())
 
@@ -509,8 +532,7 @@ def to_tanh(x: Tensor) -> Tensor:
 
 
 def place_patches(images: Tensor, patches: Tensor, places: Tensor) -> Tensor:
-    """Images (B, C, H, W), each with the patches (1, K, C, h, w) at places (K, 2) ->
-    (B, K, C, H, W)."""
+    """images (B, C, H, W), patches (1, K, C, h, w), places (K, 2) of them -> (B, K, C, H, W)."""
     out, (h, w) = images[:, None].repeat(1, len(places), 1, 1, 1), patches.shape[3:]
     for k, (top, left) in enumerate(places.tolist()):
         out[:, k, :, top : top + h, left : left + w] = patches[:, k]
@@ -540,42 +562,112 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, embed: Embed, images: Tensor, anchor: Tensor, pixels: Tensor, whole: bool) -> Batch:
-        """whole: do not look for a way to recompute only what the patch changes (exact but for
-        rounding)."""
-        local, mirrored = None, isinstance(embed, Mirrored)
+        """whole: recompute all of each image, not what the patch changes alone."""
+        local = None
         if local_features is not None and not whole:
             inner = embed.embed if isinstance(embed, Mirrored) else embed
-            local = local_features(inner, images, pixels, mirrored)
+            local = local_features(inner, images, pixels, inner is not embed)
         return cls(embed, images, anchor, pixels, local)
 
     def features(self, patch: Tensor, transforms: Tensor | None) -> Tensor:
         """Of the images with patch (n, C, P) pasted in."""
         if self.local is not None:
-            features = self.local(patch)
-            return side_by_side(features, len(patch))
+            return side_by_side(self.local(patch), len(patch))
         embed = self.embed if transforms is None else Transformed(self.embed, transforms)
         return embed(paste(self.images, patch, self.pixels))
 
 
+class Adam:
+    """Adam on x = delta, the form of App. C."""
+
+    def __init__(self, w: Tensor, start: Tensor, effort: Effort, every: int) -> None:
+        self.w, self.x, self.effort = w, start.clone(), effort
+        self.adam = torch.optim.Adam([self.x], lr=effort.lr, fused=True if start.is_cuda else None)
+
+    def patch(self, x: Tensor) -> Tensor:
+        return tanh_perturb(self.w, x)
+
+    def step(self, step: int, grad: Tensor, loss: Tensor | None, better: Tensor) -> None:
+        share = 1 - step / self.effort.iterations if self.effort.decay else 1
+        self.adam.param_groups[0]["lr"], self.x.grad = self.effort.lr * share, grad
+        self.adam.step()
+
+
+class Sign:
+    """Steps along the sign of the gradient on x = the pixels themselves, held in [0, 1]: Alg. 1 of
+    Croce and Hein (2020), `Reliable evaluation of adversarial robustness`, with its constants but
+    for the first step, a quarter of the range. Each row has a step size of its own.
+
+    At checkpoints, which come closer, a row goes back to its best iterate and halves its step size
+    if fewer than 3/4 of the steps since the last one lowered the loss, or if neither the step size
+    nor the best loss changed since then.
+    """
+
+    def __init__(self, w: Tensor, start: Tensor, effort: Effort, every: int) -> None:
+        scored = effort.iterations / every
+        shares = 0.22, 0.03, 0.06  # until the first checkpoint, less each time, at least
+        self.wait, self.less, self.least = (max(1, int(share * scored)) for share in shares)
+        self.x = self.before = tanh_perturb(w, start)
+        self.best = torch.stack([self.x, torch.zeros_like(self.x)])  # (2, N, C, P): x, gradient
+        self.size = torch.full_like(start[:, :1, :1], 0.25)
+        self.last = start.new_full((len(start),), -torch.inf)
+        self.halved = torch.ones_like(self.last, dtype=torch.bool)
+        self.tally, self.seen = torch.zeros_like(self.best[:, :, 0, 0]), -1  # (2, N): lower, best
+
+    def patch(self, x: Tensor) -> Tensor:
+        return x
+
+    def step(self, step: int, grad: Tensor, loss: Tensor | None, better: Tensor) -> None:
+        """grad (N, C, P) at x; loss (N,), None if x was not scored; better (N,): x is the best and
+        its gradient is known."""
+        if loss is not None:
+            grad = self.check(grad, loss, better)
+        z = (self.x - self.size * grad.sign()).clamp(0, 1)
+        moved = self.x + 0.75 * (z - self.x) + 0.25 * (self.x - self.before)
+        self.before, self.x = self.x, moved.clamp(0, 1)
+
+    def check(self, grad: Tensor, loss: Tensor, better: Tensor) -> Tensor:
+        """The gradient to step along: at a checkpoint that of the best iterate, where x is it."""
+        now = torch.stack([self.x, grad])
+        self.best = torch.where(better[:, None, None], now, self.best)
+        self.tally += torch.stack([loss < self.last, better])
+        self.last, self.seen = loss, self.seen + 1
+        if self.seen < self.wait:
+            return grad
+        lower, found = self.tally
+        halve = (lower < 0.75 * self.wait) | (~self.halved & (found == 0))
+        back = halve[:, None, None]
+        self.size = torch.where(back, self.size / 2, self.size)
+        self.x, grad = torch.where(back, self.best, now)
+        self.before = torch.where(back, self.x, self.before)  # without the momentum of before
+        self.halved, self.tally = halve, torch.zeros_like(self.tally)
+        self.seen, self.wait = 0, max(self.wait - self.less, self.least)
+        return grad
+
+
+OPTIMISERS: dict[str, Any] = {"adam": Adam, "sign": Sign}
+
+
 def losses(
     batches: Sequence[Batch],
-    w: Tensor,
-    delta: Tensor,
+    pixels: Embed,
+    x: Tensor,
     sign: int,
     transforms: Tensor | None,
     grad: Tensor | None,
 ) -> Tensor:
-    """w and delta (N, C, P) for the N images of one batch, or (1, C, P) for all -> (N or 1,).
+    """x (N, C, P) for the N images of one batch, or (1, C, P) for all, of which pixels makes the
+    patch -> (N or 1,).
 
-    grad: where to add the gradient for delta; without it none is computed.
+    grad: where to add the gradient for x; without it none is computed.
     """
     total, found = sum(len(batch.images) for batch in batches), []
-    shared = len(delta) < total
+    shared = len(x) < total
     for batch in batches:
         with torch.set_grad_enabled(grad is not None):
-            leaf = delta.detach().requires_grad_(grad is not None)
+            leaf = x.detach().requires_grad_(grad is not None)
             # App. C: batch.features pastes the patch into the images
-            patch = tanh_perturb(w, leaf).expand(len(batch.images), -1, -1)
+            patch = pixels(leaf).expand(len(batch.images), -1, -1)
             loss = sign * squared_distance(batch.features(patch, transforms), batch.anchor)
         if grad is not None:
             grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
@@ -586,7 +678,7 @@ def losses(
 def optimise(
     batches: Sequence[Batch], w: Tensor, start: Tensor, effort: Effort
 ) -> tuple[Tensor, Tensor, dict[int, Tensor], Tensor]:
-    """Adam on delta from start (N or 1, C, P), the best iterate of each row kept.
+    """The optimiser's steps from delta = start (N or 1, C, P), the best iterate of each row kept.
 
     One batch with a delta for each image, or several that share one: then the mean over all images
     counts; with effort.batch they take turns, and every tenth iterate is scored on all of them.
@@ -597,31 +689,31 @@ def optimise(
     rotate = 0 < effort.batch < sum(len(batch.images) for batch in batches)
     every = 10 if eot or rotate else 1
     marks = {n, *(k - k % every for k in (n // 8, n // 4, n // 2))}
-    delta, best, curve = start.clone(), start.clone(), {}
+    moving = effort.begin(w, start, every)
+    best, curve = moving.x.clone(), {}
     best_loss, counts = start.new_full((len(start),), torch.inf), start.new_zeros(3).long()
-    adam = torch.optim.Adam([delta], lr=effort.lr, fused=True if start.is_cuda else None)
 
     for step in range(n + 1):  # the last iterate is scored without a gradient
         turn = [batches[step % len(batches)]] if rotate else batches
-        grad = torch.zeros_like(delta)
+        x, grad = moving.x, torch.zeros_like(best)
         transforms = eot.steps[min(step, n - 1)] if eot else None
-        loss = losses(turn, w, delta, sign, transforms, grad if step < n else None)
+        loss = losses(turn, moving.patch, x, sign, transforms, grad if step < n else None)
         lost = ~(loss.isfinite() & grad.isfinite().flatten(1).all(1))
-        if step % every == 0 or step == n:
+        scored = step % every == 0 or step == n
+        if scored:
             if every > 1:
-                loss = losses(batches, w, delta, sign, eot and eot.validation, None)
+                loss = losses(batches, moving.patch, x, sign, eot and eot.validation, None)
             better = (loss < best_loss) & loss.isfinite()
             best_loss = torch.where(better, loss, best_loss)
-            best = torch.where(better[:, None, None], delta, best)
+            best = torch.where(better[:, None, None], x, best)
         if step in marks:
             curve[step] = loss
         if step < n:
             zero = ~lost & (grad == 0).flatten(1).all(1)
             counts += torch.stack([zero.sum(), lost.sum(), torch.full_like(zero, 1).sum()])
-            delta.grad = torch.where(lost[:, None, None], 0.0, grad)
-            adam.param_groups[0]["lr"] = effort.lr * (1 - step / n if effort.decay else 1)
-            adam.step()
-    return tanh_perturb(w, best), best_loss, curve, counts
+            grad = torch.where(lost[:, None, None], 0.0, grad)
+            moving.step(step, grad, loss if scored else None, better & ~lost)
+    return moving.patch(best), best_loss, curve, counts
 
 
 def draw_start(rows: int, restarts: int, channels: int, pixels: int, generator: Rng) -> Tensor:
@@ -632,12 +724,7 @@ def draw_start(rows: int, restarts: int, channels: int, pixels: int, generator: 
 
 @torch.inference_mode(False)
 def tanh_attack(
-    embed: Embed,
-    images: Tensor,
-    anchor: Tensor,
-    mask: Tensor,
-    effort: Effort,
-    start: Tensor | Rng | None = None,
+    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, start: Start = None
 ) -> Attacked:
     """Attack each image by itself inside its mask, eq. (7) in the form of App. C. Raises ValueError
     for what `accepted` refuses, and for a mask of another size; warns of lost gradients.
@@ -653,12 +740,7 @@ def tanh_attack(
 
 
 def attack_each(
-    embed: Embed,
-    images: Tensor,
-    anchor: Tensor,
-    mask: Tensor,
-    effort: Effort,
-    start: Tensor | Rng | None,
+    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, start: Start
 ) -> Attacked:
     """`tanh_attack` of what was accepted before."""
     B, C, scorer, each = *images.shape[:2], effort.scorer(embed), torch.arange(len(images))
@@ -722,9 +804,8 @@ def location_search(
     masks = squares(places, H, W)
     start = draw_start(B * K, 1, C, int(masks[0].sum()), generator)
     images, anchor = (x.repeat_interleave(K, 0) for x in (images, anchor.expand(B, -1)))
-    masks = masks.repeat(B, 1, 1)
     search = search._replace(chunk=fits or search.chunk)
-    result = attack_each(embed, images, anchor, masks, search, start)
+    result = attack_each(embed, images, anchor, masks.repeat(B, 1, 1), search, start)
     return result.distance.view(B, K), result
 
 
@@ -753,9 +834,8 @@ def square_attack(
 
 def count(total: Attacked, part: Attacked) -> None:
     """Add the part's counters to the total's."""
-    total.zero_gradients += part.zero_gradients
-    total.nonfinite += part.nonfinite
-    total.gradients += part.gradients
+    for key in COUNTERS:
+        setattr(total, key, getattr(total, key) + getattr(part, key))
 
 
 # Universal eye patch, Sec. 3, App. C
@@ -792,8 +872,7 @@ def universal_patch(
 
 
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
-    """images (B, C, H, W), pattern (C, P) or (B, C, P), mask (H, W): the masked pixels replaced by
-    the pattern."""
+    """images (B, C, H, W), the pixels of mask (H, W) replaced by pattern (C, P) or (B, C, P)."""
     pattern = pattern.to(images).expand(len(images), -1, -1)
     return paste(images, pattern, mask_pixels(mask, images))
 
@@ -861,8 +940,7 @@ def indirect_attack(
 def distal_attack(
     embed: Embed, shape: Sequence[int], anchor: Tensor, effort: Effort, generator: Rng
 ) -> Attacked:
-    """A whole free image from uniform random pixels, driven to the anchor's features; shape
-    (B, C, H, W); Fig. 4."""
+    """Images of this shape (B, C, H, W), all pixels free, from noise to the anchor; Fig. 4."""
     noise = torch.rand(tuple(shape), generator=generator).to(anchor)
     noise, anchor = accepted(embed, noise, anchor)
     mask = torch.ones(tuple(shape)[2:], dtype=torch.bool)
@@ -871,7 +949,11 @@ def distal_attack(
 
 def worst(*results: Attacked) -> Attacked:
     """Of several attacks on the same images, for each image the one that came closest; counters are
-    summed; extra: strongest (B,), which."""
+    summed; extra: strongest (B,), which.
+
+    A defender has to meet the nearest of both optimisers:
+    worst(*(tanh_attack(..., Effort(optimiser=name)) for name in ("adam", "sign")))
+    """
     distance = torch.stack([result.distance for result in results])  # (A, B)
     strongest, each = lowest(distance), torch.arange(distance.shape[1], device=distance.device)
     images = torch.stack([result.images for result in results])[strongest, each]
@@ -913,18 +995,18 @@ def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
     if not (1 <= ph < mh <= height and 1 <= pw < mw <= width):
         told = f"a mask of {mh}x{mw} against a patch of {ph}x{pw} in {height}x{width}"
         raise ValueError(f"{told}: the mask must be larger than the patch and fit the image")
-    inside, holds, starts, places = [], [], [], []
+    inside, holds, starts, lasts = [], [], [], []
     for n, p, m in ((height, ph, mh), (width, pw, mw)):
         start = torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))  # (k,)
         pixel, place = torch.arange(n)[:, None], torch.arange(n - p + 1)[:, None]
         inside.append((pixel >= start) & (pixel < start + m))  # (n, k)
         holds.append((place >= start) & (place + p <= start + m))  # (n - p + 1, k)
         starts.append(start)
-        places.append(place[:, 0])
+        lasts.append(place[:, 0])
     masks = (inside[0].T[:, None, :, None] & inside[1].T[None, :, None, :]).flatten(0, 1)
     held = holds[0][:, None, :, None] & holds[1][None, :, None, :]  # (rows, cols, k rows, k cols)
-    corners = [torch.cartesian_prod(*sides) for sides in (starts, places)]
-    return Cover(masks, held.flatten(2).flatten(0, 1), *corners, (ph, pw))
+    corners, places = torch.cartesian_prod(*starts), torch.cartesian_prod(*lasts)
+    return Cover(masks, held.flatten(2).flatten(0, 1), corners, places, (ph, pw))
 
 
 def cover_of(masks: Tensor, patches: Tensor) -> Cover:
@@ -941,7 +1023,7 @@ def checked(rule: Cover) -> Cover:
     return rule
 
 
-class Covered(torch.nn.Module):
+class Covered(nn.Module):
     """The rule: cover the image by each mask, judge it by the largest distance to the anchor.
 
     embed   any, mirrored or not: the mask comes before the mirror
@@ -1020,18 +1102,20 @@ def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def cover_named(name: str, config: Config, height: int, width: int) -> Cover:
     """The cover of `rule` and `rule_attacked`, any place; of `rule_places`, App. C's own places,
     and of `rule_one`, which hides all of these at once (what the others have to beat)."""
-    sides = [(scale(config.rule_patch, n), scale(config.rule_mask, n)) for n in (height, width)]
+    size = height, width
+    sides = [(scale(config.rule_patch, n), scale(config.rule_mask, n)) for n in size]
     if name in ("rule", "rule_attacked"):
         patch, mask = zip(*sides)
-        return cover(height, width, patch, mask)
-    named = torch.stack([eyeglasses_mask(height, width), eye_patch_mask(height, width)])
-    patches = torch.cat([named, squares(square_positions(5, height, width), height, width)])
+        return cover(*size, patch, mask)
+    named = torch.stack([eyeglasses_mask(*size), eye_patch_mask(*size)])
+    patches = torch.cat([named, squares(square_positions(5, *size), *size)])
     if name == "rule_one":
         return cover_of(patches.any(0, keepdim=True), patches)
-    starts = [(scale(r, height), scale(c, width)) for r in (15, 22, 29) for c in (15, 22, 29)]
-    masks = torch.zeros(9, height, width, dtype=torch.bool)
-    for mask, (row, column) in zip(masks, starts):
-        mask[row : scale(16, height) + row, column : scale(16, width) + column] = True
+    # each holds all squares from its corner to 6 pixels further both ways, whatever is rounded
+    ends = [[(scale(p, n), scale(p + 6, n) + scale(10, n)) for p in (15, 22, 29)] for n in size]
+    masks = torch.zeros(9, *size, dtype=torch.bool)
+    for mask, ((top, bottom), (left, right)) in zip(masks, itertools.product(*ends)):
+        mask[top:bottom, left:right] = True
     return cover_of(torch.cat([named, masks]), patches)
 
 
@@ -1051,7 +1135,25 @@ def effort_of(name: str, config: Config) -> Effort:
         own = config.distal_iterations, config.distal_lr, 1
     batch = config.patch_batch if name.endswith("eye_patch") else 0
     direction = "evade" if name == "evasion" else "impersonate"
-    return Effort(*own, config.decay, config.chunk or 256, batch, direction)
+    chunk, optimiser = config.chunk or 256, config.optimiser
+    return Effort(*own, config.decay, chunk, batch, direction, optimiser=optimiser)
+
+
+def under_rule(
+    name: str, rule: Covered, images: Tensor, effort: Effort, generator: Rng
+) -> Attacked:
+    """`certify`; for `rule_attacked` also an attack on the rule by a patch at its weakest place.
+    extra: bound (B,), and row, col (B,) of that place."""
+    distance, bound, place = certify(rule, images)
+    result, place = Attacked(images, distance), place.cpu()
+    if name == "rule_attacked":
+        mask = rule.rule.patches_at(place)
+        result = tanh_attack(rule, images, rule.anchor, mask, effort, generator)
+        result.mask = mask
+    result.extra["bound"] = bound
+    if rule.rule.places is not None:
+        result.extra |= dict(zip(("row", "col"), rule.rule.places[place].T))
+    return result
 
 
 def run_attack(
@@ -1074,7 +1176,6 @@ def run_attack(
     images, (_, C, H, W) = accepted(None, images, anchor)[0], images.shape
     mask = eye_patch_mask(H, W) if name.endswith("eye_patch") else eyeglasses_mask(H, W)
     effort, pattern, scorer = effort_of(name, config), None, embed
-    chunk = effort.chunk
     if name.startswith("eot_"):
         S, T = config.eot_samples, config.eot_tests
         steps = draw_transforms(effort.iterations * S, config, generator).view(-1, S, 5)
@@ -1087,7 +1188,8 @@ def run_attack(
         result = tanh_attack(embed, images, anchor, mask, effort, generator)
     elif name == "square":
         places = square_positions(config.square_stride, H, W)
-        search = Effort(config.square_search_iterations, config.square_search_lr, chunk=chunk)
+        short = config.square_search_iterations, config.square_search_lr
+        search = Effort(*short, chunk=effort.chunk, optimiser=config.optimiser)
         result = square_attack(embed, images, anchor, places, effort, search, generator)
     elif name in ("eye_patch", "eot_eye_patch") and training is not None:
         pattern, result = universal_patch(embed, training, anchor, mask, effort, generator)
@@ -1095,8 +1197,8 @@ def run_attack(
     elif name == "grey_eye_patch":  # the control: what hiding the eyes does by itself
         pattern = images.new_full((C, int(mask.sum())), 0.5)
     elif name == "random_eyeglasses":
-        many = config.patterns
-        result = random_patterns(embed, images, anchor, mask, many, generator, chunk)
+        given = images, anchor, mask, config.patterns, generator, effort.chunk
+        result = random_patterns(embed, *given)
     elif name == "noise":
         result.images, mask = uniform_noise(images, config.noise, generator), torch.ones_like(mask)
     elif name == "indirect" and virtual is not None:
@@ -1106,23 +1208,13 @@ def run_attack(
         mask = torch.ones_like(mask)
         result = distal_attack(embed, (1, *images.shape[1:]), anchor, effort, generator)
     elif name.startswith("rule") and isinstance(embed, Covered):
-        result.distance, bound, place = certify(embed, images)
-        result.extra["bound"] = bound
-        if embed.rule.places is not None:
-            result.extra |= dict(zip(("row", "col"), embed.rule.places[place.cpu()].T))
-        if name == "rule_attacked":  # a patch at its weakest place
-            mask = embed.rule.patches_at(place.cpu())
-            known, result = (
-                result.extra,
-                tanh_attack(embed, images, anchor, mask, effort, generator),
-            )
-            result.extra |= known
+        result = under_rule(name, embed, images, effort, generator)
     elif name != "clean":
         raise ValueError(f"no such attack {name!r}, or it lacks its images: {', '.join(ATTACKS)}")
     if pattern is not None:
         result.images = apply_pattern(images, pattern, mask)
     if pattern is not None or effort.eot or name in ("clean", "noise"):
-        result.distance = distances(scorer, result.images, anchor, chunk)
+        result.distance = distances(scorer, result.images, anchor, effort.chunk)
     result.mask = mask if result.mask is None else result.mask
     return result
 
@@ -1157,7 +1249,7 @@ def choose_intruders(
 # main
 
 # what changes no number, or says only which rows to make
-NOT_SETTINGS = ("method", "attacks", "chunk")
+NOT_SETTINGS = ("method", "attacks", "chunk", "model")
 # a short attack made twice tells whether this machine repeats itself
 RESTARTS = ("restarts", "evasion_restarts", "square_search_iterations")
 SHORT = ("iterations", "patterns", "patch_iterations", "evasion_iterations", "distal_iterations")
@@ -1175,8 +1267,7 @@ class Judged(NamedTuple):
 
 
 def stable_generator(*parts: object) -> torch.Generator:
-    """A generator seeded from these values alone, the same in every process and on every
-    machine."""
+    """A generator seeded from these values alone, the same on every machine."""
     import hashlib
 
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
@@ -1184,12 +1275,15 @@ def stable_generator(*parts: object) -> torch.Generator:
 
 
 def parse(argv: Sequence[str] | None):
-    """Config, flags and what run.json says. Raises run.UsageError."""
+    """Config, flags and what run.json says ({} with --model). Raises run.UsageError."""
     from data import run
 
-    def about(folder: Path | None) -> dict:
+    def about(args: Any) -> dict:
+        if getattr(args, "model", ""):
+            return {"preset": "model", "seed": 0}
+        folder = args.run
         if not folder or not folder.is_dir():
-            told = "no such folder: give the folder that embed.py wrote"
+            told = "no such folder: give the folder that embed.py wrote, or --model"
             raise run.UsageError(f"--run {folder or ''}: {told}")
         held = run.read_json(folder / "run.json", "give the --run folder of a training")
         kinds = {"data": str, "root": str, "crop": str, "preset": str, "seed": int, "options": dict}
@@ -1200,19 +1294,46 @@ def parse(argv: Sequence[str] | None):
         return held
 
     def own_preset(args) -> str:
-        held = about(args.run)["preset"]
+        held = about(args)["preset"]
         return held if held in PRESETS else "demo"
 
     largest = run.LARGEST
     choices: dict[str, tuple] = {"attacks": tuple(ATTACKS), "defences": tuple(DEFENCES)}
-    choices |= {"seed": (-1, largest), "min_images": (2, largest)}
-    choices |= {"chunk": (0, largest), "patch_batch": (0, largest)}
+    choices |= {"seed": (-1, largest), "min_images": (2, largest), "size": (32, 256)}
+    choices |= dict.fromkeys(("chunk", "patch_batch", "target_images"), (0, largest))
     choices |= {"rule_fill": ("mean", "noise"), "rule_anchor": ("whole", "masked")}
-    told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C)."
+    choices |= {"person_folder": ("", "first", "last"), "distance": ("euclidean", "cosine")}
+    told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C), or your own --model: its NAME "
+    told += "takes images, float (N, 3, size, size) in [0, 1], and gives features (N, D) - a "
+    told += "function, a Module - or takes nothing and returns such a thing."
     config, args = run.parse(Config, PRESETS, argv, told, choices, own_preset)
-    held = about(args.run)
-    seed = held["seed"] if config.seed < 0 else config.seed
-    return dataclasses.replace(config, seed=seed), args, held
+    held = about(args)
+    config = dataclasses.replace(config, seed=held["seed"] if config.seed < 0 else config.seed)
+    if config.person_folder and not config.data:
+        raise run.UsageError("--person-folder: it is that of --data folder")
+    if not config.model and (config.size, config.distance) != (Config.size, Config.distance):
+        told = f"--size {config.size} --distance {config.distance}"
+        raise run.UsageError(f"{told}: these are --model's; F takes {Config.size}, euclidean")
+    return (*of_model(config, args), held) if config.model else (config, args, held)
+
+
+def of_model(config: Config, args: Any) -> tuple[Config, Any]:
+    """What --model makes of the flags. Raises run.UsageError."""
+    from data import run
+
+    flag = f"--model {config.model}"
+    if not config.data:
+        raise run.UsageError(f"{flag}: give --data folder --root PHOTOS, a folder a person")
+    if config.method != Config.method:
+        raise run.UsageError(f"{flag} --method: the methods are those of a trained run")
+    if config.attacks == ATTACKS:
+        attacks = tuple(name for name in ATTACKS if name != "indirect")
+        config = dataclasses.replace(config, attacks=attacks)
+    if "indirect" in config.attacks:
+        raise run.UsageError(f"{flag} --attacks indirect: it needs the generator of a run")
+    photographs = Path(config.root).resolve().name if config.root else config.data
+    args.run = args.run or Path("runs", f"{photographs}-{model_name(config.model)}")
+    return config, args
 
 
 def judged(config: Config, folder: Path, about: dict) -> Judged:
@@ -1222,13 +1343,15 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
 
     manifest, root = folder / "people.json", config.root or None
     if config.data:
-        whose = getattr(config, "person_folder", "") or None
-        faces = data.load(config.data, root, crop=config.crop or None, person_folder=whose)
-        seen = data.trained_on(manifest, faces)
-        if about["crop"] not in ("", faces.crop):  # as they looked in the training
-            with contextlib.suppress(run.UsageError):  # a crop that fits none of them
-                again = data.load(config.data, root, crop=about["crop"], person_folder=whose)
-                seen |= data.trained_on(manifest, again)
+        options: dict[str, Any] = {"size": config.size}
+        options["person_folder"] = config.person_folder or None
+        faces, seen = data.load(config.data, root, crop=config.crop or None, **options), set()
+        if not config.model:
+            seen = data.trained_on(manifest, faces)
+            if about["crop"] not in ("", faces.crop):  # as they looked in the training
+                with contextlib.suppress(run.UsageError):  # a crop that fits none of them
+                    again = data.load(config.data, root, crop=about["crop"], **options)
+                    seen |= data.trained_on(manifest, again)
         others = [p for p, name in enumerate(faces.names) if name not in seen]
         n = faces.person.bincount(minlength=len(faces.names)).tolist()
         near = [p for p in others if n[p] >= config.min_images]
@@ -1238,9 +1361,12 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
         if not near:
             nobody = f"nobody{' else' * bool(seen)} has {config.min_images} images"
             raise run.UsageError(f"{told}: {nobody}: lower --min-images or add images")
+        if len(others) < 2:
+            raise run.UsageError(f"{told}: one person alone has no intruders: add persons")
         if seen:
             print(told, flush=True)
         rows = f"attacks-{Path(root).resolve().name if root else config.data}"
+        rows = "attacks" if config.model else rows
     else:
         options = {"crop": about["crop"] or None, **about["options"]}
         options["person_folder"] = about.get("person_folder") or None
@@ -1250,6 +1376,210 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
     by_name = [stable_generator(config.seed, faces.names[p]).initial_seed() for p in near]
     drawn = [p for _, p in sorted(zip(by_name, near))]
     return Judged(faces, sorted(drawn[: config.targets]), near, far, rows)
+
+
+# a model that is not of a run
+
+
+def model_name(text: str) -> str:
+    """`net-embed` of folder/net.py:embed: the name of its rows and tables."""
+    where, _, name = text.rpartition(":")
+    return f"{Path(where).stem if where.endswith('.py') else where}-{name}"
+
+
+@contextlib.contextmanager
+def of_the_user(flag: str, doing: str = "") -> Iterator[None]:
+    """What `accepted` refuses becomes one line, and while doing this whatever the user's code
+    raises."""
+    from data import run
+
+    try:
+        yield
+    except run.UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        told = " ".join(str(error).split())[:200]
+        ours = isinstance(error, ValueError) and told.startswith("embed: ")  # of `accepted`
+        if not (ours or doing):
+            raise
+        told = told[7:] if ours else f"{doing}: {type(error).__name__}: {told}"
+        raise run.UsageError(f"{flag}: {told}") from None
+
+
+def load_model(text: str, device: torch.device) -> tuple[Embed, Path | None]:
+    """What FILE.py:NAME or package.module:NAME means, and the file that says so.
+
+    NAME takes images and gives features (a function, a Module, any callable), or takes nothing and
+    returns such a thing (a function, a class). A Module comes back on the device, in evaluation
+    mode. It is run, whatever it does. Raises run.UsageError.
+    """
+    import importlib.util
+    import inspect
+    import sys
+
+    from data import run
+
+    def takes_nothing(found: Any) -> bool:
+        with contextlib.suppress(TypeError, ValueError):
+            return bool(inspect.signature(found).bind() is not None)
+        return False
+
+    flag, (where, _, name) = f"--model {text}", text.rpartition(":")
+    if not where or not name:
+        raise run.UsageError(f"{flag}: give FILE.py:NAME or package.module:NAME")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise run.UsageError(f"{flag}: no such file {where}")
+    torch.manual_seed(0)  # weights that it may draw: the same when the command goes on
+    with of_the_user(flag, "cannot be loaded"):
+        if where.endswith(".py"):
+            # last, and under another name: a file called embed.py must not hide ours
+            sys.path.append(str(Path(where).resolve().parent))
+            spec: Any = importlib.util.spec_from_file_location(f"of_user_{Path(where).stem}", where)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.append(str(Path.cwd()))
+            module = importlib.import_module(where)
+        found = getattr(module, name, None)
+        if found is None:
+            raise run.UsageError(f"{flag}: {where} has no {name}")
+        if not isinstance(found, torch.nn.Module) and takes_nothing(found):
+            found, name = found(), f"{name}()"
+        if isinstance(found, type) or not callable(found):
+            told = "wanted a function of images, a Module, or what returns one without arguments"
+            raise run.UsageError(f"{flag}: {name} is a {kind(found)}, {told}")
+        if isinstance(found, torch.nn.Module):
+            found = found.to(device).eval()
+    file = getattr(module, "__file__", None)
+    return found, Path(file) if file else None
+
+
+class Cosine(torch.nn.Module):
+    """Normalised features: the squared distance is twice the cosine distance."""
+
+    def __init__(self, embed: Embed) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.embed(images), dim=1)
+
+
+def check_model(flag: str, embed: Embed, images: Tensor) -> None:
+    """Raises run.UsageError for what `answer` refuses, and where no gradient reaches the images."""
+    why = f"fails on the first images, {images.device}"
+    with of_the_user(flag, why), frozen(embed):
+        given = images.clone()
+        with torch.no_grad():
+            embed(given)
+        if not torch.equal(given, images):
+            raise ValueError("embed: changes the images that it is given, in place")
+        answer(embed, images)
+        leaf = images.clone().requires_grad_()
+        features = embed(leaf)
+        if not features.requires_grad:
+            told = "has it no_grad, detach or numpy inside?"
+            raise ValueError(f"embed: no gradient reaches the images: {told}")
+        # not their norm, which may be constant
+        weights = torch.linspace(-1, 1, features.shape[1]).to(features)
+        grad = torch.autograd.grad((features @ weights).sum(), leaf, allow_unused=True)[0]
+        if grad is None or not grad.isfinite().all() or not grad.any():
+            told = "does it round, or stop it with detach?"
+            raise ValueError(f"embed: the gradient for the images is zero or not finite: {told}")
+
+
+def check_clean(flag: str, config: Config, embed: Embed, people: Judged, device: Any) -> list[str]:
+    """What to know before an attack: the clean AU-ROC of pairs of up to 30 persons, and what
+    another order of the colours, range or distance would give where it is low; one line each."""
+    import embed as embedding
+
+    some = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
+    person = people.faces.person
+    index = [i for p in some for i in (person == p).nonzero().flatten()[:4].tolist()]
+    images, who = to_float(people.faces.images[index].to(device)), person[index].to(device)
+    one, two = torch.triu_indices(len(who), len(who), 1, device=device)
+    same = who[one] == who[two]
+
+    def area(change: Callable[[Tensor], Tensor], normalise: bool) -> float:
+        features = extract(lambda x: embed(change(x)), images, config.chunk)
+        features = F.normalize(features, dim=1) if normalise else features
+        d = (features[one].double() - features[two].double()).square().sum(1)
+        return embedding.auroc(d[same], d[~same])
+
+    cosine, as_given = config.distance == "cosine", lambda x: x
+    with of_the_user(flag, "fails on the photographs"):
+        given, other = area(as_given, cosine), area(as_given, not cosine)
+    told = [f"clean AU-ROC {given:.3f}, {int(same.sum())} genuine of {len(same)} pairs"]
+    if other > given + 0.02:
+        better = "euclidean" if cosine else "cosine"
+        told.append(f"WARNING: {other:.3f} by the other distance: --distance {better}")
+    if given < 0.75:
+        changes: dict[str, Callable[[Tensor], Tensor]] = {"as BGR": lambda x: x.flip(1)}
+        changes |= {"in [-1, 1]": lambda x: 2 * x - 1, "in 0 to 255": lambda x: 255 * x}
+        found = [f"{given:.2f} as given"]
+        for name, change in changes.items():
+            with contextlib.suppress(Exception):
+                found.append(f"{area(change, cosine):.2f} {name}")
+        told.append(f"WARNING: {', '.join(found)}: frame, crop or range may be wrong")
+    return told
+
+
+def picture_for(path: Path, people: Judged) -> None:
+    """The first image of up to six persons as a PNG, as the model gets them."""
+    from PIL import Image
+
+    from data import run
+
+    first = [int((people.faces.person == p).nonzero()[0]) for p in people.near[:6]]
+    row = people.faces.images[first].permute(2, 0, 3, 1).flatten(1, 2)  # (H, n * W, 3)
+    image = Image.fromarray(row.contiguous().numpy())
+    run.write(path, functools.partial(image.save, format="PNG"))
+
+
+def attack_model(config: Config, args: Any, device: torch.device) -> int:
+    """`python attacks.py --model`: the attacks asked for on it, the table, the checks."""
+    import hashlib
+
+    from data import run
+
+    flag, name = f"--model {config.model}", model_name(config.model)
+    print(f"{flag} runs this Python code with your rights: only what you trust", flush=True)
+    embed, file = load_model(config.model, device)
+    with run.rank_0_first():
+        people = judged(config, args.run, {})
+    faces, targets = people.faces, len(people.targets)
+    check_model(flag, embed, to_float(faces.images[:4].to(device)))
+    effort = effort_of("eyeglasses", config)
+    told = f"{name}: {config.size} x {config.size}, crop {faces.crop or 'none'}, {targets} targets "
+    told += f"of {len(faces.names)} persons, {targets * config.intruders} pairs, preset "
+    told += f"{config.preset}: {effort.iterations} iterations x {effort.restarts}"
+    print(f"{told}; nothing is known of the persons that it was trained on", flush=True)
+    clean = check_clean(flag, config, embed, people, device)
+    if run.rank() == 0 and "as given" in clean[-1]:
+        picture = args.run / name / "input.png"
+        picture_for(picture, people)
+        clean[-1] += f": look at {picture}, what the model got"
+    print("\n".join(clean), flush=True)
+    settings = settings_of(config, people)
+    weights = sorted(run.fingerprint(*states(module)) for module in hidden(embed))
+    told = "".join([run.fingerprint(file), *weights])
+    settings["embedding"] = hashlib.sha256(told.encode()).hexdigest()[:16]
+    judge = Cosine(embed) if config.distance == "cosine" else embed
+    about = {"config": settings, "seed": config.seed, "data": faces.data, "model": config.model}
+    about |= run.record(device)
+    out = args.run / name / people.folder
+    with of_the_user(flag):
+        attack_method(config, judge, people, out, about, args.overwrite, device)
+    if run.rank():
+        return 0
+    figures = ["6", *(["7"] if "square" in config.attacks else [])]
+    return run.then("metrics", ["--run", str(args.run), "--figures", *figures])
+
+
+def states(module: torch.nn.Module) -> list[Tensor]:
+    """Weights and buffers, as `run.fingerprint` takes them."""
+    tensors = [t for t in module.state_dict().values() if isinstance(t, Tensor)]
+    return [t.detach().reshape(-1).float() for t in tensors]
 
 
 def autoencode(path: Path, images: Tensor) -> Tensor:
@@ -1269,20 +1599,21 @@ def autoencode(path: Path, images: Tensor) -> Tensor:
 def attack_target(
     config: Config,
     name: str,
-    embed: torch.nn.Module,
+    embed: Embed,
     people: Judged,
     person: int,
-    generator_file: Path,
+    lord: Path,
+    device: torch.device,
 ) -> tuple[dict, dict]:
     """One attack on one target under each defence asked for: rows with counters, and example
-    images. The result depends on the seed and the target's name, not on which other targets are
-    attacked, or where."""
+    images. They depend on the seed and the target's name, not on which others are attacked, or
+    where. lord: the file of the run's generator."""
     import time
 
     from data import run
 
     began, faces = time.monotonic(), people.faces
-    device, target = next(embed.parameters()).device, faces.names[person]
+    target = faces.names[person]
 
     def load(index: Sequence[int]) -> Tensor:
         return to_float(faces.images[list(index)].to(device))
@@ -1295,8 +1626,9 @@ def attack_target(
         told = f"too few images of persons other than {target}: add persons, or lower it"
         raise run.UsageError(f"--intruders {config.intruders}: {told}")
     own = (faces.person == person).nonzero().flatten().tolist()
+    own = own[: config.target_images or None]
     features = extract(embed, load(own), config.chunk)
-    part: dict = {"rows": [], "zero_gradients": 0, "nonfinite": 0, "gradients": 0}
+    part: dict = {"rows": []} | dict.fromkeys(COUNTERS, 0)
     part |= {"outside_mask_max": 0.0, "by_iterations": {}, "by_restarts": {}}
     for mirroring, selection in (DEFENCES[defence] for defence in config.defences):
         best = select_anchor(features) if selection else 0
@@ -1316,7 +1648,7 @@ def attack_target(
         if name.endswith("eye_patch"):
             inputs["training"] = load(training)
         if name == "indirect":
-            virtual = autoencode(generator_file, load([own[best]]))
+            virtual = autoencode(lord, load([own[best]]))
             inputs["virtual"] = extract(embed, virtual, config.chunk)[0]
         seeds = config.seed, target, "eyeglasses" if name == "indirect" else name
         attack: Any = functools.partial(run_attack, name, **inputs)
@@ -1334,7 +1666,7 @@ def attack_target(
         outside = ~mask.to(device).expand(len(images), -1, -1)[:, None]
         moved = float(((result.images - images).abs() * outside).max())
         part["outside_mask_max"] = max(part["outside_mask_max"], moved * (name != "clean"))
-        for key in ("zero_gradients", "nonfinite", "gradients"):
+        for key in COUNTERS:
             part[key] += getattr(result, key)
         for key in ("by_iterations", "by_restarts"):
             for n, distance in result.extra.get(key, {}).items():
@@ -1416,7 +1748,7 @@ def merge(name: str, table: Path, parts: list[dict], images: dict, about: dict) 
     record["outside_mask_max"] = max(part["outside_mask_max"] for part in parts)
     repeated = [part["reproducible"] for part in parts if "reproducible" in part]
     record["reproducible"] = repeated[0] if repeated else None
-    for key in ("zero_gradients", "nonfinite", "gradients"):
+    for key in COUNTERS:
         record[key] = sum(part[key] for part in parts)
     for key in ("by_iterations", "by_restarts"):
         sums = {n: [sum(v) for v in zip(*(p[key][n] for p in parts))] for n in parts[0][key]}
@@ -1469,11 +1801,18 @@ def progress(items: list, title: str) -> Iterator:
 
 
 def attack_method(
-    config: Config, embed: Any, people: Judged, out: Path, about: dict, overwrite: bool
+    config: Config,
+    embed: Embed,
+    people: Judged,
+    out: Path,
+    about: dict,
+    overwrite: bool,
+    device: torch.device,
 ) -> None:
     """Every attack asked for on one embedding, rows in `out`. A target's part is a file of its own,
     in a hidden folder, until the last is done; torchrun's processes share the targets."""
     import shutil
+    import warnings
 
     import numpy as np
 
@@ -1497,7 +1836,9 @@ def attack_method(
         own = people.targets[run.rank() :: run.world()]
         for person in progress([p for p in own if not files[p].exists()], title):
             generator = out.parents[1] / "generator.pt"
-            part, images = attack_target(config, name, embed, people, person, generator)
+            with warnings.catch_warnings():  # metrics.py tells of the gradients, once
+                warnings.filterwarnings("ignore", ".* of .* gradients")
+                part, images = attack_target(config, name, embed, people, person, generator, device)
             if images:
                 write = functools.partial(np.savez_compressed, **images)
                 run.write(files[person].with_suffix(".npz"), write)
@@ -1518,12 +1859,19 @@ def attack_method(
             shutil.rmtree(partial)
 
 
-def attack_run(argv: Sequence[str] | None) -> int:
-    """`python attacks.py`: the attacks asked for on every embedding of a run."""
+def settings_of(config: Config, people: Judged) -> dict[str, Any]:
+    """What must be the same for rows to stand in one file."""
     import hashlib
     import json
-    import warnings
 
+    faces = people.faces
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
+    who = json.dumps([faces.names, faces.files, people.targets])
+    return settings | {"people": hashlib.sha256(who.encode()).hexdigest()[:16]}
+
+
+def attack_run(argv: Sequence[str] | None) -> int:
+    """`python attacks.py`: the attacks asked for on every embedding of a run, or on --model."""
     import embed as embedding
     from data import run
 
@@ -1532,6 +1880,8 @@ def attack_run(argv: Sequence[str] | None) -> int:
     torch.backends.cudnn.allow_tf32 = False  # reported attacks are those of full float32
     chunk = config.chunk or (128 if device.type == "cpu" else 2048)
     config = dataclasses.replace(config, chunk=chunk)
+    if config.model:
+        return attack_model(config, args, device)
     there = sorted(path.parent.name for path in args.run.glob("*/embedding.pt"))
     methods = there if config.method == ("all",) else config.method
     unknown = sorted({*methods} - {*there})
@@ -1540,10 +1890,7 @@ def attack_run(argv: Sequence[str] | None) -> int:
         raise run.UsageError(f"--method {','.join(unknown) or 'all'}: {told}")
     with run.rank_0_first():
         people = judged(config, args.run, trained)
-    faces = people.faces
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
-    who = json.dumps([faces.names, faces.files, people.targets])
-    settings["people"] = hashlib.sha256(who.encode()).hexdigest()[:16]
+    settings = settings_of(config, people)
     for method in methods:
         file = args.run / method / "embedding.pt"
         embed = embedding.load_embedding(file, device)
@@ -1552,11 +1899,10 @@ def attack_run(argv: Sequence[str] | None) -> int:
             told = f"trained on other persons than {held} names: train it again with --overwrite"
             raise run.UsageError(f"{file}: {told}")
         settings["embedding"] = run.fingerprint(file)
-        about = {"config": settings, "seed": config.seed, "data": faces.data, **run.record(device)}
+        about = {"config": settings, "seed": config.seed, "data": people.faces.data}
+        about |= run.record(device)
         out = args.run / method / people.folder
-        with warnings.catch_warnings():  # metrics.py tells of the gradients, once
-            warnings.filterwarnings("ignore", ".* of .* gradients")
-            attack_method(config, embed, people, out, about, args.overwrite)
+        attack_method(config, embed, people, out, about, args.overwrite, device)
     return 0
 
 

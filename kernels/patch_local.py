@@ -1,5 +1,5 @@
-"""Patch-local recomputation: F of images that differ from known ones only inside a box each (inner
-attack, Sec. 3.1; App. C).
+"""Patch-local recomputation: F of images that differ from known ones only inside a box each, as in
+the inner attack (Sec. 3.1) and in App. C.
 
 A change inside a box changes only a window of each map: one pixel more on all sides after a 3x3
 convolution, half of it after a max-pool. Convolutions are linear, so that of the changed map is
@@ -58,8 +58,8 @@ def pixels_of(x: Tensor) -> Tensor:
 
 
 class PatchLocal:
-    """F of `images` with other pixels inside one box each: (B or 1, 3, h, w) -> (B, dim), while the
-    weights stay.
+    """F of `images` with other pixels inside one box each, (B or 1, 3, h, w) -> (B, dim); the
+    weights must stay.
 
     boxes (B, 4) = (top, left, height, width) of one size, alike modulo 2 to the power of the pools
     among `layers`.
@@ -206,11 +206,9 @@ def local_attack(
 def local_features(
     embed: Any, images: Tensor, pixels: Tensor, mirroring: bool = False
 ) -> Callable[[Tensor], Tensor] | None:
-    """values (N, C, P) -> features of `images` (N, C, H, W) with these pixels (N, P) replaced, then
-    of their mirrors.
-
-    (N, D), or (2 N, D) with mirroring. None where embed is not known, or the pixels lie too far
-    apart to gain anything.
+    """values (N, C, P) -> features (N, D) of `images` (N, C, H, W) with these pixels (N, P)
+    replaced; with mirroring (2 N, D), those of their mirrors last. None where embed is not known,
+    or the pixels lie too far apart to gain anything.
     """
     N, C, H, W = images.shape
     if not known(embed) or not pixels.shape[1]:

@@ -1,5 +1,4 @@
-"""Each attack is held to its definition: known optima, masks, signs, seeds, and the real command on
-a small run."""
+"""Each attack is held to its definition: known optima, masks, signs, seeds; the real command."""
 
 import functools
 import itertools
@@ -165,15 +164,21 @@ def test_every_attack_covers_the_images_own_size(height, width):
     x, train = (torch.rand(2, 3, height, width, generator=seeded(k)) for k in (0, 1))
     short = dict.fromkeys(("restarts", "evasion_restarts", "eot_samples", "eot_tests"), 1)
     names = ("", "patch_", "evasion_", "distal_", "square_search_")
-    short |= {"patterns": 2} | {f"{name}iterations": 2 for name in names}
-    given = replace(Config(), square_stride=20, **short), embed, x, embed(x)[0]
+    short |= {"patterns": 2, "rule_mask": 32} | {f"{name}iterations": 2 for name in names}
+    config = replace(Config(), square_stride=20, rule_iterations=2, **short)
     for name in attacks.ATTACKS:
-        found = run_attack(name, *given, seeded(), train, embed(train)[0])
+        given = embed, x, embed(x)[0]
+        if name.startswith("rule"):
+            rule = attacks.cover_named(name, config, height, width)
+            covered = attacks.Covered(embed, train[0], rule, torch.full_like(x[0], 0.5))
+            given = covered, x, covered.anchor
+        found = run_attack(name, config, *given, seeded(), train, embed(train)[0])
         images = found.images if name == "distal" else x
         mask = found.mask.expand(len(images), -1, -1)[:, None].expand_as(images)
         assert mask.shape[2:] == (height, width) and found.images.shape[1:] == x.shape[1:]
         assert torch.equal(found.images[~mask], images[~mask])
-        assert name == "clean" or (found.images != x[: len(images)])[mask].any() or name == "distal"
+        still = ("clean", "distal", "rule", "rule_places", "rule_one")
+        assert name in still or (found.images != x[: len(images)])[mask].any()
         if name == "square":
             assert set(found.extra["row"].tolist()) <= {to_scale(n, height) for n in (15, 35)}
         if name == "eye_patch":
@@ -924,12 +929,19 @@ def test_every_attack_runs_on_a_resnet_that_is_not_ours():
         patterns=8,
         evasion_iterations=8,
         distal_iterations=8,
+        rule_mask=32,
+        rule_iterations=2,
     )
     x, train = faces(3), faces(4, 2)
     anchor, virtual = attacks.extract(embed, faces(2, 5))
     clean = distances(embed, x, anchor)
     for name in attacks.ATTACKS:
-        result = run_attack(name, config, Mirrored(embed), x, anchor, seeded(), train, virtual)
+        given = Mirrored(embed), x, anchor
+        if name.startswith("rule"):
+            rule = attacks.cover_named(name, config, 64, 64)
+            covered = attacks.Covered(given[0], faces(1, 5)[0], rule, torch.full_like(x[0], 0.5))
+            given = covered, x, covered.anchor
+        result = run_attack(name, config, *given, seeded(), train, virtual)
         images = result.images if name == "distal" else x
         mask = result.mask.expand(len(images), -1, -1)[:, None].expand_as(images)
         assert (
@@ -1029,6 +1041,9 @@ SMALL = [
     "--intruders=3",
     "--clean-intruders=6",
     "--targets=3",
+    "--rule-mask=32",
+    "--rule-intruders=2",
+    "--rule-iterations=2",
 ]
 
 
@@ -1071,7 +1086,8 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
             "candidate"
         ] != row["anchor"]
         assert row["target"] in manifest["target"] and row["person"] not in manifest["train"]
-    counts = {"evasion": 3 * 2 * 4, "noise": 3 * 2 * (4 + 3), "distal": 3 * 2}
+    counts = {"evasion": 3 * 2 * 4, "distal": 3 * 2, "rule_attacked": 3 * 2 * 2}
+    counts |= dict.fromkeys(("noise", "rule", "rule_places", "rule_one"), 3 * 2 * (4 + 3))
     for name in names[1:]:
         found = rows(trained, name)
         assert len(found) == counts.get(name, 3 * 2 * 3), name

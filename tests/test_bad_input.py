@@ -704,6 +704,68 @@ VALUES += ["0x10", "1,2", "2,1", "0.1,0.2", ",,", "1,nan", "1,2,3,4", "١", "é"
 VALUES += ["a b", "ours", "demo", "all", "None", "True"]
 
 
+def models_of(weight):
+    """What a user's model may answer."""
+    return {
+        "fits": lambda x: x.flatten(1).float() @ weight,
+        "nan": lambda x: x.flatten(1).float() @ weight * torch.nan,
+        "tuple": lambda x: (x.flatten(1).float() @ weight, 0),
+        "maps": lambda x: (x.flatten(1).float() @ weight)[:, :, None, None],
+        "batch": lambda x: (x.float() - x.float().mean(0)).flatten(1) @ weight,
+        "random": lambda x: x.flatten(1).float() @ (weight + torch.randn_like(weight) / 9),
+        "whole": lambda x: (x.flatten(1).float() @ weight).round().long(),
+    }
+
+
+def test_arbitrary_inputs_of_attacks():
+    """Images of any size, type and range, models of any output: what an attack returns is right, or
+    it is a ValueError of one line."""
+    import attacks as a
+
+    rng, counts = random.Random(31), {"worked": 0, "refused": 0}
+    for n in range(40 * FUZZ):
+        torch.manual_seed(n)
+        C, H, W, D = rng.choice((1, 3)), *(rng.randrange(6, 90) for _ in range(2)), 4
+        weight = torch.randn(C * H * W, D) / 20
+        models = models_of(weight)
+        kinds = rng.choices(list(models), [6, 1, 1, 1, 1, 1, 1])[0]
+        images = torch.rand(rng.choice((0, 1, 3)), C, H, W)
+        ranges = {"unit": images, "bytes": (images * 255).byte(), "0..255": images * 255}
+        ranges |= {"-1..1": images * 2 - 1, "half": images.half(), "double": images.double()}
+        ranges |= {"nan": images / images.round(), "one": images[:1].squeeze(0)}
+        given = rng.choices(list(ranges), [6, 1, 1, 1, 1, 2, 1, 1])[0]
+        widths = {"fits": D, "one": 1, "more": D + 1}
+        width = rng.choices(list(widths), [6, 1, 1])[0]
+        anchor, mask = torch.randn(widths[width]), a.eyeglasses_mask(H, W)
+        mask = rng.choices((mask, a.eyeglasses_mask(H + 1, W)), [6, 1])[0]
+        images, embed = ranges[given], models[kinds]
+        effort, generator = a.Effort(2, 0.1, 1), torch.Generator().manual_seed(n)
+        told = f"{n}: {kinds}, {given} {tuple(images.shape)} {images.dtype}, anchor {width}"
+        good = kinds == "fits" and given in ("unit", "double") and width == "fits"
+        good = good and mask.shape == (H, W)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = a.tanh_attack(embed, images, anchor, mask, effort, generator)
+        except ValueError as error:
+            one_line(error)
+            assert not good, f"{told}: {error}"
+            counts["refused"] += 1
+            continue
+        counts["worked"] += 1
+        empty = images.dim() == 4 and not len(images)
+        assert good or empty, told
+        assert found.images.shape == images.shape and len(found.distance) == len(images), told
+        assert found.images.dtype == images.dtype and found.distance.isfinite().all(), told
+        outside = ~mask.expand(len(images), C, H, W)
+        assert empty or torch.equal(found.images[outside], images[outside]), told
+        if not empty:
+            assert 0 <= found.images.min() and found.images.max() <= 1, told
+            wanted = (embed(found.images) - anchor).square().sum(1).sqrt()
+            assert torch.allclose(found.distance.float(), wanted, rtol=1e-4), told
+    assert min(counts.values()) >= 10, counts
+
+
 def test_arbitrary_flags(tmp_path):
     """Each script's command line with one to three settings replaced: taken, its numbers finite and
     in order, or one line."""

@@ -1,5 +1,5 @@
-"""The certificate: `cover` leaves no place out, no attack gets below the bound, and where one of its
-conditions is broken an attack does."""
+"""The certificate: `cover` leaves no place out, no attack gets below the bound, and where one of
+its conditions is broken an attack does."""
 
 import itertools
 import math

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from PIL import __version__ as pillow_version
 
 import data
 
@@ -158,6 +159,8 @@ MODES = ["RGB", "RGBA", "P", "L", "LA", "CMYK", "YCbCr", "LAB", "1", "I;16", "I"
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_reads(mode, tmp_path):
+    if mode == "YCbCr" and int(pillow_version.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 does not read the YCbCr TIFF that it writes")
     path = tmp_path / ("a.png" if mode in ("RGBA", "P", "L", "LA", "1", "I;16") else "a.tif")
     grey = np.tile(np.linspace(0, 255, 64), (64, 1))
     if mode == "I;16":

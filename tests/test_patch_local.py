@@ -1,5 +1,4 @@
-"""Patch-local recomputation against the full pass: at every layer boundary, in attacks, switched on
-and off."""
+"""Patch-local recomputation is the full pass: at every layer boundary, in attacks, on and off."""
 
 import functools
 

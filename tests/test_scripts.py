@@ -87,13 +87,16 @@ def test_help_says_what_each_setting_is(name, capsys):
 
 
 def test_the_command_without_triton_and_matplotlib_from_a_folder_with_spaces(tmp_path):
+    """And on a console that has no letter for the name of the run."""
     folder = tmp_path / "a clone with spaces"
     folder.mkdir()
     for name in ("generator.py", "embed.py", "attacks.py", "metrics.py", "kernels", "data"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     flags = "--method weak-at --synthetic-persons 9 --synthetic-images 10 --steps 2 --batch 4"
-    flags += " --validation-persons 2 --target-persons 3 --width 0.03125"
+    flags += " --validation-persons 2 --target-persons 3 --width 0.03125 --run Läufe"
     command = [sys.executable, "-c", BLOCK + f"import embed; sys.exit(embed.main({flags.split()}))"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (folder / "runs/synthetic-demo-0/weak-at/attacks/eyeglasses.csv").exists()
+    assert "wrote L\\xe4ufe/weak-at/embedding.pt" in done.stdout
+    assert (folder / "Läufe/weak-at/attacks/eyeglasses.csv").exists()

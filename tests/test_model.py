@@ -1,0 +1,328 @@
+"""`attacks.py --model`: a model that is not of a run, by one command; its misuse is one line."""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import attacks
+import metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+NAMES = ("clean", "eyeglasses", "square", "evasion", "rule")
+SMALL = "--min-images 4 --targets 2 --intruders 2 --clean-intruders 4 --iterations 3"
+SMALL += " --evasion-iterations 3 --square-stride 20 --rule-mask 40 --size 32"
+# the mean colours of a four by four grid, as a function, a module, and what makes one
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.drop = nn.Dropout()  # in training mode it would show
+
+    def forward(self, images):
+        return self.drop(nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)) * self.scale
+
+def make():
+    return Net()
+
+module, number, sizes = make(), 7, []
+inner = make().eval()
+
+def embed(images):
+    sizes.append(tuple(images.shape[1:]))
+    return inner(images)
+
+class Needs(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+"""
+BAD = """
+import torch
+flat = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+seen = []
+def fails(x): return x @ torch.rand(5, 5)
+def stops(x): raise SystemExit("no licence")
+def deep(x): return x
+def words(x): return "features"
+def infinite(x): return flat(x) / 0
+def restless(x): return flat(x) + torch.rand(())
+def batched(x): return flat(x) - flat(x).mean(0)
+def detached(x): return flat(x.detach())
+def rounded(x): return flat((x * 255).round())
+def inplace(x): return flat(x.sub_(0.5))
+norm = torch.nn.BatchNorm1d(48)
+def training(x): return norm(flat(x))
+def elsewhere(x): return flat(x).to("meta")
+def late(x):
+    seen.append(len(x))
+    return flat(x) / (len(seen) < 9)
+"""
+
+
+def write_people(root, persons=4, images=4, colour=(0, 1, 2)):
+    """Each person a grid of colours of its own, each image a little noise; where a channel is not
+    in colour it is noise alone."""
+    rng = np.random.default_rng(0)
+    for p in range(persons):
+        (root / f"p{p}").mkdir(parents=True)
+        own = rng.uniform(60, 190, (4, 4, 3))
+        for k in range(images):
+            grid = own + rng.normal(0, 8, own.shape)
+            for channel in {0, 1, 2} - {*colour}:
+                grid[..., channel] = rng.uniform(60, 190, (4, 4))
+            image = grid.clip(0, 255).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+            Image.fromarray(image).save(root / f"p{p}/{k}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """net.py, bad.py, folders of photographs."""
+    home = tmp_path_factory.mktemp("model")
+    write_people(home / "people")
+    (home / "net.py").write_text(NET)
+    (home / "bad.py").write_text(BAD)
+    return home
+
+
+@pytest.fixture
+def judge(home, monkeypatch, capsys):
+    """judge(model, *flags) -> exit status, what was printed, the line of the error."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def command(model, *flags, root="people"):
+        capsys.readouterr()
+        people = ("--data", "folder", "--root", root) if root else ()
+        status = attacks.main(["--model", model, *people, *SMALL.split(), *flags])
+        out, err = capsys.readouterr()
+        return status, out, [line for line in err.splitlines() if "attacks.py:" in line]
+
+    return command
+
+
+def table(folder, attack):
+    with open(folder / f"{attack}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("size", [32, 45, 64])
+def test_one_command_judges_it_at_any_size(home, judge, size):
+    run = f"sized-{size}"
+    status, out, errors = judge("net.py:embed", "--size", str(size), "--run", run)
+    assert (status, errors) == (0, [])
+    lines = out.splitlines()
+    assert "runs this Python code" in lines[0]
+    told = f"net-embed: {size} x {size}, crop none, 2 targets of 4 persons, 4 pairs, preset model"
+    assert any(line.startswith(told) for line in lines), out
+    assert "clean AU-ROC 1.000, 24 genuine of 120 pairs" in lines and "WARNING" not in out
+    assert sys.modules["of_user_net"].sizes == [(3, size, size)] * len(
+        sys.modules["of_user_net"].sizes
+    )
+    folder = home / run / "net-embed/attacks"
+    counts = {"clean": 2 * (3 + 4), "evasion": 2 * 3, "rule": 2 * (3 + 2)}
+    for name in NAMES:
+        found = table(folder, name)
+        assert len(found) == counts.get(name, 2 * 2), name
+        about = json.loads((folder / f"{name}.json").read_text())
+        assert about["model"] == "net.py:embed" and about["config"]["size"] == size
+        assert about["outside_mask_max"] == 0.0
+        assert name == "clean" or about["reproducible"] is True
+    clean = {(r["target"], r["candidate"]): float(r["distance"]) for r in table(folder, "clean")}
+    for name, sign in (("eyeglasses", -1), ("square", -1), ("evasion", 1)):
+        moved = [
+            float(r["distance"]) - clean[r["target"], r["candidate"]] for r in table(folder, name)
+        ]
+        assert all(sign * change > 0 for change in moved), name
+    with np.load(folder / "eyeglasses.npz") as shown:
+        assert shown["attacked"].shape[2:] == (3, size, size)
+        assert shown["mask"][0].sum() == attacks.eyeglasses_mask(size, size).sum()
+    figures = metrics.summary(home / run)["net-embed"]
+    assert figures["clean"]["auroc"] == 1.0 and {*figures} >= {*NAMES}
+    assert sum(line.startswith("net-embed ") for line in lines) >= 2 * len(NAMES)  # and its table
+    assert (home / run / "tables.md").exists() and not (home / run / "people.json").exists()
+
+
+@pytest.mark.parametrize("name", ["module", "make", "Net", "net_for_test"])
+def test_a_module_what_makes_one_and_a_package_are_the_function(home, judge, name, monkeypatch):
+    flags = ("--attacks", "clean,eyeglasses", "--targets", "1")
+    assert judge("net.py:embed", *flags, "--run", "forms")[0] == 0
+    model = f"net.py:{name}"
+    if name == "net_for_test":  # a module of a package
+        (home / "package").mkdir(exist_ok=True)
+        shutil.copy(home / "net.py", home / "package/net_for_test.py")
+        model = "package.net_for_test:make"
+    assert judge(model, *flags, "--run", "forms")[0] == 0
+    folder = attacks.model_name(model)
+    assert folder == {"net_for_test": "package.net_for_test-make"}.get(name, f"net-{name}")
+    for attack in flags[1].split(","):
+        one, two = (table(home / "forms" / m / "attacks", attack) for m in ("net-embed", folder))
+        assert one == two and len(one) > 1
+
+
+def test_a_class_of_torch_is_a_model_and_runs_go_by_photographs_and_name(home, judge):
+    assert judge("torch.nn:Flatten", "--attacks", "clean", "--data", "folder")[0] == 0
+    assert len(table(home / "runs/people-torch.nn-Flatten/torch.nn-Flatten/attacks", "clean")) == 14
+
+
+def test_a_file_named_as_a_script_hides_none_and_its_folder_is_searched(home, judge):
+    other = home / "other"
+    other.mkdir()
+    (other / "helper_for_test.py").write_text("half = 0.5\n")
+    (other / "embed.py").write_text("from helper_for_test import half\n" + NET)
+    assert judge("other/embed.py:embed", "--attacks", "clean", "--run", "hides")[0] == 0
+    import embed
+
+    assert Path(embed.__file__).parent == ROOT
+
+
+def test_goes_on_after_a_stop_and_refuses_another_model_or_size(home, judge, interrupted_at):
+    flags = ("--attacks", "eyeglasses", "--run", "stopped")
+    shutil.copy(home / "net.py", home / "changing.py")
+    with interrupted_at(attacks, "attack_target", 2):
+        assert judge("changing.py:make", *flags)[0] == 130
+    with interrupted_at(attacks, "attack_target", 0) as calls:
+        assert judge("changing.py:make", *flags)[0] == 2 and len(calls) == 1  # no clean rows
+    status, out, _ = judge("changing.py:make", *flags, "--attacks", "clean,eyeglasses")
+    assert status == 0 and "changing-make eyeglasses: kept" in out
+    status, _, errors = judge("changing.py:make", *flags, "--size", "48")
+    assert status == 2 and "size (32 before, 48 now)" in errors[0]
+    (home / "changing.py").write_text(NET.replace("tensor(2.0)", "tensor(3.0)"))
+    status, _, errors = judge("changing.py:make", *flags)
+    assert status == 2 and "embedding (" in errors[0] and "--overwrite" in errors[0]
+
+
+def test_weights_that_the_file_reads_count_as_the_model(home, judge):
+    (home / "reads.py").write_text(NET + "\ninner.load_state_dict(torch.load('weights.pt'))\n")
+    flags = ("--attacks", "clean", "--run", "reads")
+    for scale, status in ((1.0, 0), (1.0, 0), (1.5, 2)):
+        torch.save({"scale": torch.tensor(scale)}, home / "weights.pt")
+        assert judge("reads.py:embed", *flags)[0] == status, scale
+
+
+@pytest.mark.parametrize(
+    "model, flags, told",
+    [
+        ("nowhere.py:embed", (), "no such file nowhere.py"),
+        ("net.py:nobody", (), "net.py has no nobody"),
+        ("net.py", (), "give FILE.py:NAME or package.module:NAME"),
+        ("no_such_package.net:embed", (), "cannot be loaded: ModuleNotFoundError"),
+        ("broken.py:embed", (), "cannot be loaded: ZeroDivisionError"),
+        ("net.py:number", (), "number is a int, wanted a function of images"),
+        ("net.py:Needs", (), "Needs is a type, wanted"),
+        ("bad.py:fails", (), "fails on the first images, cpu: RuntimeError"),
+        ("bad.py:stops", (), "fails on the first images, cpu: SystemExit: no licence"),
+        ("bad.py:deep", (), "gives float32 (2, 3, 32, 32) for 2 images, wanted float (2, D)"),
+        ("bad.py:words", (), "gives str for 2 images"),
+        ("bad.py:infinite", (), "not finite"),
+        ("bad.py:restless", (), "answers an image differently a second time"),
+        ("bad.py:batched", (), "answers an image differently alone and in a batch"),
+        ("bad.py:training", (), "BatchNorm1d in training mode"),
+        ("bad.py:detached", (), "no gradient reaches the images"),
+        ("bad.py:rounded", (), "the gradient for the images is zero"),
+        ("bad.py:inplace", (), "changes the images that it is given"),
+        ("bad.py:elsewhere", (), "fails on the first images, cpu: "),
+        ("bad.py:late", (), "not finite"),
+        ("net.py:embed", ("--size", "31"), "--size 31: give a number from 32 to 256"),
+        ("net.py:embed", ("--size", "257"), "--size 257: give a number from 32 to 256"),
+        ("net.py:embed", ("--min-images", "5"), "nobody has 5 images"),
+        ("net.py:embed", ("--attacks", "indirect"), "needs the generator"),
+        ("net.py:embed", ("--method", "ours"), "--method"),
+        ("net.py:embed", ("--distance", "taxi"), "--distance"),
+        ("net.py:embed", ("--root", "one"), "one person alone has no intruders"),
+        ("net.py:embed", ("--root", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_judged_is_one_line_and_writes_nothing(home, judge, model, flags, told):
+    (home / "broken.py").write_text("1 / 0\n")
+    if not (home / "one").exists():
+        write_people(home / "one", persons=1)
+    status, _, errors = judge(model, *flags, "--run", "bad")
+    assert status == 2 and len(errors) == 1, errors
+    assert told in errors[0] and not (home / "bad").exists()
+
+
+def test_flags_that_need_others_are_one_line(home, judge, monkeypatch, capsys):
+    status, _, errors = judge("net.py:embed", root="")
+    assert status == 2 and "give --data folder --root PHOTOS" in errors[0]
+    (home / "run").mkdir()
+    (home / "run/run.json").write_text(json.dumps({"data": "synthetic"}))
+    for flags, told in (
+        (("--size", "112"), "--size 112"),
+        (("--distance", "cosine"), "--distance cosine"),
+        (("--person-folder", "first"), "--person-folder"),
+    ):
+        assert attacks.main(["--run", "run", *flags]) == 2
+        assert told in capsys.readouterr().err
+    assert [path.name for path in (home / "run").iterdir()] == ["run.json"]
+
+
+def test_a_low_clean_figure_names_the_cause_and_shows_the_picture(home, judge):
+    write_people(home / "blue", persons=6, colour=(2,))
+    (home / "bgr.py").write_text(NET.replace("(images, 4)", "(images[:, :1], 4)"))  # of BGR: blue
+    status, out, _ = judge("bgr.py:embed", "--attacks", "clean", "--run", "bgr", root="blue")
+    warning = next(line for line in out.splitlines() if line.startswith("WARNING"))
+    assert status == 0 and "1.00 as BGR" in warning and "in [-1, 1]" in warning
+    assert float(warning.split()[1]) < 0.75 and "frame, crop or range may be wrong" in warning
+    picture = home / "bgr/bgr-embed/input.png"
+    assert str(picture.relative_to(home)) in warning
+    seen = np.asarray(Image.open(picture))
+    person = np.asarray(
+        Image.open(home / "blue/p2/0.png").resize((32, 32), Image.Resampling.BICUBIC)
+    )
+    assert seen.shape == (32, 6 * 32, 3) and np.abs(seen[:, 64:96].astype(int) - person).max() < 9
+
+
+def test_cosine_is_asked_for_where_the_norm_says_nothing(home, judge):
+    loud = NET.replace("return inner(images)", "return inner(images - 0.5) * loudness(images)")
+    loud += "\ndef loudness(images):\n    return 1 + (1e4 * images.mean((1, 2, 3))[:, None]) % 9\n"
+    (home / "loud.py").write_text(loud)
+    flags = ("--attacks", "clean", "--run", "loud")
+    status, out, _ = judge("loud.py:embed", *flags)
+    assert status == 0 and "1.000 by the other distance: --distance cosine" in out
+    status, _, errors = judge("loud.py:embed", *flags, "--distance", "cosine")
+    assert status == 2 and "distance (euclidean before, cosine now)" in errors[0]
+    status, out, _ = judge("loud.py:embed", *flags, "--distance", "cosine", "--overwrite")
+    assert status == 0 and "clean AU-ROC 1.000" in out and "WARNING" not in out
+    rows = table(home / "loud/loud-embed/attacks", "clean")
+    assert max(float(row["distance"]) for row in rows) <= 2
+
+
+def test_photographs_of_a_target_are_limited_and_persons_found_two_folders_deep(home, judge):
+    for p in range(4):
+        shutil.copytree(home / f"people/p{p}", home / f"deep/p{p}/monday")
+        shutil.copytree(home / f"people/p{p}", home / f"deep/p{p}/tuesday")
+        for path in (home / f"deep/p{p}/tuesday").iterdir():
+            Image.open(path).point(lambda v: v + 3).save(path)
+    flags = ("--attacks", "clean", "--run", "deep-run", "--target-images", "6")
+    assert judge("net.py:embed", *flags, root="deep")[0] == 2
+    assert judge("net.py:embed", *flags, "--person-folder", "first", root="deep")[0] == 0
+    rows = table(home / "deep-run/net-embed/attacks", "clean")
+    assert sum(row["role"] == "genuine" for row in rows) == 2 * 5
+
+
+@pytest.mark.skipif(not (SHARED / "models").exists(), reason="no trained descriptor here")
+@pytest.mark.parametrize("size", [64, 112, 150])
+def test_a_trained_descriptor_at_its_own_size(home, judge, size):
+    if not (home / "lfw").exists():
+        big = [p for p in sorted((SHARED / "lfw").iterdir()) if len([*p.iterdir()]) >= 4][:5]
+        for person in big:
+            (home / "lfw" / person.name).mkdir(parents=True)
+            for photograph in sorted(person.iterdir())[:4]:
+                shutil.copy(photograph, home / "lfw" / person.name)
+    model = f"{SHARED / 'models' / 'facenet128.py'}:embed"
+    flags = ("--size", str(size), "--run", f"lfw-{size}", "--attacks", "clean")
+    status, out, _ = judge(model, *flags, "--targets", "1", root="lfw")
+    given = next(line for line in out.splitlines() if line.startswith("clean AU-ROC"))
+    assert status == 0 and float(given.split()[2].strip(",")) > 0.97 and "crop lfw" in out
