@@ -1,6 +1,6 @@
 """AU-ROC, AU-PR, detection, intervals and health checks from the rows of a run (Sec. 4).
 
-    python metrics.py --run runs/synthetic-demo-0            # table, checks, tables.md, figures
+    python metrics.py --run runs/synthetic-demo-0            # tables, checks, tables.md, figures
     python metrics.py --run runs/synthetic-demo-0 --json     # {"<method>": {"<attack>": {...}}}
     python metrics.py --run runs/a-0 runs/a-1 runs/a-2       # mean and range over runs (seeds)
 
@@ -12,10 +12,14 @@ balanced precision TPR / (TPR + FPR) then starts at 1 when an attack moves some 
 way and leaves the rest alone, so AU-PR lies above AU-ROC as in most of the paper's pairs (0.868 /
 0.896); with the genuine class as the positive one it would lie below. AU-PR is the step-wise sum,
 so that chance is exactly 0.5.
+
+So the paper's FPR is the biometric FRR, genuine images refused. FAR, the biometric one, is the
+share of intruders that pass, TAR that of genuine images.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +30,8 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 
 FPR = 0.05  # Sec. 4.3
+# not in the paper: reported where at least so many of the unattacked intruders should pass
+FARS, ERRORS = (0.1, 0.01), 10
 ROLES = ("genuine", "intruder")
 COUNTS = "targets / genuine / intruders"
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
@@ -117,23 +123,43 @@ def auroc(genuine: Any, intruders: Any) -> float:
     return float(below.mean() / (2 * len(g)))
 
 
-def _area(genuine: Any, intruders: Any, prior: float | None) -> float:
+def roc(genuine: Any, intruders: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(FAR, TAR), the shares of intruders (n,) and of genuine images (k,) that pass at every delta
+    that makes a difference, rising from (0, 0) to (1, 1)."""
     g, i = _two(genuine, intruders)
-    at = np.unique(np.concatenate([g, i]))[::-1]
-    tpr = 1 - np.searchsorted(i, at, "left") / len(i)
-    fpr = 1 - np.searchsorted(g, at, "left") / len(g)
-    odds = len(g) / len(i) if prior is None else (1 - prior) / prior
+    at = np.append(np.unique(np.concatenate([g, i])), math.inf)
+    return np.searchsorted(i, at, "left") / len(i), np.searchsorted(g, at, "left") / len(g)
+
+
+def _area(genuine: Any, intruders: Any, odds: float) -> float:
+    tpr, fpr = (1 - passing[-2::-1] for passing in roc(genuine, intruders))
     return float((np.diff(tpr, prepend=0.0) * tpr / (tpr + odds * fpr)).sum())
 
 
 def aupr(genuine: Any, intruders: Any) -> float:
     """Area under precision over recall, precision = TPR / (TPR + FPR) as in the paper."""
-    return _area(genuine, intruders, 0.5)
+    return _area(genuine, intruders, 1.0)
 
 
 def average_precision(genuine: Any, intruders: Any) -> float:
     """Area under precision over recall at the prior of the sample (n intruders, k genuine)."""
-    return _area(genuine, intruders, None)
+    return _area(genuine, intruders, np.size(genuine) / max(np.size(intruders), 1))
+
+
+def eer(genuine: Any, intruders: Any) -> float:
+    """The equal error rate, FAR = 1 - TAR, on the straight line between the deltas around it."""
+    far, tar = roc(genuine, intruders)
+    return float(np.interp(0.0, far - (1 - tar), far))
+
+
+def passing_at_far(images: Any, intruders: Any, far: float) -> float:
+    """The share of `images` (k,) that passes at the largest delta that lets at most `far` of the
+    intruders (n,) pass: of genuine images the TAR, of attacked intruders the attack's success."""
+    d, i = _two(images, intruders)
+    if not 0 <= far <= 1:
+        raise ValueError(f"a FAR of {far}: give one in [0, 1]")
+    passed = math.floor(far * len(i) + 1e-9)
+    return float((d < (math.inf if passed == len(i) else i[passed])).mean())
 
 
 def threshold(genuine: Any, fpr: float = FPR) -> float:
@@ -218,16 +244,35 @@ def interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]
     return float(lo), float(hi)
 
 
+def detection_bootstrap(
+    genuine: Sample,
+    attacked: Sample,
+    fpr: float = FPR,
+    evading: bool = False,
+    n: int = 1000,
+    among: Sequence[str] = (),
+) -> np.ndarray:
+    """`detection_at_fpr` (n,) of resampled targets, as `bootstrap`; each time delta is another."""
+    g, of_g, d, of_d, drawn = _resampled(genuine, attacked, n, 0, among)
+    if not 0 <= fpr < 1:
+        raise ValueError(f"an FPR of {fpr}: give one in [0, 1)")
+    drawn, everyone = drawn.astype(float), np.arange(drawn.shape[1])[:, None]
+    order = np.argsort(-g)
+    refused = drawn @ (of_g[order] == everyone).cumsum(1)  # (n, k), if delta lies just below
+    beyond = [np.searchsorted(np.sort(d[of_d == t]), g[order], "right") for t in everyone[:, 0]]
+    nearer = np.stack(beyond, 1)  # (k, T)
+    must_pass = (refused > np.floor(fpr * refused[:, -1:] + 1e-9)).argmax(1)
+    held = drawn @ np.bincount(of_d, minlength=len(everyone))
+    same = (drawn * nearer[must_pass]).sum(1)
+    met = (held > 0) & (refused[:, -1] > 0) & (len(everyone) > 1)
+    return np.divide(same if evading else held - same, held, np.full(n, math.nan), where=met)
+
+
 def detection_interval(
     genuine: Sample, attacked: Sample, fpr: float = FPR, evading: bool = False, n: int = 1000
 ) -> tuple[float, float]:
-    """95 % interval of `detection_at_fpr`, resampling targets; each time delta is another."""
-    g, of_g, d, of_d, drawn = _resampled(genuine, attacked, n)
-    drawn = drawn[(drawn[:, of_g].sum(1) > 0) & (drawn[:, of_d].sum(1) > 0)]
-    if drawn.shape[1] < 2 or not len(drawn):
-        return math.nan, math.nan
-    samples = ((g.repeat(c[of_g]), d.repeat(c[of_d])) for c in drawn)
-    return interval(np.array([detection_at_fpr(*s, fpr, evading) for s in samples]))
+    """95 % interval of `detection_at_fpr`, resampling targets; (nan, nan) for a target alone."""
+    return interval(detection_bootstrap(genuine, attacked, fpr, evading, n))
 
 
 # Which rows judge an attack
@@ -259,23 +304,27 @@ def pairs(rows: Sequence[Row]) -> dict[tuple[str, int], Row]:
     return {(r.target, r.candidate): r for r in rows}
 
 
+def base_of(name: str) -> str:
+    """Whose rows hold what an attack leaves alone and set its thresholds: the rule has its own."""
+    if name.startswith("rule"):
+        return "rule" if name.startswith("rule_attacked") else name
+    return CERTIFIED.get(name, "clean")
+
+
 def sides(attacks: Attacks, name: str) -> tuple[list[Row], list[Row]]:
-    """(genuine, intruder) rows to judge an attack by: clean ones of a role it left alone."""
-    genuine, intruders = [], []
+    """(genuine, intruder) rows to judge an attack by: unattacked ones of a role it left alone."""
+    genuine, intruders, base = [], [], base_of(name)
     if name == "worst":
         intruders = worst(attacks)
     elif name in CERTIFIED:
-        genuine, found = (pick(attacks, CERTIFIED[name], role) for role in ROLES)
-        intruders = [r._replace(distance=r.bound) for r in found]
-    elif name == "rule_attacked":
-        genuine, intruders = (pick(attacks, a, r) for a, r in zip(("rule", name), ROLES))
+        intruders = [r._replace(distance=r.bound) for r in pick(attacks, base, "intruder")]
     elif name in DERIVED:
         intruders = direct_and_either(attacks)[name != "direct"]
     else:
         genuine, intruders = (pick(attacks, name, role) for role in ROLES)
-    if (genuine or intruders) and not name.startswith(("rule", "certified")):
-        genuine = genuine or pick(attacks, "clean", "genuine")
-        intruders = intruders or pick(attacks, "clean", "intruder")
+    if genuine or intruders:
+        genuine = genuine or pick(attacks, base, "genuine")
+        intruders = intruders or pick(attacks, base, "intruder")
     return genuine, intruders
 
 
@@ -321,29 +370,40 @@ def area_of(genuine: Sequence[Row], intruders: Sequence[Row]) -> float:
     return auroc(columns(genuine)[0], columns(intruders)[0])
 
 
-def merits(attacks: Attacks, name: str) -> dict[str, Any] | None:
-    """The figures of one attack on one method in one run, None without its rows or clean ones."""
+def merits(attacks: Attacks, name: str) -> tuple[dict[str, Any], dict[str, list[Row]]] | None:
+    """The figures of one attack on one method in one run and the rows that they rest on, `real`
+    setting the threshold of `detected`; None without its rows or clean ones."""
     if name not in attacks and name not in DERIVED:
         return None
     clean, (genuine, intruders) = pick(attacks, "clean", "genuine"), sides(attacks, name)
-    if not (clean and genuine and intruders):
+    real, others = (pick(attacks, base_of(name), role) for role in ROLES)
+    if not (clean and genuine and intruders and real):
         return None
-    (g, g_target), (i, i_target) = columns(genuine), columns(intruders)
     evading = name not in (*DERIVED, "clean") and not pick(attacks, name, "intruder")
+    detected = genuine if evading else intruders
     same = [] if evading else same_pairs(attacks, intruders)
-    rule = name.startswith(("rule", "certified"))  # it has a threshold of its own
-    real = g if rule else columns(clean)[0]
-    return {
+    own_clean = genuine if base_of(name) == "clean" else clean  # not under the rule
+    (g, g_target), (i, i_target) = columns(genuine), columns(intruders)
+    r, o, d = (columns(rows)[0] for rows in (real, others, detected))
+    figures = {
         "auroc": auroc(g, i),
         "aupr": aupr(g, i),
         "ap": average_precision(g, i),
+        "eer": eer(g, i),
         "n_targets": len({*g_target} & {*i_target}),
         "n_genuine": len(g),
         "n_intruders": len(i),
-        "detected": detection_at_fpr(real, g if evading else i, FPR, evading),
-        "fpr": fpr_at(real, threshold(real)),
-        "clean_same_pairs": area_of(clean if rule else genuine, same) if same else math.nan,
+        "detected": detection_at_fpr(r, d, FPR, evading),
+        "fpr": fpr_at(r, threshold(r)),
+        "clean_same_pairs": area_of(own_clean, same) if same else math.nan,
     }
+    for far in FARS:
+        told = len(o) * far >= ERRORS - 1e-9
+        for key, images in (("tar", g), ("asr", i)):
+            value = passing_at_far(images, o, far) if told else math.nan
+            figures[f"{key}_at_far_{far:g}"] = value
+    rows = {"genuine": genuine, "intruders": intruders, "real": real, "detected": detected}
+    return figures, rows
 
 
 def measure(
@@ -355,42 +415,51 @@ def measure(
     Over several runs: means, distinct targets, pairs summed, `range` [lowest, highest] of each
     mean, `runs` how many had the rows; `interval` is then that of the mean AU-ROC, a target
     resampled with its rows in every run that attacks it. `detected`: the share at an FPR of at
-    most 5 %, `fpr`: the actual one.
-    `clean_same_pairs`: the AU-ROC of the attacked pairs without the attack, what it is to be set
-    beside (None: no such rows). `of`, for `worst`: the attacks it is the strongest of.
+    most 5 %, with its `detected_interval`; `fpr`: the actual one. `tar_at_far_0.1`: the share of
+    the genuine images that pass where 10 % of unattacked intruders do, `asr_at_far_0.1`: that of
+    the attacked ones; None where fewer than ten errors are expected. `eer`: where both errors are
+    equal. `clean_same_pairs`: the AU-ROC of the attacked pairs without the attack, what it is to be
+    set beside (None: no such rows). `of`, for `worst`: the attacks it is the strongest of.
     """
     held = names(runs)
     attacks_held = {a for every in held.values() for a in every}
     if method not in {*METHODS, *held} or name not in {*ATTACKS, *DERIVED, *attacks_held}:
         raise ValueError(f"{method}, {name}: not a method and an attack")
-    found, several = [], []
+    found, samples, evading = [], [], False
     for number, run in enumerate(runs):
         attacks = under(run.methods.get(method, {}), mirroring, selection)
-        if figures := merits(attacks, name):
-            found.append(figures)
+        if merit := merits(attacks, name):
+            found.append(merit[0])
+            evading = merit[1]["detected"][0].role == "genuine"
             # one manifest: the same name is the same person; without one they are others
-            people = run.people.get("sha256", number)
-            both = (columns(rows) for rows in sides(attacks, name))
-            several.append([(d, [f"{people} {t}" for t in targets]) for d, targets in both])
+            people, held_rows = run.people.get("sha256", number), merit[1].items()
+            named = {k: [f"{people} {r.target}" for r in rows] for k, rows in held_rows}
+            samples.append({k: (columns(rows)[0], named[k]) for k, rows in held_rows})
     if not found:
         return None
     result: dict[str, Any] = {k: sum(f[k] for f in found) for k in found[0]}
     means = [k for k in result if not k.startswith("n_")]
-    result |= {k: result[k] / len(found) for k in means}
-    means.remove("clean_same_pairs")
-    if math.isnan(result["clean_same_pairs"]):
-        result["clean_same_pairs"] = None
+    result |= {k: None if math.isnan(result[k]) else result[k] / len(found) for k in means}
     if name == "worst":
         every = [run.methods.get(method, {}) for run in runs]
         result["of"] = [a for a in WORST if all(a in attacks for attacks in every)]
-    result["n_targets"] = len({t for (_, a), (_, b) in several for t in {*a} & {*b}})
-    result["interval"] = [None, None]
-    if all(f["n_targets"] > 1 for f in found):
-        everyone = sorted({t for (_, a), (_, b) in several for t in {*a, *b}})
-        drawn = [bootstrap(g, i, among=everyone) for g, i in several]
-        result["interval"] = list(interval(np.mean(drawn, 0)))
+    shared = ({*s["genuine"][1]} & {*s["intruders"][1]} for s in samples)
+    result["n_targets"] = len(set().union(*shared))
+
+    def resampled(draw: Any, a: str, b: str) -> list[float | None]:
+        everyone = sorted({t for s in samples for t in (*s[a][1], *s[b][1])})
+        means = np.mean([draw(s[a], s[b], among=everyone) for s in samples], 0)
+        return [None if math.isnan(v) else v for v in interval(means)]
+
+    several = all(f["n_targets"] > 1 for f in found)
+    result["interval"] = result["detected_interval"] = [None, None]
+    if several:
+        detection = functools.partial(detection_bootstrap, evading=evading)
+        result["interval"] = resampled(bootstrap, "genuine", "intruders")
+        result["detected_interval"] = resampled(detection, "real", "detected")
     if len(runs) > 1:
-        result["range"] = {k: [f(m[k] for m in found) for f in (min, max)] for k in means}
+        known = [k for k in means if result[k] is not None and k != "clean_same_pairs"]
+        result["range"] = {k: [f(m[k] for m in found) for f in (min, max)] for k in known}
         result["runs"] = len(found)
     return result
 
@@ -412,23 +481,34 @@ def counts(m: Mapping[str, Any] | None) -> str:
 
 
 def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """A summary as text, one line per method and attack."""
+    """A summary as text: of each method and attack a line of areas, further down one of rates."""
+
+    def told(value: float | None, interval: Sequence[float | None], form: str) -> str:
+        lo, hi = interval
+        return f"{value:>9{form}}  " + ("one target" if lo is None else f"{lo:{form}}-{hi:{form}}")
+
     first = max(14, *(len(method) + 2 for method in result))
-    areas = f"{'AU-ROC':>7}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}"
-    head = f"{areas}{'detected':>10}{'at FPR':>8}  {COUNTS}"
-    lines = [f"{'method':<{first}}{'attack':<21}{head}"]
+    rates = [f"{key}_at_far_{far:g}" for key in ("tar", "asr") for far in FARS]
+    asked = "".join(f"{key} at {far:.0%}".rjust(11) for key in ("TAR", "ASR") for far in FARS)
+    head = f"{'method':<{first}}{'attack':<21}"
+    areas = [f"{head}{'AU-ROC':>9}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}  {COUNTS}"]
+    lines = [f"{head}{'detected':>9}  {'95 % interval':<15}{'at FPR':>6}{'EER':>7}{asked}"]
     for method, attacks in result.items():
         for name, m in attacks.items():
-            lo, hi = m["interval"]
-            between = "one target" if lo is None else f"{lo:.3f}-{hi:.3f}"
-            areas = f"{m['auroc']:>7.3f}  {between:<15}{m['aupr']:>6.3f}{m['ap']:>7.3f}"
-            rates = f"{m['detected']:>10.1%}{m['fpr']:>8.1%}"
-            line = f"{method:<{first}}{name:<21}{areas}{rates}  {counts(m)}"
+            named = f"{method:<{first}}{name:<21}"
+            spread = f"{told(m['auroc'], m['interval'], '.3f'):<26}{m['aupr']:>6.3f}"
+            areas.append(f"{named}{spread}{m['ap']:>7.3f}  {counts(m)}")
             if "range" in m:
                 low, high = m["range"]["auroc"]
-                line += f", {m['runs']} runs: {low:.3f}-{high:.3f}"
-            lines.append(line)
-    return "\n".join(lines)
+                areas[-1] += f", {m['runs']} runs: {low:.3f}-{high:.3f}"
+            spread = f"{told(m['detected'], m['detected_interval'], '.1%'):<26}{m['fpr']:>6.1%}"
+            values = ("-" if m[k] is None else f"{m[k]:.1%}" for k in rates)
+            lines.append(f"{named}{spread}{m['eer']:>7.1%}" + "".join(v.rjust(11) for v in values))
+    note = (
+        "TAR at 10%: genuine images that pass where 10 % of the unattacked intruders do (FAR); ASR:"
+    )
+    note += f"\nintruders as attacked that do; -: where fewer than {ERRORS} unattacked ones should."
+    return "\n".join([*areas, "", *lines, note])
 
 
 # Health checks: signs that an attack did not do its work
@@ -624,6 +704,7 @@ def health_lines(checks: Sequence[Check]) -> str:
 # main
 
 
+FIGURES = [*map(str, range(1, 10)), "roc", "places"]  # of results/figures.py
 KINDS = get_type_hints(Row)
 LIMITS: dict[str, tuple[float, float]] = {"mirroring": (0, 1), "selection": (0, 1)}
 LIMITS |= dict.fromkeys(("distance", "direct", "bound"), (0, 1e300))
@@ -743,7 +824,9 @@ def parse(argv: Sequence[str] | None):
         def error(self, message: str):
             raise run.UsageError(f"{message} (--help lists the flags)")
 
-    parser = Parser(description="Tables, figures and health checks from the rows of a run.")
+    about = "Tables, figures and health checks from the rows of a run."
+    frr = "FPR is the paper's, genuine refused (the biometric FRR): the intruder is the positive."
+    parser = Parser(description=about, epilog=frr)
     add = parser.add_argument
     add("--run", type=Path, required=True, nargs="+", help="folders of embed.py; several: the mean")
     add("--json", action="store_true", help="print the figures as JSON and write nothing")
@@ -751,9 +834,7 @@ def parse(argv: Sequence[str] | None):
     add("--mirroring", **setting, help="rows with the mirror image averaged in")
     add("--selection", **setting, help="rows with the anchor selected")
     add("--rows", default="attacks", help="each method's folder, attacks-<name> for other persons")
-    every = range(1, 10)
-    only = "only these, none when empty"
-    add("--figures", type=int, nargs="*", choices=every, default=every, help=only)
+    add("--figures", nargs="*", choices=[*FIGURES, "none"], help="only these (default: all)")
     add("--out", type=Path, help="where tables.md and figures/ go (default: the first run)")
     return parser.parse_args(argv)
 
@@ -778,8 +859,9 @@ def show(argv: Sequence[str] | None) -> int:
         return 0
     out = args.out or args.run[0]
     run.write(out / "tables.md", tables.report(runs))
-    told = figures.draw(runs[0], out / "figures", args.figures)
-    wrote = f"wrote {out}/tables.md" + (f" and {out}/figures" if args.figures else "")
+    wanted = [name for name in args.figures or FIGURES if name != "none"]
+    told = figures.draw(runs[0], out / "figures", wanted)
+    wrote = f"wrote {out}/tables.md" + (f" and {out}/figures" if wanted else "")
     print("\n".join([*told, wrote]))
     return 0
 

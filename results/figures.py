@@ -1,9 +1,9 @@
-"""Figures 1-9 of a run, and the distances of Fig. 3.
+"""Figures 1-9 of a run, ROC curves, the certificate's weakest places; the distances of Fig. 3.
 
-    python metrics.py --run RUN --figures 2 5       # draws them into RUN/figures
+    python metrics.py --run RUN --figures 2 5 roc   # draws them into RUN/figures
     python -m results.figures RUN weak-at doa-4     # measures Fig. 3's distances by these networks
 
-In: logs, rows and the .npz of example images beside them. What is missing is said, not drawn.
+In: logs, rows and the .npz of example images beside them, of any size. What is missing is said.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from data import run
-from metrics import Run, columns, names, pick, threshold, under
+from metrics import ERRORS, FIGURES, Row, Run, columns, names, pick, roc, sides, threshold, under
 
-from .tables import LABELS, read_log, settings_of
+from .tables import LABELS, PATCHES, read_log, settings_of
 
 RUN_FIRST = "run the stage that writes it"
 COLORS = ("tab:blue", "tab:orange", "tab:green")
@@ -196,9 +196,9 @@ def figure_5(one: Run) -> Any:
 
 
 def figure_6(one: Run) -> Any:
-    """The three masks, in black over a face they were used on."""
+    """The masks, in black over a face they were used on."""
     row = []
-    for name in ("eyeglasses", "square", "eye_patch"):
+    for name in [a for a in PATCHES if first(one, a).exists()] or PATCHES[:1]:
         mask, faces = load_arrays(first(one, name), "mask", "clean")
         mask = mask[0] if mask.ndim == 3 else mask
         title = name.replace("_", " ") + ", location varies" * (name == "square")
@@ -207,33 +207,60 @@ def figure_6(one: Run) -> Any:
     return sheet([row], 2.0)
 
 
+def places_of(one: Run, name: str) -> dict[str, list[Row]]:
+    """{method: intruders' rows that hold a place}. Raises run.UsageError."""
+    found = {}
+    for method, attacks in one.methods.items():
+        rows = pick(under(attacks, 1, 1), name, "intruder")
+        if placed := [r for r in rows if r.row >= 0]:
+            found[method] = placed
+    if not found:
+        raise run.UsageError(f"{one.folder}/<method>/attacks/{name}.csv has no places")
+    return {m: found[m] for m in names([one]) if m in found}
+
+
+def setting(one: Run, method: str, name: str, key: str, default: int) -> int:
+    """What an attack ran with, as its sidecar says."""
+    return (one.methods[method][name].sidecar.get("config") or {}).get(key, default)
+
+
+def mean_face(one: Run, method: str, name: str) -> np.ndarray:
+    """(H, W, 3) of an attack's example images; without them grey."""
+    if not (path := one.folder / method / "attacks" / f"{name}.npz").exists():
+        side = setting(one, method, name, "size", 64)
+        return np.full((side, side, 3), 0.8)
+    faces = load_arrays(path, "clean")[0]
+    return np.mean([picture(i) for i in faces.reshape(-1, *faces.shape[-3:])], 0)
+
+
 def figure_7(one: Run) -> Any:
     """The square's search region, and how often each position won, over the mean face, if any."""
     from matplotlib.patches import Rectangle
 
-    method = next((m for m in names([one]) if "square" in one.methods[m]), "")
-    rows = pick(under(one.methods.get(method, {}), 1, 1), "square", "intruder")
-    starts = np.array([(r.row, r.col) for r in rows if r.row >= 0])
-    if not len(starts):
-        raise run.UsageError(f"{one.folder}/<method>/attacks/square.csv has no places")
-    face = np.full((64, 64, 3), 0.8)
-    if first(one, "square").exists():
-        faces = load_arrays(first(one, "square"), "clean")[0]
-        face = np.mean([picture(i) for i in faces.reshape(-1, *faces.shape[-3:])], 0)
+    from attacks import scale, square_positions
+
+    method, rows = next(iter(places_of(one, "square").items()))
+    face = mean_face(one, method, "square")
+    size = np.array(face.shape[:2])
+    side, starts = [scale(10, n) for n in size], np.array([(r.row, r.col) for r in rows])
+    searched = np.array(square_positions(5, *size))
+    (top, left), (height, width) = searched.min(0), np.ptp(searched, 0) + side
     figure, axes = canvas(1, 2, 6.6, 3.2)
     show(axes[0, 0], face, "search region")
-    region = Rectangle((14.5, 14.5), 30, 30, fill=False, color="yellow", linewidth=2)
-    axes[0, 0].add_patch(region)
-    low, high, places = starts.min(0), starts.max(0), np.unique(starts)
-    stride = int(np.diff(places).min()) if len(places) > 1 else 5
-    counts = np.zeros((high - low) // stride + 1)
-    np.add.at(counts, tuple(((starts - low) // stride).T), 1)
+    frame: dict[str, Any] = {"fill": False, "color": "yellow", "linewidth": 2}
+    axes[0, 0].add_patch(Rectangle((left - 0.5, top - 0.5), width, height, **frame))
+    stride = setting(one, method, "square", "square_stride", 5) * size / 64
+    low, high = starts.min(0), starts.max(0)
+    cells = np.rint((starts - low) / stride).astype(int)
+    counts = np.zeros(cells.max(0) + 1)
+    np.add.at(counts, tuple(cells.T), 1)
     title = f"centres of the {len(starts)} best squares, {LABELS.get(method, method)}"
     show(axes[0, 1], face, title)
-    (top, left), (bottom, right) = low + 4.5 - stride / 2, high + 4.5 + stride / 2
+    middle = (np.array(side) - 1) / 2
+    (top, left), (bottom, right) = low + middle - stride / 2, high + middle + stride / 2
     seen = {"extent": (left, right, bottom, top), "cmap": "viridis", "alpha": 0.75, "vmin": 0}
     heat = axes[0, 1].imshow(counts, **seen)
-    axes[0, 1].set(xlim=(-0.5, 63.5), ylim=(63.5, -0.5))
+    axes[0, 1].set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
     figure.colorbar(heat, ax=axes[0, 1], label="times best")
     return figure
 
@@ -250,22 +277,78 @@ def figure_8(one: Run, down: int = 4, across: int = 5) -> Any:
     return sheet(rows)
 
 
-def draw(one: Run, folder: Path, numbers: Sequence[int] = range(1, 10)) -> list[str]:
-    """Figures of these numbers as PNG into the folder; returns a line for each not made."""
+def figure_places(one: Run) -> Any:
+    """Of each method, over the mean face: how many intruders' weakest place under the rule, where
+    the bound is lowest, lies over a pixel."""
+    from attacks import scale
+
+    panels = places_of(one, "rule")
+    figure, axes = canvas(1, len(panels), 3.3 * len(panels), 3.2)
+    for axis, (method, rows) in zip(axes.flat, panels.items()):
+        face = mean_face(one, method, "rule")
+        patch = setting(one, method, "rule", "rule_patch", 10)
+        counts, (h, w) = np.zeros(face.shape[:2]), (scale(patch, n) for n in face.shape[:2])
+        for r in rows:
+            counts[r.row : r.row + h, r.col : r.col + w] += 1
+        title = f"weakest places of {h} x {w} pixels,\n{len(rows)} intruders"
+        show(axis, face, f"{title}, {LABELS.get(method, method)}")
+        heat = axis.imshow(np.ma.masked_equal(counts, 0), cmap="viridis", alpha=0.6, vmin=0)
+        figure.colorbar(heat, ax=axis, label="intruders")
+    return figure
+
+
+def figure_roc(one: Run, across: int = 3) -> Any:
+    """TAR against FAR, a panel a method: clean, attacked, and under the rule of the certificate.
+    Faint where fewer than ten intruders pass."""
+    every = ("clean", *PATCHES, "worst", "rule", "certified")
+    panels: dict[str, dict[str, tuple]] = {}
+    for method, held in names([one]).items():
+        attacks = under(one.methods[method], 1, 1)
+        for name in (a for a in every if a in held):
+            genuine, intruders = sides(attacks, name)
+            if genuine and intruders:
+                both = roc(columns(genuine)[0], columns(intruders)[0])
+                panels.setdefault(method, {})[name] = *both, ERRORS / len(intruders)
+    if not panels:
+        raise run.UsageError(f"{one.folder} has no clean rows with mirroring and selection")
+    down, across = -(-len(panels) // across), min(across, len(panels))
+    figure, axes = canvas(down, across, 3.6 * across, 3.2 * down, sharey=True)
+    for axis, (method, curves) in zip(axes.flat, panels.items()):
+        for name, (far, tar, least) in curves.items():
+            number = every.index(name)
+            how = {"color": f"C{number}", "linestyle": "-" if number < 5 else "--"}
+            axis.plot(far, tar, alpha=0.3, linewidth=0.8, **how)
+            sure = far >= least
+            axis.plot(far[sure], tar[sure], label=name.replace("_", " "), **how)
+        axis.set(xscale="log", xlabel="FAR: intruders that pass", ylim=(0, 1.02))
+        axis.set_title(LABELS.get(method, method), fontsize=10)
+        axis.legend(fontsize=7, frameon=False, loc="upper left")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for line in axes:
+        line[0].set_ylabel("TAR: genuine images that pass")
+    return figure
+
+
+def draw(one: Run, folder: Path, wanted: Sequence[str] = FIGURES) -> list[str]:
+    """These figures as PNG into the folder; returns what to say, one line for all not made."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return ["figures: not made, matplotlib is not installed (pip install matplotlib)"]
-    told = []
-    for number in numbers:
+    lacking: dict[str, list[str]] = {}
+    for name in wanted:
         try:
             buffer = io.BytesIO()
-            figure = globals()[f"figure_{number}"](one)
+            figure = globals()[f"figure_{name}"](one)
             figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.05)
-            run.write(folder / f"figure{number}.png", buffer.getvalue())
+            path = folder / f"{'figure' * name.isdigit()}{name}.png"
+            run.write(path, buffer.getvalue())
         except run.UsageError as error:
-            told.append(f"figure {number}: not made, {error}")
-    return told
+            reason = str(error).removeprefix(f"{one.folder}/").removesuffix(f": {RUN_FIRST}")
+            lacking.setdefault(reason, []).append(name)
+    told = "; ".join(f"{', '.join(which)} ({reason})" for reason, which in lacking.items())
+    return [f"figures not made: {told}"] if told else []
 
 
 def measure_figure_3(folder: Path, method: str, pairs: int = 500) -> None:

@@ -11,7 +11,7 @@ import csv
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,19 @@ import numpy as np
 
 import metrics
 from data import run
-from metrics import COUNTS, NOT_RUN, Attack, Run, columns, counts, measure, names, pick
+from metrics import (
+    COUNTS,
+    METHODS,
+    NOT_RUN,
+    Attack,
+    Row,
+    Run,
+    columns,
+    counts,
+    measure,
+    names,
+    pick,
+)
 
 HERE = Path(__file__).resolve().parent
 PATCHES = ("eyeglasses", "square", "eye_patch")
@@ -36,12 +48,28 @@ TABLE_1 = (  # row, method, mirroring, selection, and the paper's AU-ROC and AU-
 NO_AT = ("Without AT", "no-at", 1, 1, ((0.977,), (0.590, 0.669), (0.695, 0.757), (0.657, 0.608)))
 TABLE_2 = (NO_AT, TABLE_1[3], TABLE_1[4])
 HOURS = {"ours": 11, "doa-10": 25, "generator": 14}  # Sec. 4: 20,000 steps, 200 epochs
+THREATS = (  # where the patch of at most that size may be; its rule, its bound, the rule attacked
+    ("anywhere", "rule", "certified", "rule_attacked"),
+    ("App. C's places", "rule_places", "certified_places", ""),
+    ("App. C's places, one mask over all", "rule_one", "certified_one", ""),
+)
 LABELS = {m: label.removesuffix(", both") for label, m, *_ in (*TABLE_1, *TABLE_2)}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = (header, ["---"] * len(header), *rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def kept(one: Run, wanted: Callable[[str, str, Row], bool]) -> Run:
+    """The run with the rows wanted: (method, attack, row)."""
+    methods = {
+        m: {
+            a: Attack([r for r in v.rows if wanted(m, a, r)], v.sidecar) for a, v in attacks.items()
+        }
+        for m, attacks in one.methods.items()
+    }
+    return Run(one.folder, methods, one.people)
 
 
 def cell(m: Mapping[str, Any] | None, pr: bool = True, spread: bool = True) -> str:
@@ -62,7 +90,9 @@ def unattacked(*measures: Mapping[str, Any] | None) -> str:
 
 
 def methods_of(runs: Sequence[Run], *first: str) -> list[str]:
-    return list(dict.fromkeys([*first, *names(runs)]))
+    """The runs' methods, after the first ones where any is the paper's."""
+    held = names(runs)
+    return list(dict.fromkeys([*(first if {*held} & {*METHODS} else ()), *held]))
 
 
 def comparison(runs: Sequence[Run], lines: Sequence[tuple]) -> str:
@@ -71,7 +101,8 @@ def comparison(runs: Sequence[Run], lines: Sequence[tuple]) -> str:
     for name in PATCHES:
         header += [name.replace("_", " "), "paper"]
     body = []
-    for label, method, m, s, paper in lines:
+    known = methods_of(runs, *METHODS)
+    for label, method, m, s, paper in (line for line in lines if line[1] in known):
         found = [measure(runs, method, a, m, s) for a in ("clean", *PATCHES)]
         row = [label]
         for n, figures in enumerate(found):
@@ -79,7 +110,7 @@ def comparison(runs: Sequence[Run], lines: Sequence[tuple]) -> str:
             row += [cell(figures, n > 0), theirs]
         row.insert(3, unattacked(found[1]))
         body.append([*row, counts(found[1] or found[0])])
-    return markdown([*header, f"{COUNTS} under eyeglasses"], body)
+    return markdown([*header, f"{COUNTS} under eyeglasses"], body) if body else NOT_RUN
 
 
 def noise(runs: Sequence[Run]) -> str:
@@ -152,17 +183,7 @@ def beyond(runs: Sequence[Run]) -> str:
     """Attacks that the paper does not have; the worst of those that every method met, too."""
     every = [attacks for one in runs for attacks in one.methods.values()]
     common = [a for a in metrics.WORST if all(a in attacks for attacks in every)]
-    fewer = [
-        Run(
-            one.folder,
-            {
-                m: {a: held[a] for a in held if a in ("clean", *common)}
-                for m, held in one.methods.items()
-            },
-            one.people,
-        )
-        for one in runs
-    ]
+    fewer = [kept(one, lambda m, a, r: a in ("clean", *common)) for one in runs]
     attacks = ("eyeglasses", "eot_eyeglasses", "eye_patch", "grey_eye_patch", "eot_eye_patch")
     body = []
     for m in names(runs):
@@ -171,6 +192,65 @@ def beyond(runs: Sequence[Run]) -> str:
     header = [a.replace("grey_eye_patch", "grey eye patch, no attack") for a in attacks]
     told = f"worst of {', '.join(common) or 'those all met'}"
     return markdown(["", *header, "worst of all it met", told], body)
+
+
+def rule_attacked(one: Run) -> Run:
+    """The run with the rule's rows of the intruders alone whose patch attacked it."""
+    met = {
+        (m, r.target, r.candidate)
+        for m, attacks in one.methods.items()
+        for r in (*pick(attacks, "rule_attacked", "intruder"), *pick(attacks, "rule", "genuine"))
+    }
+    return kept(one, lambda m, a, r: a != "rule" or (m, r.target, r.candidate) in met)
+
+
+def certificate(runs: Sequence[Run]) -> str:
+    """The section on the rule of attacks.py's `certify`, "" without its rows: what no patch can
+    reach, beside what the attack on it reached."""
+    rules = [a["rule"].sidecar for one in runs for a in one.methods.values() if "rule" in a]
+    if not rules:
+        return ""
+    attacked_pairs, body = [rule_attacked(one) for one in runs], []
+    for method in names(runs):
+        clean = measure(runs, method, "clean")
+        for places, *attacks in THREATS:
+            rule, bound, on = (measure(runs, method, a) if a else None for a in attacks)
+            if not (rule and bound):
+                continue
+            row = [f"{LABELS.get(method, method)}, {places}", cell(clean, False), unattacked(bound)]
+            row += [cell(m, False) for m in (rule, bound)]
+            lo, hi = bound["detected_interval"]
+            spread = "" if lo is None else f" [{lo:.1%}, {hi:.1%}]"
+            row += [f"{bound['detected']:.1%}{spread}", f"{bound['fpr']:.1%}"]
+            same = measure(attacked_pairs, method, attacks[1]) if on else None
+            body.append([*row, cell(on, False), cell(same, False), counts(on), counts(bound)])
+    header = ["", "clean, F itself", "the same pairs", "clean, under the rule", "certified"]
+    header += ["certain rejection", "at FRR", "attacked under the rule", "certified, these pairs"]
+
+    def told(key: str) -> str:
+        found = ({**(s.get("config") or {}), **s}.get(key, "unknown") for s in rules)
+        return ", ".join(sorted({str(v) for v in found}))
+
+    return f"""## Certificate
+
+A candidate is covered by each of {told("masks")} masks of side {told("rule_mask")} of 64 in turn \
+(filled with: {told("fill")}; the anchor {told("anchor_seen")}), at
+App. C's places by masks of their own; its score under the rule is the largest of the distances.
+*Certified*: AU-ROC with each intruder at its bound: no patch of at most \
+{told("rule_patch")} x {told("rule_patch")}, wherever it lies and whatever it
+shows, brings the score below (at App. C's places: no eyeglasses, eye patch or square of the 25).
+*Certain rejection*: the bound is at least delta, which refuses at most 5 % of the run's genuine \
+pairs under the rule.
+The best attack on the rule lies between *certified, these pairs* and *attacked*.
+
+It bounds the rule, not F. It holds for one photograph, not for another pose, light or crop, and \
+for one patch, no larger than said.
+It says nothing on evasion, which the rule makes easier. What F says of an image must not depend \
+on the rest of its batch.
+
+{markdown([*header, f"{COUNTS}, attacked", COUNTS], body)}
+
+"""
 
 
 def settings(runs: Sequence[Run]) -> str:
@@ -261,6 +341,7 @@ def report(runs: Sequence[Run]) -> str:
         every = [sorted({str(d[key]) for d in found if key in d}) for found in sources]
         return ", ".join(next((v for v in every if v), ["unknown"]))
 
+    own = [(m, m, 1, 1, ()) for m in names(runs) if m not in METHODS]  # that the paper has not
     data, seeds = said("data", sidecars, people), said("seed", people)
     several = " and the lowest and highest run" if len(runs) > 1 else ""
     return f"""# Tables
@@ -283,7 +364,7 @@ the AU-ROC over targets{several}.
 
 ## Table 1
 
-{comparison(runs, TABLE_1)}
+{comparison(runs, (*TABLE_1, *own))}
 
 ## Table 2: without adversarial training
 
@@ -307,7 +388,7 @@ the AU-ROC over targets{several}.
 
 {beyond(runs)}
 
-## Disentanglement
+{certificate(runs)}## Disentanglement
 
 {disentanglement(runs)}
 
@@ -403,6 +484,10 @@ def variants() -> str:
     return side_by_side([(label, runs_of(*folders), method) for label, folders, method in lines])
 
 
+def of_targets(one: Run, targets: set[str]) -> Run:
+    return kept(one, lambda m, a, r: r.target in targets)
+
+
 def strength() -> str:
     """Eyeglasses at the demo's and at the paper's strength, on the targets that met both."""
     lines = []
@@ -410,10 +495,7 @@ def strength() -> str:
     for method, attacks in strong.methods.items():
         met = {r.target for r in attacks["eyeglasses"].rows}
         for one, told in ((demo, "80 x 1"), (strong, "1000 x 5")):
-            held = one.methods[method].items()
-            kept = {a: Attack([r for r in v.rows if r.target in met], v.sidecar) for a, v in held}
-            label = f"{LABELS[method]}, attacked {told}"
-            lines.append((label, [Run(one.folder, {method: kept}, one.people)], method))
+            lines.append((f"{LABELS[method]}, attacked {told}", [of_targets(one, met)], method))
     return side_by_side(lines)
 
 

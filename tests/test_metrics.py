@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.optimize import brentq
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 import metrics
 from data.run import UsageError
@@ -87,6 +88,35 @@ def test_no_area_without_both_classes_or_with_non_finite_distances(bad):
             area(*bad)
 
 
+@pytest.mark.parametrize(
+    "genuine, intruders", [s[1:] for s in samples()], ids=[s[0] for s in samples()]
+)
+def test_both_errors_and_what_passes_at_a_far(genuine, intruders):
+    truth = np.r_[np.ones(len(genuine)), np.zeros(len(intruders))]
+    far, tar, _ = roc_curve(truth, -np.r_[genuine, intruders], drop_intermediate=False)
+    equal = brentq(lambda x: 1 - x - np.interp(x, far, tar), 0, 1)
+    ours = metrics.roc(genuine, intruders)
+    if 0 < equal < 1:  # np.interp is one of two values where the curve rises straight up
+        between = [f(x) for f, x in ((max, far[far <= 1 - tar]), (min, far[far >= 1 - tar]))]
+        assert between[0] <= metrics.eer(genuine, intruders) <= between[1]
+    assert set(zip(*ours)) == set(zip(far, tar))
+    every = [0.0, *np.unique(np.r_[genuine, intruders]), math.inf]
+    genuine, intruders = np.array(genuine), np.array(intruders)
+    for asked in (0.0, 0.01, 0.1, 1 / 3, 0.5, 1.0):
+        delta = max(d for d in every if (intruders < d).mean() <= asked + 1e-9)
+        found = metrics.passing_at_far(genuine, intruders, asked)
+        assert found == (genuine < delta).mean()
+        assert metrics.passing_at_far(intruders, intruders, asked) <= asked
+
+
+def test_equal_error_rate_by_hand():
+    assert metrics.eer([1.0, 2.0], [3.0, 4.0]) == 0 and metrics.eer([3.0], [1.0]) == 1
+    assert metrics.eer([2.0] * 5, [2.0] * 3) == 0.5  # chance: on the line between the corners
+    assert metrics.eer([1.0, 2.0, 3.0, 6.0], [4.0, 5.0, 7.0, 5.5]) == 0.25
+    # where FAR jumps from 0 past 1 - TAR = 1 / 4
+    assert metrics.eer([1.0, 2.0, 3.0, 6.0], [4.0, 7.0]) == 0.25
+
+
 def test_detection_at_five_percent():
     genuine = np.arange(1.0, 101.0)
     delta = metrics.threshold(genuine, 0.05)
@@ -134,6 +164,14 @@ WRONG = {
     "detection, genuine": lambda m: m.detection_at_fpr([1.0, NAN], [2.0, 3.0]),
     "detection, attacked": lambda m: m.detection_at_fpr(D, [NAN]),
     "detection, none": lambda m: m.detection_at_fpr(D, [], evading=True),
+    "ROC, nan": lambda m: m.roc([1.0, NAN], D),
+    "equal errors, none": lambda m: m.eer(D, []),
+    "passing, nan": lambda m: m.passing_at_far([NAN], D, 0.1),
+    "passing, no intruders": lambda m: m.passing_at_far(D, [], 0.1),
+    "passing, FAR": lambda m: m.passing_at_far(D, D, 1.5),
+    "passing, FAR nan": lambda m: m.passing_at_far(D, D, NAN),
+    "detection bootstrap, FPR": lambda m: m.detection_bootstrap((D, T), (D, T), 1.0),
+    "detection bootstrap, names": lambda m: m.detection_bootstrap((D, T), (D, T), among=["a"]),
     "bootstrap, nan": lambda m: m.bootstrap(([1.0, NAN], T), (D, T)),
     "bootstrap, lengths": lambda m: m.bootstrap((D, T), (D, ["a"])),
     "bootstrap, longer": lambda m: m.bootstrap((D, ["a", "b", "a"]), (D, T)),
@@ -410,6 +448,61 @@ def test_detection_interval(tmp_path):
     assert lo < metrics.detection_at_fpr(g, d, evading=True) < hi and hi - lo < 0.3
     assert metrics.detection_interval((g, gt), (d, dt))[0] == pytest.approx(1 - hi, abs=0.02)
     assert all(math.isnan(v) for v in metrics.detection_interval((g, gt * 0), (d, dt * 0)))
+
+
+@pytest.mark.parametrize("evading", [False, True])
+@pytest.mark.parametrize("fpr", [0.0, 0.05, 0.5])
+def test_detection_bootstrap_equals_a_loop_over_resampled_targets(evading, fpr):
+    rng = np.random.default_rng(1)
+    g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)  # ties
+    d, dt = rng.integers(2, 12, 90).astype(float), rng.integers(0, 6, 90)
+    fast = metrics.detection_bootstrap((g, gt), (d, dt), fpr, evading, n=60)
+    slow = []
+    for counts in np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), size=60):
+        both = np.repeat(g, counts[gt]), np.repeat(d, counts[dt])
+        slow.append(metrics.detection_at_fpr(*both, fpr, evading) if all(map(len, both)) else NAN)
+    assert fast == pytest.approx(np.array(slow), abs=1e-12, nan_ok=True)
+
+
+def many(folder, n=100):
+    """A run of one method with n clean intruders, half of them attacked."""
+    clean = [("genuine", f"t{j % 2}", j, 0.5 + j) for j in range(40)]
+    intruders = [("intruder", f"t{j % 3 % 2}", 100 + j, 10.0 + j) for j in range(n)]
+    write(folder, "mine", "clean", clean + intruders)
+    write(folder, "mine", "eyeglasses", [(*r[:3], r[3] - 9.5) for r in intruders[: n // 2]])
+    return folder
+
+
+def test_what_passes_at_a_far_is_told_where_ten_errors_are_expected(tmp_path, capsys):
+    assert metrics.main(["--run", str(many(tmp_path / "100")), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["mine"]
+    # 10 of 100 intruders pass below a distance of 20
+    clean, attacked = found["clean"], found["eyeglasses"]
+    assert clean["tar_at_far_0.1"] == attacked["tar_at_far_0.1"] == 20 / 40
+    assert clean["asr_at_far_0.1"] == 0.1 and attacked["asr_at_far_0.1"] == 20 / 50
+    assert clean["tar_at_far_0.01"] is clean["asr_at_far_0.01"] is None
+    few = metrics.summary(many(tmp_path / "99", 99))["mine"]
+    assert few["clean"]["tar_at_far_0.1"] is few["eyeglasses"]["asr_at_far_0.1"] is None
+    # of several runs all must tell it
+    runs = [metrics.read_run(tmp_path / name) for name in ("100", "99", "100")]
+    assert metrics.measure(runs, "mine", "clean")["tar_at_far_0.1"] is None
+    both = metrics.measure(runs[::2], "mine", "eyeglasses")
+    assert both["asr_at_far_0.1"] == 0.4 and both["range"]["asr_at_far_0.1"] == [0.4, 0.4]
+
+
+def test_printed_tables_hold_the_rates_and_are_narrow(tmp_path, capsys):
+    folder = many(tmp_path)
+    assert metrics.main(["--run", str(folder), str(folder), "--figures", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:-1])) <= 130
+    m = metrics.summary(folder)["mine"]["eyeglasses"]
+    _, rates = (line for line in printed.splitlines() if "eyeglasses    " in line)
+    detected = "{:.1%}  {:.1%}-{:.1%}".format(m["detected"], *m["detected_interval"])
+    assert detected in rates and m["detected_interval"][0] < m["detected"]
+    assert rates.split()[-5:] == [f"{m['eer']:.1%}", "50.0%", "-", "40.0%", "-"]
+    with pytest.raises(SystemExit):
+        metrics.main(["--help"])
+    assert "biometric FRR" in " ".join(capsys.readouterr().out.split())
 
 
 def test_more_successful_of_direct_and_indirect(run):
@@ -703,7 +796,8 @@ def lines_of(text):
 def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     folder = full_run(tmp_path)
     assert metrics.main(["--run", str(folder)]) == 0
-    assert "not made" not in capsys.readouterr().out
+    (lacking,) = [t for t in capsys.readouterr().out.splitlines() if "not made" in t]
+    assert lacking == "figures not made: places (<method>/attacks/rule.csv has no places)"
     text = (folder / "tables.md").read_text()
     assert (
         "Data: synthetic" in text
@@ -750,30 +844,23 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
         costs["Ours"] == ["0.5 s", "3.3 min", "400 steps", "11 h, 1.98 s"]
         and costs["generator"][0] == "21 s"
     )
-    for number in range(1, 10):
-        assert (folder / f"figures/figure{number}.png").read_bytes().startswith(b"\x89PNG")
+    assert "## Certificate" not in text
+    for name in (*(f"figure{number}" for number in range(1, 10)), "roc"):
+        assert (folder / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_a_run_lacks_is_said_and_the_rest_is_made(run, capsys):
     assert metrics.main(["--run", str(run), "--out", str(run / "report")]) == 0
     printed = capsys.readouterr().out
-    lacking = (
-        "quadruplets.npz",
-        "log.jsonl",
-        "figure3.csv",
-        "distal.npz",
-        "weak-at-<4",
-        "eyeglasses.npz",
-        "square.csv",
-    )
-    for number, name in enumerate((*lacking, "eye_patch.npz", "quadruplets.npz"), 1):
-        assert any(
-            f"figure {number}: not made" in line and name in line for line in printed.splitlines()
-        ), (
-            number,
-            name,
-        )
-    assert metrics.main(["--run", str(run), "--out", str(run / "none"), "--figures"]) == 0
+    (told,) = [line for line in printed.splitlines() if "not made" in line]
+    lacking = {"1, 9": "quadruplets.npz", "2": "log.jsonl", "3": "figure3.csv", "4": "distal.npz"}
+    lacking |= {"5": "weak-at-<4", "6": "eyeglasses.npz", "7": "square.csv", "8": "eye_patch.npz"}
+    for numbers, name in (lacking | {"places": "rule.csv"}).items():
+        assert f"{numbers} (" in told and name in told.split(f"{numbers} (")[1].split(";")[0]
+    assert sorted(p.name for p in (run / "report/figures").iterdir()) == ["roc.png"]
+    assert metrics.main(["--run", str(run), "--out", str(run / "all"), "--figures"]) == 0
+    assert told in capsys.readouterr().out and (run / "all/figures/roc.png").exists()
+    assert metrics.main(["--run", str(run), "--out", str(run / "none"), "--figures", "none"]) == 0
     assert "figure" not in capsys.readouterr().out and not (run / "none/figures").exists()
     text = (run / "report" / "tables.md").read_text()
     one = lines_of(section(text, "Table 1"))
@@ -981,3 +1068,111 @@ def test_certified_rows_are_scores_of_genuine_pairs_and_bounds_of_intruders(tmp_
         c for c in metrics.health([metrics.read_run(tmp_path / "run")]) if c[0] == "certificate"
     ]
     assert check.status == metrics.FAILED and "1 of 4 below their bound" in check.detail
+
+
+def model_run(folder, size):
+    """What a run of somebody's own model holds: rows and pictures of its size, nothing else."""
+    rng = np.random.default_rng(0)
+    pairs = [("intruder", t, 10 + j) for t in "ab" for j in range(8)]
+    genuine = [("genuine", t, j, rng.uniform(0.5, 1.0)) for t in "ab" for j in range(3)]
+    write(folder, "mine", "clean", genuine + [(*p, rng.uniform(1, 2)) for p in pairs])
+    for name in ("eyeglasses", "eye_patch"):
+        write(folder, "mine", name, [(*p, rng.uniform(0.5, 2)) for p in pairs])
+    places = [(15, 20), (35, 30)]  # of 64
+    placed = [tuple((2 * v * size + 64) // 128 for v in place) for place in places]
+    lines = [
+        f"square,1,1,0,{t},7,{j},p,intruder,0.9,{r},{c}"
+        for k, (_, t, j) in enumerate(pairs)
+        for r, c in [placed[k % 4 == 0]]
+    ]
+    write(folder, "mine", "square", lines, header=HEADER + ",row,col")
+    rule = [f"rule,1,1,0,{t},7,{j},{t},genuine,{d},0,0,{d}" for _, t, j, d in genuine]
+    rule += [
+        f"rule,1,1,0,{t},7,{j},p,intruder,{1 + j / 10},{size - 9},3,{j / 10}" for _, t, j in pairs
+    ]
+    sidecar = {"config": {"rule_patch": 5, "rule_mask": 7}, "masks": 400, "fill": "mean"}
+    sidecar |= {"anchor_seen": "whole"}
+    write(folder, "mine", "rule", rule, sidecar, HEADER + ",row,col,bound")
+    on = [f"rule_attacked,1,1,0,{t},7,{j},p,intruder,{0.5 + j / 10}" for _, t, j in pairs[::2]]
+    write(folder, "mine", "rule_attacked", on)
+    faces = rng.integers(0, 256, (2, 2, 3, size, size), dtype=np.uint8)
+    arrays = {"anchor": faces[:, 0], "clean": faces, "attacked": faces, "distance": np.ones((2, 2))}
+    arrays |= {"mask": np.eye(size, dtype=bool), "pattern": faces[:, 0, :, :12, :32]}
+    for name in ("eyeglasses", "square", "eye_patch", "rule"):
+        np.savez(folder / f"mine/attacks/{name}.npz", **arrays)
+    return folder
+
+
+@pytest.mark.parametrize("size", [64, 112])
+def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
+    folder = model_run(tmp_path, size)
+    assert metrics.main(["--run", str(folder), "--figures"]) == 0
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "not made" in line]
+    assert [part.split(" (")[0] for part in told.split(": ", 1)[1].split("; ")] == [
+        "1, 9",
+        "2",
+        "3",
+        "4",
+        "5",
+    ]
+    made = {path.name for path in (folder / "figures").iterdir()}
+    assert made == {"figure6.png", "figure7.png", "figure8.png", "places.png", "roc.png"}
+    one = metrics.read_run(folder)
+    # where the best squares fell: 12 of 16 at one place, the centre of that square of 10 of 64
+    region, heat, _ = figures.figure_7(one).axes
+    counts, (left, _, bottom, _) = heat.images[1].get_array(), heat.images[1].get_extent()
+    assert counts.sum() == 16 and counts[0, 0] == 12 and counts[-1, -1] == 4
+    assert left + 2.5 * size / 64 == pytest.approx((20 + 4.5) * size / 64, abs=1)
+    assert bottom - 2.5 * size / 64 == pytest.approx((35 + 4.5) * size / 64, abs=1)
+    frame = region.patches[0]
+    assert (frame.get_x(), frame.get_width()) == {64: (14.5, 30), 112: (25.5, 53)}[size]
+    # the weakest place, a patch of 5 of 64 at the lower edge
+    (axis, _) = figures.figure_places(one).axes
+    covered = axis.images[1].get_array().filled(0)
+    side = {64: 5, 112: 9}[size]
+    assert covered.shape == (size, size) and covered.sum() == 16 * min(9, side) * side
+    assert covered[size - 9, 3] == 16 and covered[size - 10, 3] == covered[size - 9, 2] == 0
+
+
+def test_roc_figure_draws_the_rates_of_each_attack(tmp_path):
+    one = metrics.read_run(model_run(tmp_path, 64))
+    (axis,) = figures.figure_roc(one).axes
+    assert axis.get_title() == "mine" and axis.get_xscale() == "log"
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert legend == ["clean", "eyeglasses", "square", "eye patch", "worst", "rule", "certified"]
+    drawn = {name: axis.lines[2 * k : 2 * k + 2] for k, name in enumerate(legend)}
+    for name in ("clean", "eyeglasses", "certified"):
+        genuine, intruders = metrics.sides(one.methods["mine"], name)
+        far, tar = metrics.roc(metrics.columns(genuine)[0], metrics.columns(intruders)[0])
+        faint, sure = (line.get_xydata().T for line in drawn[name])
+        assert (faint == [far, tar]).all()
+        # ten of sixteen intruders
+        assert (sure == [far[far >= 10 / 16], tar[far >= 10 / 16]]).all()
+
+
+def test_certificate_section(tmp_path):
+    one = metrics.read_run(model_run(tmp_path, 64))
+    text = section(tables.report([one]), "Certificate")
+    for told in ("each of 400 masks of side 7", "at most 5 x 5", "not F", "one photograph"):
+        assert told in text
+    for told in ("nothing on evasion", "one patch", "rest of its batch", "mean", "whole"):
+        assert told in text
+    found = metrics.summary(one)["mine"]
+    (line,) = lines_of(text).values()
+    assert "mine, anywhere" in lines_of(text)
+    for place, name in ((0, "clean"), (2, "rule"), (3, "certified"), (6, "rule_attacked")):
+        assert line[place] == tables.cell(found[name], False), name
+    certified = found["certified"]
+    lo, hi = certified["detected_interval"]
+    assert line[1] == f"{certified['clean_same_pairs']:.3f}"
+    assert line[4] == f"{certified['detected']:.1%} [{lo:.1%}, {hi:.1%}]" and line[5] == "0.0%"
+    # the bounds of the attacked pairs alone: every second intruder, 1.0 to 1.6 and so on
+    genuine = metrics.columns(metrics.pick(one.methods["mine"], "rule", "genuine"))[0]
+    met = [j / 10 for j in range(10, 18, 2)] * 2
+    assert line[7].startswith(f"{metrics.auroc(genuine, met):.3f} [")
+    assert line[8:] == ["2 / 6 / 8", "2 / 6 / 16"]
+    # its own table, without lines for methods that it does not have
+    assert list(lines_of(section(tables.report([one]), "Table 1"))) == ["mine"]
+    assert section(tables.report([one]), "Table 2").strip().endswith("not run")
+    without = {"mine": {a: v for a, v in one.methods["mine"].items() if "rule" not in a}}
+    assert "## Certificate" not in tables.report([metrics.Run(one.folder, without)])
