@@ -1303,6 +1303,7 @@ def parse(argv: Sequence[str] | None):
     choices |= {"seed": (-1, largest), "min_images": (2, largest), "size": (32, 256)}
     choices |= dict.fromkeys(("chunk", "patch_batch", "target_images"), (0, largest))
     choices |= {"rule_fill": ("mean", "noise"), "rule_anchor": ("whole", "masked")}
+    choices |= {"optimiser": ("adam", "sign")}
     choices |= {"person_folder": ("", "first", "last"), "distance": ("euclidean", "cosine")}
     told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C), or your own --model: its NAME "
     told += "takes images, float (N, 3, size, size) in [0, 1], and gives features (N, D) - a "

@@ -1262,6 +1262,7 @@ def test_other_people_are_judged(trained, monkeypatch, capsys):
     "flags, told",
     [
         (("--attacks", "glasses"), "--attacks glasses"),
+        (("--optimiser", "sgd"), "--optimiser"),
         (("--defences", "none"), "--defences none"),
         (("--method", "nonsense"), "nonsense"),
         (("--restarts", "0"), "--restarts 0"),
