@@ -486,6 +486,15 @@ def test_what_passes_at_a_far_is_told_where_ten_errors_are_expected(tmp_path, ca
     assert clean["tar_at_far_0.01"] is clean["asr_at_far_0.01"] is None
     few = metrics.summary(many(tmp_path / "99", 99))["mine"]
     assert few["clean"]["tar_at_far_0.1"] is few["eyeglasses"]["asr_at_far_0.1"] is None
+    # under the rule scores are lower, with thresholds of their own: 10 of 100 pass below 5
+    lines = [f"rule,1,1,0,t{j % 2},7,{j},p,genuine,{j / 10},0" for j in range(40)]
+    lines += [
+        f"rule,1,1,0,t{j % 2},7,{100 + j},p,intruder,{4 + j / 10},{j / 10}" for j in range(100)
+    ]
+    write(tmp_path / "100", "mine", "rule", lines, header=HEADER + ",bound")
+    found = metrics.summary(tmp_path / "100")["mine"]
+    assert found["rule"]["asr_at_far_0.1"] == 0.1 and found["certified"]["asr_at_far_0.1"] == 0.5
+    assert found["rule"]["tar_at_far_0.1"] == found["certified"]["tar_at_far_0.1"] == 1
     # of several runs all must tell it
     runs = [metrics.read_run(tmp_path / name) for name in ("100", "99", "100")]
     assert metrics.measure(runs, "mine", "clean")["tar_at_far_0.1"] is None
