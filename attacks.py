@@ -91,9 +91,7 @@ class Config:
     intruders: int = 64  # App. C, released code: attacking images a target
     seed: int = -1  # not in the paper: -1 takes the run's
     iterations: int = 1000  # Sec. 4: of every attack that has no number of its own
-    optimiser: str = (
-        "adam"  # Sec. 4: adam; not in the paper: sign, which takes no rate and no decay
-    )
+    optimiser: str = "adam"  # Sec. 4: adam; not in the paper: sign, without lr and decay
     lr: float = 0.01  # Sec. 4: Adam's, on delta
     restarts: int = 5  # Sec. 4: the best is kept
     decay: bool = False  # not in the paper: the learning rate falls linearly to zero
@@ -601,6 +599,10 @@ class Sign:
     At checkpoints, which come closer, a row goes back to its best iterate and halves its step size
     if fewer than 3/4 of the steps since the last one lowered the loss, or if neither the step size
     nor the best loss changed since then.
+
+    Mean distance of a public descriptor (dlib's, LFW at 150 x 150, 16 pairs, eyeglasses, one start)
+    after 30 and 80 passes: 0.474, 0.437; PGD with constant steps, the best of 4, 8, 16 and 32 of
+    255: 0.522, 0.482; Adam at the demo's rate 0.552, 0.498, at the paper's 0.684, 0.595.
     """
 
     def __init__(self, w: Tensor, start: Tensor, effort: Effort, every: int) -> None:
@@ -650,14 +652,13 @@ OPTIMISERS: dict[str, Any] = {"adam": Adam, "sign": Sign}
 
 def losses(
     batches: Sequence[Batch],
-    pixels: Embed,
+    patch_of: Callable[[Tensor], Tensor],
     x: Tensor,
     sign: int,
     transforms: Tensor | None,
     grad: Tensor | None,
 ) -> Tensor:
-    """x (N, C, P) for the N images of one batch, or (1, C, P) for all, of which pixels makes the
-    patch -> (N or 1,).
+    """x (N, C, P) for the N images of one batch, or (1, C, P) for all -> (N or 1,).
 
     grad: where to add the gradient for x; without it none is computed.
     """
@@ -667,7 +668,7 @@ def losses(
         with torch.set_grad_enabled(grad is not None):
             leaf = x.detach().requires_grad_(grad is not None)
             # App. C: batch.features pastes the patch into the images
-            patch = pixels(leaf).expand(len(batch.images), -1, -1)
+            patch = patch_of(leaf).expand(len(batch.images), -1, -1)
             loss = sign * squared_distance(batch.features(patch, transforms), batch.anchor)
         if grad is not None:
             grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)

@@ -1353,3 +1353,180 @@ def test_the_last_iterate_counts_without_a_gradient():
     tanh_attack(counted, image, anchor, eyeglasses_mask(), iterations=3, restarts=1)
     # three for the check, three steps, the last iterate, the distance
     assert calls == [False] * 3 + [True] * 3 + [False] * 2
+
+
+# sign steps, after Croce and Hein (2020)
+def sign_steps(losses, every=1):
+    """Step sizes and pixels (n, N) after each step of `Sign` that is told these losses (n, N); the
+    gradient points down."""
+    losses = torch.tensor(losses).T
+    zero = torch.zeros(losses.shape[1], 1, 1)
+    moving, best = attacks.Sign(zero, zero, Effort(len(losses) * every), every), torch.inf
+    found = []
+    for step, loss in enumerate(losses):
+        better = loss < best
+        best = torch.where(better, loss, best)
+        moving.step(step, torch.ones_like(zero), loss, better)
+        for _ in range(every - 1):  # not scored: no progress to judge
+            moving.step(step, torch.ones_like(zero), None, better)
+        found.append(torch.stack([moving.size.flatten(), moving.x.flatten()]))
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_sign_halves_where_progress_stops(every):
+    """At the paper's checkpoints, by each of its two conditions, every row by itself."""
+    rows = {
+        "stands": [1.0] * 100,
+        "falls": [-float(k) for k in range(100)],
+        "17 of 22": [float(k if k <= 5 else 10 - k) for k in range(100)],
+        "16 of 22": [float(k if k <= 6 else 12 - k) for k in range(100)],
+        "no new best": [float(-k if k <= 22 else 100 - k) for k in range(100)],
+    }
+    sizes, pixels = sign_steps([*rows.values()], every)
+    halved = (sizes[1:] < sizes[:-1]).T
+    got = {name: (row.nonzero().flatten() + 1).tolist() for name, row in zip(rows, halved)}
+    assert got == {
+        "stands": [22, 41, 57, 70, 80, 87, 93, 99],
+        "falls": [],
+        "17 of 22": [],
+        "16 of 22": [22],
+        "no new best": [41, 70, 87, 99],  # not twice in a row while it falls
+    }
+    assert (sizes[0] == 0.25).all() and sizes[-1, 0] == 0.25 / 2**8
+    if every == 1:  # back to its best, the start, and a step of half the size from there
+        assert pixels[21, 0] == 0 and pixels[22, 0] == 0.5 - 0.75 * 0.125
+        assert pixels[22, 1] == 0
+
+
+def plain_pgd(embed, images, anchor, mask, step, passes, sign):
+    """Distance of the best iterate of constant sign steps from a random start."""
+    x = images.clone()
+    x[:, :, mask] = torch.rand(x[:, :, mask].shape, generator=seeded(1))
+    best = torch.full((len(x),), torch.inf)
+    for _ in range(passes + 1):
+        x = x.detach().requires_grad_()
+        loss = sign * attacks.squared_distance(embed(x), anchor)
+        best = torch.minimum(best, loss.detach())
+        grad = torch.autograd.grad(loss.sum(), x)[0]
+        x = torch.where(mask, (x.detach() - step * grad.sign()).clamp(0, 1), images)
+    return best.abs().sqrt()
+
+
+@pytest.mark.parametrize("passes", [30, 80])
+@pytest.mark.parametrize("kind, way", [("linear", 1), ("small", 1), ("small", -1)])
+def test_sign_is_at_least_as_near_as_plain_pgd_with_its_best_step(small, kind, way, passes):
+    """way: 1 to the anchor, -1 away from it (there a linear embedding has many optima)."""
+    embed, x, mask = {"linear": Linear(dim=16), "small": small}[kind], faces(8), eyeglasses_mask()
+    anchor = embed(faces(1, 5))[0].detach() * 3
+    settings = {"optimiser": "sign", "direction": "impersonate" if way > 0 else "evade"}
+    settings |= {"iterations": passes, "restarts": 1}
+    found = tanh_attack(embed, x, anchor, mask, mirroring=False, **settings).distance
+    for step in (4, 8, 16, 32):
+        plain = plain_pgd(embed, x, anchor, mask, step / 255, passes, way)
+        assert way * found.mean() <= way * plain.mean()
+
+
+@pytest.mark.parametrize("direction", ["impersonate", "evade"])
+def test_sign_reaches_the_known_optimum_inside_the_mask_alone(direction):
+    embed, x, mask = Linear(dim=1), faces(4), eyeglasses_mask()
+    w = embed.weight.view(3, 64, 64)[:, mask].detach()
+    outside = embed(x * ~mask)[:, 0].detach()
+    low, high = outside + w.clamp(max=0).sum(), outside + w.clamp(min=0).sum()
+    settings = {"iterations": 40, "restarts": 2, "optimiser": "sign", "direction": direction}
+    result = tanh_attack(embed, x, torch.tensor([1e3]), mask, mirroring=False, **settings)
+    want = 1e3 - (high if direction == "impersonate" else low)
+    assert torch.allclose(result.distance, want, rtol=0, atol=1e-3)
+    assert torch.equal(result.images * ~mask, x * ~mask)
+    assert set(result.images[:, :, mask].unique().tolist()) == {0.0, 1.0}
+    assert result.gradients == 4 * 2 * 40 and not result.zero_gradients + result.nonfinite
+    assert torch.equal(result.distance, distances(embed, result.images, torch.tensor([1e3]), False))
+
+
+@pytest.mark.parametrize("name", [n for n in attacks.ATTACKS if not n.startswith("rule")])
+def test_every_attack_takes_sign(small, name):
+    """Also the universal patch in turns and EOT, which score every tenth iterate."""
+    less = {"iterations": 40, "patch_iterations": 40, "evasion_iterations": 40, "patch_batch": 4}
+    config = replace(Config(), restarts=1, evasion_restarts=1, square_stride=20, lr=0.2, **less)
+    config = replace(config, distal_iterations=40, patterns=10, square_search_iterations=2)
+    x, anchor = faces(4), small(faces(1, 5))[0].detach() * 3
+    given = {"training": faces(8, 7)} if name.endswith("eye_patch") else {}
+    given |= {"virtual": anchor * 0.9} if name == "indirect" else {}
+    adam, sign = (
+        run_attack(
+            name, replace(config, optimiser=k), Mirrored(small), x, anchor, seeded(2), **given
+        )
+        for k in ("adam", "sign")
+    )
+    assert 0 <= sign.images.min() and sign.images.max() <= 1
+    x = faces(1) if name == "distal" else x
+    if name != "distal":  # there all is free
+        outside = ~(sign.mask if sign.mask.dim() == 3 else sign.mask.expand(4, -1, -1))[:, None]
+        assert torch.equal(sign.images * outside, x * outside)
+    if name in ("clean", "random_eyeglasses", "noise", "grey_eye_patch"):  # nothing is optimised
+        assert torch.equal(adam.images, sign.images)
+        return
+    assert sign.gradients == adam.gradients > 0
+    assert not torch.equal(adam.images, sign.images)
+    clean, found = distances(small, x, anchor).mean(), sign.distance.mean()
+    assert found > clean if name == "evasion" else found < clean
+    assert name.startswith("eot_") or abs(found - clean) >= abs(adam.distance.mean() - clean)
+    again = run_attack(
+        name,
+        replace(config, optimiser="sign"),
+        Mirrored(small),
+        faces(4),
+        anchor,
+        seeded(2),
+        **given,
+    )
+    assert torch.equal(again.images, sign.images)
+
+
+def test_sign_takes_lost_gradients_as_zero_and_goes_on():
+    broken = lambda x: (x - x.detach()).sum((1, 2, 3))[:, None].sqrt()  # 0, with an infinite slope
+    sign, mask = {"restarts": 1, "optimiser": "sign"}, eyeglasses_mask()
+    with pytest.warns(UserWarning, match="^0 zero and 60 non-finite of 60 gradients"):
+        result = tanh_attack(broken, faces(2), torch.ones(1), mask, iterations=30, **sign)
+    assert (result.zero_gradients, result.nonfinite, result.gradients) == (0, 60, 60)
+    assert result.images.isfinite().all()
+    rounded = lambda x: (x * 255).round().mean((2, 3))
+    with pytest.warns(UserWarning, match="^60 zero and 0 non-finite of 60 gradients"):
+        tanh_attack(rounded, faces(2), torch.ones(3), mask, iterations=30, **sign)
+
+    def half_lost(x):  # no number beyond 0.6, where steps lead
+        mean = x[:, :, mask].mean((1, 2))
+        return torch.where(mean < 0.6, mean, torch.nan)[:, None]
+
+    with pytest.warns(UserWarning, match="non-finite"):
+        found = tanh_attack(half_lost, faces(2), torch.ones(1), mask, False, iterations=80, **sign)
+    assert 0 < found.nonfinite < 160  # it came back from there, again and again nearer
+    assert (found.distance > 0.4).all() and (found.distance < 0.41).all()
+
+
+def test_what_is_no_optimiser_is_refused_in_one_line(small):
+    x, anchor, wanted = faces(2), torch.ones(8), "^optimiser must be adam or sign, not 'sgd'$"
+    for attack in (tanh_attack, universal_patch):
+        with pytest.raises(ValueError, match=wanted):
+            attack(small, x, anchor, eyeglasses_mask(), iterations=2, optimiser="sgd")
+    with pytest.raises(ValueError, match=wanted):
+        run_attack("square", Config(optimiser="sgd"), small, x, anchor, seeded())
+
+
+def test_the_nearest_of_both_optimisers_counts(small):
+    x, anchor, mask = faces(6), small(faces(1, 5))[0].detach(), eyeglasses_mask()
+    both = [
+        tanh_attack(small, x, anchor, mask, iterations=8, lr=0.5, restarts=1, optimiser=name)
+        for name in ("adam", "sign")
+    ]
+    nearest = attacks.worst(*both)
+    assert torch.equal(nearest.distance, torch.minimum(both[0].distance, both[1].distance))
+    assert torch.equal(nearest.distance, distances(small, nearest.images, anchor))
+    assert nearest.gradients == 6 * 8 * 2
+
+
+def test_presets_attack_with_adam():
+    assert all(Config(**preset).optimiser == "adam" for preset in attacks.PRESETS.values())
+    for name in attacks.ATTACKS:
+        assert attacks.effort_of(name, Config()).optimiser == "adam"
+        assert attacks.effort_of(name, Config(optimiser="sign")).optimiser == "sign"

@@ -763,7 +763,7 @@ def test_arbitrary_inputs_of_attacks():
             assert 0 <= found.images.min() and found.images.max() <= 1, told
             wanted = (embed(found.images) - anchor).square().sum(1).sqrt()
             assert torch.allclose(found.distance.float(), wanted, rtol=1e-4), told
-    assert min(counts.values()) >= 10, counts
+    assert min(counts.values()) >= 8, counts
 
 
 def test_arbitrary_flags(tmp_path):

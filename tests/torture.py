@@ -2,7 +2,7 @@
 run makes.
 
     python -m tests.torture              # 20 kills and 5 full disks for each script, a few minutes
-    python -m tests.torture --kills 1 --disks 1   # what tests/test_torture.py runs
+    python -m tests.torture --kills 1 --disks 1 --scripts generator.py   # what pytest runs
     python -m tests.torture --demo       # 20 kills over the demo, half an hour on one core
 
 generator.py, embed.py and attacks.py, in tiny sizes on rendered faces, one after the other in a
@@ -241,10 +241,11 @@ def main() -> int:
     parser.add_argument(
         "--demo", action="store_true", help="embed.py alone, in the demo's sizes; no full disks"
     )
+    parser.add_argument("--scripts", default=",".join(SCRIPTS), help="which, in this order")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    scripts, disks = (["embed.py"], 0) if args.demo else (list(SCRIPTS), args.disks)
+    scripts, disks = (["embed.py"], 0) if args.demo else (args.scripts.split(","), args.disks)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("undisturbed", "killed", "full"):
             Path(folder, name).mkdir()
