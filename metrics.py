@@ -268,13 +268,6 @@ def detection_bootstrap(
     return np.divide(same if evading else held - same, held, np.full(n, math.nan), where=met)
 
 
-def detection_interval(
-    genuine: Sample, attacked: Sample, fpr: float = FPR, evading: bool = False, n: int = 1000
-) -> tuple[float, float]:
-    """95 % interval of `detection_at_fpr`, resampling targets; (nan, nan) for a target alone."""
-    return interval(detection_bootstrap(genuine, attacked, fpr, evading, n))
-
-
 # Which rows judge an attack
 
 
@@ -451,9 +444,8 @@ def measure(
         means = np.mean([draw(s[a], s[b], among=everyone) for s in samples], 0)
         return [None if math.isnan(v) else v for v in interval(means)]
 
-    several = all(f["n_targets"] > 1 for f in found)
     result["interval"] = result["detected_interval"] = [None, None]
-    if several:
+    if all(f["n_targets"] > 1 for f in found):
         detection = functools.partial(detection_bootstrap, evading=evading)
         result["interval"] = resampled(bootstrap, "genuine", "intruders")
         result["detected_interval"] = resampled(detection, "real", "detected")

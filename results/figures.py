@@ -154,7 +154,7 @@ def figure_3(one: Run) -> Any:
 
 def first(one: Run, name: str) -> Path:
     """The .npz of an attack, of the first method that has it; ours comes first."""
-    every = [one.folder / m / "attacks" / f"{name}.npz" for m in [*names([one]), "ours"]]
+    every = [one.folder / m / "attacks" / f"{name}.npz" for m in [*names([one]), "<method>"]]
     return next((path for path in every if path.exists()), every[-1])
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from metrics import (
     Attack,
     Row,
     Run,
-    columns,
     counts,
     measure,
     names,
@@ -126,25 +124,13 @@ def noise(runs: Sequence[Run]) -> str:
     return markdown(header, body)
 
 
-def judged(
-    runs: Sequence[Run], method: str, name: str, role: str
-) -> Iterator[tuple[list[metrics.Row], list[metrics.Row]]]:
-    """Of each run that has both, the clean genuine rows and the attack's."""
-    for one in runs:
-        attacks = metrics.under(one.methods.get(method, {}), 1, 1)
-        clean, own = pick(attacks, "clean", "genuine"), pick(attacks, name, role)
-        if clean and own:
-            yield clean, own
-
-
 def evasion(runs: Sequence[Run]) -> str:
     body = []
     for method in methods_of(runs, "ours", "ours-transfer", "doa-10"):
         paper = {"ours": "25.2 %", "doa-10": "19.8 % (C not said)"}.get(method, "-")
-        between = []
-        for clean, own in judged(runs, method, "evasion", "genuine"):
-            lo, hi = metrics.detection_interval(columns(clean), columns(own), evading=True)
-            between.append("one target" if math.isnan(lo) else f"{lo:.1%} to {hi:.1%}")
+        each = [m for one in runs if (m := measure([one], method, "evasion"))]
+        spread = [m["detected_interval"] for m in each]
+        between = ["one target" if lo is None else f"{lo:.1%} to {hi:.1%}" for lo, hi in spread]
         m = measure(runs, method, "evasion")
         share = f"{m['detected']:.1%} [{'; '.join(between)}]" if m else NOT_RUN
         actual = f"{m['fpr']:.1%}" if m else NOT_RUN
@@ -167,14 +153,12 @@ def distal(runs: Sequence[Run]) -> str:
     """How many images made from noise eq. (1) takes for the target, at an FPR of at most 5 %."""
     lines = []
     for method in names(runs):
-        made, accepted, fpr = 0, 0, []
-        for clean, own in judged(runs, method, "distal", "intruder"):
-            delta = metrics.threshold(columns(clean)[0])
-            fpr.append(metrics.fpr_at(columns(clean)[0], delta))
-            made, accepted = made + len(own), accepted + sum(r.distance < delta for r in own)
+        each = [m for one in runs if (m := measure([one], method, "distal"))]
+        made = sum(m["n_intruders"] for m in each)
+        accepted = sum(round((1 - m["detected"]) * m["n_intruders"]) for m in each)
         if made:
             told = f"{accepted} of {made} images made from noise pass as the target"
-            told += f" at an FPR of {np.mean(fpr):.1%}."
+            told += f" at an FPR of {np.mean([m['fpr'] for m in each]):.1%}."
             lines.append(f"- {LABELS.get(method, method)}: {told}")
     return "\n".join(lines) or f"- Distal: {NOT_RUN}"
 

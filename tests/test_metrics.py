@@ -180,8 +180,8 @@ WRONG = {
     "interval, none": lambda m: m.interval(np.array([])),
     "interval, inf": lambda m: m.interval(np.array([1.0, math.inf])),
     "interval, level": lambda m: m.interval(np.array(D), level=95),
-    "detection interval, nan": lambda m: m.detection_interval((D, T), ([NAN, 1.0], T)),
-    "detection interval, lengths": lambda m: m.detection_interval((D, T), (D, ["a", "b", "b"])),
+    "detection bootstrap, nan": lambda m: m.detection_bootstrap((D, T), ([NAN, 1.0], T)),
+    "detection bootstrap, lengths": lambda m: m.detection_bootstrap((D, T), (D, ["a", "b", "b"])),
     "a distance": lambda m: m.Attack([ROW._replace(distance=NAN)], {}),
     "a negative distance": lambda m: m.Attack([ROW._replace(distance=-1.0)], {}),
     "a role": lambda m: m.Attack([ROW._replace(role="friend")], {}),
@@ -441,13 +441,16 @@ def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
 
 
 def test_detection_interval(tmp_path):
+    def spread(*samples, **how):
+        return metrics.interval(metrics.detection_bootstrap(*samples, **how))
+
     rng = np.random.default_rng(0)
     g, gt = rng.normal(1, 0.3, 300), np.repeat(np.arange(30), 10)
     d, dt = rng.normal(1.6, 0.3, 150), np.repeat(np.arange(30), 5)
-    lo, hi = metrics.detection_interval((g, gt), (d, dt), evading=True)
+    lo, hi = spread((g, gt), (d, dt), evading=True)
     assert lo < metrics.detection_at_fpr(g, d, evading=True) < hi and hi - lo < 0.3
-    assert metrics.detection_interval((g, gt), (d, dt))[0] == pytest.approx(1 - hi, abs=0.02)
-    assert all(math.isnan(v) for v in metrics.detection_interval((g, gt * 0), (d, dt * 0)))
+    assert spread((g, gt), (d, dt))[0] == pytest.approx(1 - hi, abs=0.02)
+    assert all(math.isnan(v) for v in spread((g, gt * 0), (d, dt * 0)))
 
 
 @pytest.mark.parametrize("evading", [False, True])
@@ -483,6 +486,15 @@ def test_what_passes_at_a_far_is_told_where_ten_errors_are_expected(tmp_path, ca
     assert clean["tar_at_far_0.01"] is clean["asr_at_far_0.01"] is None
     few = metrics.summary(many(tmp_path / "99", 99))["mine"]
     assert few["clean"]["tar_at_far_0.1"] is few["eyeglasses"]["asr_at_far_0.1"] is None
+    # under the rule scores are lower, with thresholds of their own: 10 of 100 pass below 5
+    lines = [f"rule,1,1,0,t{j % 2},7,{j},p,genuine,{j / 10},0" for j in range(40)]
+    lines += [
+        f"rule,1,1,0,t{j % 2},7,{100 + j},p,intruder,{4 + j / 10},{j / 10}" for j in range(100)
+    ]
+    write(tmp_path / "100", "mine", "rule", lines, header=HEADER + ",bound")
+    found = metrics.summary(tmp_path / "100")["mine"]
+    assert found["rule"]["asr_at_far_0.1"] == 0.1 and found["certified"]["asr_at_far_0.1"] == 0.5
+    assert found["rule"]["tar_at_far_0.1"] == found["certified"]["tar_at_far_0.1"] == 1
     # of several runs all must tell it
     runs = [metrics.read_run(tmp_path / name) for name in ("100", "99", "100")]
     assert metrics.measure(runs, "mine", "clean")["tar_at_far_0.1"] is None
