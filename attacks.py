@@ -1574,7 +1574,8 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
         attack_method(config, judge, people, out, about, args.overwrite, device)
     if run.rank():
         return 0
-    figures = ["6", *(["7"] if "square" in config.attacks else [])]
+    drawn = {"7": "square", "places": "rule"}  # what needs rows of its own
+    figures = ["6", "roc", *(k for k, attack in drawn.items() if attack in config.attacks)]
     return run.then("metrics", ["--run", str(args.run), "--figures", *figures])
 
 

@@ -149,6 +149,8 @@ def test_one_command_judges_it_at_any_size(home, judge, size):
         assert shown["attacked"].shape[2:] == (3, size, size)
         assert shown["mask"][0].sum() == attacks.eyeglasses_mask(size, size).sum()
     figures = metrics.summary(home / run)["net-embed"]
+    drawn = {path.name for path in (home / run / "figures").glob("*.png")}
+    assert {"figure6.png", "figure7.png", "roc.png", "places.png"} <= drawn
     assert figures["clean"]["auroc"] == 1.0 and {*figures} >= {*NAMES}
     assert sum(line.startswith("net-embed ") for line in lines) >= 2 * len(NAMES)  # and its table
     assert (home / run / "tables.md").exists() and not (home / run / "people.json").exists()
