@@ -140,18 +140,15 @@ PRESETS: dict[str, dict] = {
     | {"distal_iterations": 150, "distal_lr": 0.2}
     | {"rule_mask": 14, "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
 }
-# of --model, whose passes are dear: the demo's, fewer of them
-PRESETS["model"] = {
-    **PRESETS["demo"],
-    "attacks": ("clean", "eyeglasses", "square", "evasion", "rule"),
-    "target_images": 12,
-    "intruders": 10,
-    "clean_intruders": 40,
-    "iterations": 30,
-    "evasion_iterations": 30,
-    "square_stride": 10,
-    "rule_mask": 20,
-}
+# of --model, whose passes are dear: the demo's, fewer of them. A descriptor of 0.5 GFLOP, 16 pairs
+# under eyeglasses: AU-ROC 0.905 after 20 iterations, 0.876 after 30, 0.826 after 80
+PRESETS["model"] = (
+    PRESETS["demo"]
+    | {"attacks": ("clean", "eyeglasses", "square", "evasion", "rule"), "target_images": 12}
+    | {"targets": 10, "intruders": 10, "clean_intruders": 40, "rule_mask": 20}
+    | {"iterations": 30, "evasion_iterations": 30}
+    | {"square_stride": 10, "square_search_iterations": 1}
+)
 
 
 class Eot(NamedTuple):
@@ -1551,9 +1548,10 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
         people = judged(config, args.run, {})
     faces, targets = people.faces, len(people.targets)
     check_model(flag, embed, to_float(faces.images[:4].to(device)))
-    effort = effort_of("eyeglasses", config)
+    effort, n = effort_of("eyeglasses", config), faces.person.bincount()
+    pairs = sum(min(config.intruders, len(faces) - int(n[p])) for p in people.targets)
     told = f"{name}: {config.size} x {config.size}, crop {faces.crop or 'none'}, {targets} targets "
-    told += f"of {len(faces.names)} persons, {targets * config.intruders} pairs, preset "
+    told += f"of {len(faces.names)} persons, {pairs} pairs, preset "
     told += f"{config.preset}: {effort.iterations} iterations x {effort.restarts}"
     print(f"{told}; nothing is known of the persons that it was trained on", flush=True)
     clean = check_clean(flag, config, embed, people, device)
