@@ -1318,7 +1318,7 @@ def parse(argv: Sequence[str] | None):
 
 def of_model(config: Config, args: Any) -> tuple[Config, Any]:
     """What --model makes of the flags. Raises run.UsageError."""
-    from data import run
+    from data import model, run
 
     flag = f"--model {config.model}"
     if not config.data:
@@ -1331,7 +1331,7 @@ def of_model(config: Config, args: Any) -> tuple[Config, Any]:
     if "indirect" in config.attacks:
         raise run.UsageError(f"{flag} --attacks indirect: it needs the generator of a run")
     photographs = Path(config.root).resolve().name if config.root else config.data
-    args.run = args.run or Path("runs", f"{photographs}-{model_name(config.model)}")
+    args.run = args.run or Path("runs", f"{photographs}-{model.model_name(config.model)}")
     return config, args
 
 
@@ -1377,210 +1377,46 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
     return Judged(faces, sorted(drawn[: config.targets]), near, far, rows)
 
 
-# a model that is not of a run
-
-
-def model_name(text: str) -> str:
-    """`net-embed` of folder/net.py:embed: the name of its rows and tables."""
-    where, _, name = text.rpartition(":")
-    return f"{Path(where).stem if where.endswith('.py') else where}-{name}"
-
-
-@contextlib.contextmanager
-def of_the_user(flag: str, doing: str = "") -> Iterator[None]:
-    """What `accepted` refuses becomes one line, and while doing this whatever the user's code
-    raises."""
-    from data import run
-
-    try:
-        yield
-    except run.UsageError:
-        raise
-    except (Exception, SystemExit) as error:
-        told = " ".join(str(error).split())[:200]
-        ours = isinstance(error, ValueError) and told.startswith("embed: ")  # of `accepted`
-        if not (ours or doing):
-            raise
-        told = told[7:] if ours else f"{doing}: {type(error).__name__}: {told}"
-        raise run.UsageError(f"{flag}: {told}") from None
-
-
-def load_model(text: str, device: torch.device) -> tuple[Embed, Path | None]:
-    """What FILE.py:NAME or package.module:NAME means, and the file that says so.
-
-    NAME takes images and gives features (a function, a Module, any callable), or takes nothing and
-    returns such a thing (a function, a class). A Module comes back on the device, in evaluation
-    mode. It is run, whatever it does. Raises run.UsageError.
-    """
-    import importlib.util
-    import inspect
-    import sys
-
-    from data import run
-
-    def takes_nothing(found: Any) -> bool:
-        with contextlib.suppress(TypeError, ValueError):
-            return bool(inspect.signature(found).bind() is not None)
-        return False
-
-    flag, (where, _, name) = f"--model {text}", text.rpartition(":")
-    if not where or not name:
-        raise run.UsageError(f"{flag}: give FILE.py:NAME or package.module:NAME")
-    if where.endswith(".py") and not Path(where).is_file():
-        raise run.UsageError(f"{flag}: no such file {where}")
-    torch.manual_seed(0)  # weights that it may draw: the same when the command goes on
-    with of_the_user(flag, "cannot be loaded"):
-        if where.endswith(".py"):
-            # last, and under another name: a file called embed.py must not hide ours
-            sys.path.append(str(Path(where).resolve().parent))
-            spec: Any = importlib.util.spec_from_file_location(f"of_user_{Path(where).stem}", where)
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            sys.path.append(str(Path.cwd()))
-            module = importlib.import_module(where)
-        found = getattr(module, name, None)
-        if found is None:
-            raise run.UsageError(f"{flag}: {where} has no {name}")
-        if not isinstance(found, torch.nn.Module) and takes_nothing(found):
-            found, name = found(), f"{name}()"
-        if isinstance(found, type) or not callable(found):
-            told = "wanted a function of images, a Module, or what returns one without arguments"
-            raise run.UsageError(f"{flag}: {name} is a {kind(found)}, {told}")
-        if isinstance(found, torch.nn.Module):
-            found = found.to(device).eval()
-    file = getattr(module, "__file__", None)
-    return found, Path(file) if file else None
-
-
-class Cosine(torch.nn.Module):
-    """Normalised features: the squared distance is twice the cosine distance."""
-
-    def __init__(self, embed: Embed) -> None:
-        super().__init__()
-        self.embed = embed
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(self.embed(images), dim=1)
-
-
-def check_model(flag: str, embed: Embed, images: Tensor) -> None:
-    """Raises run.UsageError for what `answer` refuses, and where no gradient reaches the images."""
-    why = f"fails on the first images, {images.device}"
-    with of_the_user(flag, why), frozen(embed):
-        given = images.clone()
-        with torch.no_grad():
-            embed(given)
-        if not torch.equal(given, images):
-            raise ValueError("embed: changes the images that it is given, in place")
-        answer(embed, images)
-        leaf = images.clone().requires_grad_()
-        features = embed(leaf)
-        if not features.requires_grad:
-            told = "has it no_grad, detach or numpy inside?"
-            raise ValueError(f"embed: no gradient reaches the images: {told}")
-        # not their norm, which may be constant
-        weights = torch.linspace(-1, 1, features.shape[1]).to(features)
-        grad = torch.autograd.grad((features @ weights).sum(), leaf, allow_unused=True)[0]
-        if grad is None or not grad.isfinite().all() or not grad.any():
-            told = "does it round, or stop it with detach?"
-            raise ValueError(f"embed: the gradient for the images is zero or not finite: {told}")
-
-
-def check_clean(flag: str, config: Config, embed: Embed, people: Judged, device: Any) -> list[str]:
-    """What to know before an attack: the clean AU-ROC of pairs of up to 30 persons, and what
-    another order of the colours, range or distance would give where it is low; one line each."""
-    import embed as embedding
-
-    some = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
-    person = people.faces.person
-    index = [i for p in some for i in (person == p).nonzero().flatten()[:4].tolist()]
-    images, who = to_float(people.faces.images[index].to(device)), person[index].to(device)
-    one, two = torch.triu_indices(len(who), len(who), 1, device=device)
-    same = who[one] == who[two]
-
-    def area(change: Callable[[Tensor], Tensor], normalise: bool) -> float:
-        features = extract(lambda x: embed(change(x)), images, config.chunk)
-        features = F.normalize(features, dim=1) if normalise else features
-        d = (features[one].double() - features[two].double()).square().sum(1)
-        return embedding.auroc(d[same], d[~same])
-
-    cosine, as_given = config.distance == "cosine", lambda x: x
-    with of_the_user(flag, "fails on the photographs"):
-        given, other = area(as_given, cosine), area(as_given, not cosine)
-    told = [f"clean AU-ROC {given:.3f}, {int(same.sum())} genuine of {len(same)} pairs"]
-    if other > given + 0.02:
-        better = "euclidean" if cosine else "cosine"
-        told.append(f"WARNING: {other:.3f} by the other distance: --distance {better}")
-    if given < 0.75:
-        changes: dict[str, Callable[[Tensor], Tensor]] = {"as BGR": lambda x: x.flip(1)}
-        changes |= {"in [-1, 1]": lambda x: 2 * x - 1, "in 0 to 255": lambda x: 255 * x}
-        found = [f"{given:.2f} as given"]
-        for name, change in changes.items():
-            with contextlib.suppress(Exception):
-                found.append(f"{area(change, cosine):.2f} {name}")
-        told.append(f"WARNING: {', '.join(found)}: frame, crop or range may be wrong")
-    return told
-
-
-def picture_for(path: Path, people: Judged) -> None:
-    """The first image of up to six persons as a PNG, as the model gets them."""
-    from PIL import Image
-
-    from data import run
-
-    first = [int((people.faces.person == p).nonzero()[0]) for p in people.near[:6]]
-    row = people.faces.images[first].permute(2, 0, 3, 1).flatten(1, 2)  # (H, n * W, 3)
-    image = Image.fromarray(row.contiguous().numpy())
-    run.write(path, functools.partial(image.save, format="PNG"))
-
-
 def attack_model(config: Config, args: Any, device: torch.device) -> int:
     """`python attacks.py --model`: the attacks asked for on it, the table, the checks."""
-    import hashlib
+    from data import model, run
 
-    from data import run
-
-    flag, name = f"--model {config.model}", model_name(config.model)
+    flag, name = f"--model {config.model}", model.model_name(config.model)
     print(f"{flag} runs this Python code with your rights: only what you trust", flush=True)
-    embed, file = load_model(config.model, device)
+    embed, file = model.load_model(config.model, device)
     with run.rank_0_first():
         people = judged(config, args.run, {})
     faces, targets = people.faces, len(people.targets)
-    check_model(flag, embed, to_float(faces.images[:4].to(device)))
+    model.check_model(flag, embed, to_float(faces.images[:4].to(device)))
     effort, n = effort_of("eyeglasses", config), faces.person.bincount()
     pairs = sum(min(config.intruders, len(faces) - int(n[p])) for p in people.targets)
     told = f"{name}: {config.size} x {config.size}, crop {faces.crop or 'none'}, {targets} targets "
     told += f"of {len(faces.names)} persons, {pairs} pairs, preset "
     told += f"{config.preset}: {effort.iterations} iterations x {effort.restarts}"
     print(f"{told}; nothing is known of the persons that it was trained on", flush=True)
-    clean = check_clean(flag, config, embed, people, device)
+    some = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
+    index = [i for p in some for i in (faces.person == p).nonzero().flatten()[:4].tolist()]
+    images, person = (x[index].to(device) for x in (faces.images, faces.person))
+    cosine, every = config.distance == "cosine", config.chunk
+    clean = model.check_clean(flag, embed, images, person, cosine, every)
     if run.rank() == 0 and "as given" in clean[-1]:
         picture = args.run / name / "input.png"
-        picture_for(picture, people)
+        first = [int((faces.person == p).nonzero()[0]) for p in people.near[:6]]
+        model.picture_for(picture, faces.images[first])
         clean[-1] += f": look at {picture}, what the model got"
     print("\n".join(clean), flush=True)
-    settings = settings_of(config, people)
-    weights = sorted(run.fingerprint(*states(module)) for module in hidden(embed))
-    told = "".join([run.fingerprint(file), *weights])
-    settings["embedding"] = hashlib.sha256(told.encode()).hexdigest()[:16]
-    judge = Cosine(embed) if config.distance == "cosine" else embed
+    settings = settings_of(config, people) | {"embedding": model.fingerprint(embed, file)}
+    judge = model.Cosine(embed) if cosine else embed
     about = {"config": settings, "seed": config.seed, "data": faces.data, "model": config.model}
     about |= run.record(device)
     out = args.run / name / people.folder
-    with of_the_user(flag):
+    with model.of_the_user(flag):
         attack_method(config, judge, people, out, about, args.overwrite, device)
     if run.rank():
         return 0
     drawn = {"7": "square", "places": "rule"}  # what needs rows of its own
     figures = ["6", "roc", *(k for k, attack in drawn.items() if attack in config.attacks)]
     return run.then("metrics", ["--run", str(args.run), "--figures", *figures])
-
-
-def states(module: torch.nn.Module) -> list[Tensor]:
-    """Weights and buffers, as `run.fingerprint` takes them."""
-    tensors = [t for t in module.state_dict().values() if isinstance(t, Tensor)]
-    return [t.detach().reshape(-1).float() for t in tensors]
 
 
 def autoencode(path: Path, images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import attacks
 import metrics
+from data.model import model_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -166,7 +167,7 @@ def test_a_module_what_makes_one_and_a_package_are_the_function(home, judge, nam
         shutil.copy(home / "net.py", home / "package/net_for_test.py")
         model = "package.net_for_test:make"
     assert judge(model, *flags, "--run", "forms")[0] == 0
-    folder = attacks.model_name(model)
+    folder = model_name(model)
     assert folder == {"net_for_test": "package.net_for_test-make"}.get(name, f"net-{name}")
     for attack in flags[1].split(","):
         one, two = (table(home / "forms" / m / "attacks", attack) for m in ("net-embed", folder))
