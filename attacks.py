@@ -1211,7 +1211,10 @@ def run_attack(
         raise ValueError(f"no such attack {name!r}, or it lacks its images: {', '.join(ATTACKS)}")
     if pattern is not None:
         result.images = apply_pattern(images, pattern, mask)
-    if pattern is not None or effort.eot or name in ("clean", "noise"):
+    saved = bool(config.model) and result.images is not images
+    if saved:  # 8 bits, as a picture keeps them; F's distances are those of the paper's floats
+        result.images = (result.images * 255).round() / 255
+    if saved or pattern is not None or effort.eot or name in ("clean", "noise"):
         result.distance = distances(scorer, result.images, anchor, effort.chunk)
     result.mask = mask if result.mask is None else result.mask
     return result
@@ -1379,6 +1382,7 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
 
 def attack_model(config: Config, args: Any, device: torch.device) -> int:
     """`python attacks.py --model`: the attacks asked for on it, the table, the checks."""
+    import embed as embedding
     from data import model, run
 
     flag, name = f"--model {config.model}", model.model_name(config.model)
@@ -1414,6 +1418,11 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
         attack_method(config, judge, people, out, about, args.overwrite, device)
     if run.rank():
         return 0
+    # what `embed.py --verify --model` needs to ask it
+    result = {k: settings[k] for k in ("embedding", "size", "distance")} | {"crop": faces.crop}
+    result |= {"persons": len(some), "data": faces.data}
+    result["threshold"] = embedding.genuine_threshold(judge, images, person)
+    run.write(args.run / name / "result.json", result)
     drawn = {"7": "square", "places": "rule"}  # what needs rows of its own
     figures = ["6", "roc", *(k for k, attack in drawn.items() if attack in config.attacks)]
     return run.then("metrics", ["--run", str(args.run), "--figures", *figures])
