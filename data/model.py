@@ -185,3 +185,16 @@ def fingerprint(embed: Embed, file: Path | None) -> str:
 
     told = "".join([run.fingerprint(file), *sorted(weights(m) for m in attacks.hidden(embed))])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def known(text: str, judged: dict, images: Tensor) -> Embed:
+    """The model that attacks.py judged, from its result.json. Raises run.UsageError for another
+    one, or where it fails on the images, uint8."""
+    flag = f"--model {text}"
+    embed, file = load_model(text, images.device)
+    with of_the_user(flag, "fails on the photographs"):
+        embed(images.float() / 255)  # what is loaded at the first call counts too
+    if fingerprint(embed, file) != judged.get("embedding"):
+        told = "its file or weights are not those that --run holds figures of"
+        raise run.UsageError(f"{flag}: {told}: judge it again by attacks.py --overwrite")
+    return Cosine(embed) if judged.get("distance") == "cosine" else embed

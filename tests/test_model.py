@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 import attacks
+import data
+import embed
 import metrics
 from data.model import model_name
 
@@ -185,8 +187,6 @@ def test_a_file_named_as_a_script_hides_none_and_its_folder_is_searched(home, ju
     (other / "helper_for_test.py").write_text("half = 0.5\n")
     (other / "embed.py").write_text("from helper_for_test import half\n" + NET)
     assert judge("other/embed.py:embed", "--attacks", "clean", "--run", "hides")[0] == 0
-    import embed
-
     assert Path(embed.__file__).parent == ROOT
 
 
@@ -313,6 +313,50 @@ def test_photographs_of_a_target_are_limited_and_persons_found_two_folders_deep(
     assert judge("net.py:embed", *flags, "--person-folder", "first", root="deep")[0] == 0
     rows = table(home / "deep-run/net-embed/attacks", "clean")
     assert sum(row["role"] == "genuine" for row in rows) == 2 * 5
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_verify_asks_the_model_by_the_threshold_of_its_run(home, judge, distance, capsys):
+    shutil.copy(home / "net.py", home / "asked.py")
+    run = f"asked-{distance}"
+    flags = ("--attacks", "clean", "--size", "48", "--distance", distance, "--run", run)
+    assert judge("asked.py:embed", *flags)[0] == 0
+    held = json.loads((home / run / "asked-embed/result.json").read_text())
+
+    def verify(one, two, model="asked.py:embed", run=run):
+        capsys.readouterr()
+        status = embed.main(["--verify", one, two, "--model", model, "--run", run])
+        return status, *capsys.readouterr()
+
+    def features(path):
+        image = data.load_image(path, size=48).float()[None] / 255
+        both = sys.modules["of_user_asked"].inner(torch.cat([image, image.flip(3)]))
+        return torch.nn.functional.normalize(both) if distance == "cosine" else both
+
+    apart = {"p0": [], "p1": []}  # from p0/0.png
+    for person, found in apart.items():
+        for k in range(4):
+            status, out, _ = verify("people/p0/0.png", f"people/{person}/{k}.png")
+            assert status == 0 and ("NOT the same" in out) == (person == "p1")
+            told = f"threshold {held['threshold']:.3f} (5 % of the genuine pairs of 4 persons"
+            assert told in out
+            found.append(float(out.split()[1]))
+            views = features(f"people/{person}/{k}.png") - features("people/p0/0.png")[:1]
+            d = views.square().sum(1).mean().sqrt().item()
+            assert found[-1] == pytest.approx(d, abs=6e-4)
+    assert max(apart["p0"]) < held["threshold"] < min(apart["p1"])
+    for given, told in (
+        (("people/p0/0.png", "nowhere.png"), "nowhere.png"),
+        (("people/p0/0.png", "people/p1/0.png", "net.py:embed"), "net-embed/result.json: no such"),
+        (("people/p0/0.png", "people/p1/0.png", "asked.py:embed", "none"), "name its --run"),
+    ):
+        status, _, err = verify(*given)
+        assert status == 2 and told in err and err.count("\n") == 1, err
+    (home / "asked.py").write_text(NET.replace("tensor(2.0)", "tensor(3.0)"))
+    status, _, err = verify("people/p0/0.png", "people/p1/0.png")
+    assert status == 2 and "its file or weights are not those" in err
+    assert embed.main(["--model", "asked.py:embed"]) == 2
+    assert "--model: it is that of --verify" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no trained descriptor here")
