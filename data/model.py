@@ -49,7 +49,7 @@ def of_the_user(flag: str, doing: str = "") -> Iterator[None]:
         raise run.UsageError(f"{flag}: {told}") from None
 
 
-def load_model(text: str, device: torch.device) -> tuple[Embed, Path | None]:
+def load_model(flag: str, text: str, device: torch.device) -> tuple[Embed, Path | None]:
     """What FILE.py:NAME or package.module:NAME means, and the file that says so.
 
     NAME takes images and gives features (a function, a Module, any callable), or takes nothing and
@@ -62,7 +62,7 @@ def load_model(text: str, device: torch.device) -> tuple[Embed, Path | None]:
             return bool(inspect.signature(found).bind() is not None)
         return False
 
-    flag, (where, _, name) = f"--model {text}", text.rpartition(":")
+    where, _, name = text.rpartition(":")
     if not where or not name:
         raise run.UsageError(f"{flag}: give FILE.py:NAME or package.module:NAME")
     if where.endswith(".py") and not Path(where).is_file():
@@ -191,7 +191,7 @@ def known(text: str, judged: dict, images: Tensor) -> Embed:
     """The model that attacks.py judged, from its result.json. Raises run.UsageError for another
     one, or where it fails on the images, uint8."""
     flag = f"--model {text}"
-    embed, file = load_model(text, images.device)
+    embed, file = load_model(flag, text, images.device)
     with of_the_user(flag, "fails on the photographs"):
         embed(images.float() / 255)  # what is loaded at the first call counts too
     if fingerprint(embed, file) != judged.get("embedding"):
