@@ -13,6 +13,10 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
+from data import run
+
+run.CHECKPOINT_EVERY = 0.0  # at every line of a log: what is short here has several too
+
 OPS = (
     "masked_step",
     "gaussian_cutout",
