@@ -703,7 +703,8 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
     device = run.start(args.device)
     faces, split = data.open_run(config, args.run)
     persons = min(config.persons or 50, 50, len(split.train))
-    config = dataclasses.replace(config, persons=persons)
+    chosen = {"persons": persons, "precision": run.precision(config.precision, device)}
+    config = dataclasses.replace(config, **chosen)
     index = embedding.trained_on(config, faces, split)
     people = embedding.sampler_of(faces, index, device)
     file, embed = (
