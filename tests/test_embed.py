@@ -958,7 +958,7 @@ def test_photographs_that_moved_go_on_with_the_run_and_verify_takes_its_crop(
     assert e.main(["--root", "there", *flags]) == 0
     assert "is trained already" in capsys.readouterr().out
     asked = []
-    monkeypatch.setattr(data, "load_image", lambda path, crop=None: asked.append(crop) or ONE)
+    monkeypatch.setattr(data, "load_image", lambda path, crop, size: asked.append(crop) or ONE)
     two = ["there/p0/0.png", "there/p0/1.png", "--run", "run", "--method", "weak-at"]
     assert e.main(["--verify", *two, "--attack-steps", "2"]) == 0
     assert asked == ["none", "none"]  # 80 x 80 alone would be centre
