@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,11 +215,11 @@ def window_energy(grad: Tensor, h: int, w: int, stride: int) -> Tensor:
     return windows[:, top, left]
 
 
-def place_patches(images: Tensor, grey: float, places: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, C, H, W), each with a grey patch at its places (B, K, 2) -> (B, K, C, H, W)."""
+def painted(images: Tensor, grey: float, places: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Images (B, C, H, W), grey at the first of their places (B, K, 2), then at the second, ..."""
     sides = torch.tensor(size, device=places.device).expand_as(places)
-    inside = box_mask(torch.cat([places, sides], 2).flatten(0, 1), *images.shape[2:])
-    return torch.where(inside.unflatten(0, places.shape[:2]), grey, images[:, None])
+    for boxes in torch.cat([places, sides], 2).unbind(1):
+        yield torch.where(box_mask(boxes, *images.shape[2:]), grey, images)
 
 
 def local_attack(attack: Callable, embed: Embed, *inputs: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ try:
     from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]
     from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]
     from kernels.patch_local import local_attack  # type: ignore[no-redef,assignment]
-    from kernels.place_patches import place_patches  # type: ignore[no-redef,assignment]
+    from kernels.place_patches import painted  # type: ignore[no-redef,assignment]
     from kernels.window_energy import window_energy  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
@@ -502,13 +502,12 @@ def doa_boxes(
     places = positions(H, W, size, size, config.doa_stride).to(images.device)
     images = images.detach().requires_grad_()
     (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
-    energy = window_energy(grad.contiguous(), size, size, config.doa_stride)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    energy = window_energy(grad, size, size, config.doa_stride)
     best = places[energy.topk(min(config.candidates, len(places)), 1).indices]  # (B, K, 2)
     with torch.no_grad():  # one candidate of each image at a time: nothing is K times the batch
-        grey = (place_patches(images, 0.5, k, (size, size))[:, 0] for k in best.split(1, 1))
-        d = torch.stack(
-            [squared_distance(embed(painted), anchors) for painted in grey], 1
-        )  # (B, K)
+        grey = painted(images.detach(), 0.5, best, (size, size))
+        d = torch.stack([squared_distance(embed(x), anchors) for x in grey], 1)  # (B, K)
     winner = best[torch.arange(len(d), device=d.device), (d * sign[:, None]).argmax(1)]
     return torch.cat([winner, torch.full_like(winner, size)], 1)
 

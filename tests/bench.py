@@ -45,7 +45,7 @@ from kernels.augment import augment, augment_ref
 from kernels.gaussian_cutout import gaussian_cutout, gaussian_cutout_ref
 from kernels.masked_step import box_mask, masked_step, masked_step_ref
 from kernels.patch_local import PatchLocal
-from kernels.place_patches import place_patches, place_patches_ref, positions
+from kernels.place_patches import painted, place_patches, place_patches_ref, positions
 from kernels.tanh_perturb import tanh_perturb, tanh_perturb_ref, to_tanh
 from kernels.window_energy import window_energy, window_energy_ref
 
@@ -137,11 +137,11 @@ def doa_loop(
 
 
 def doa(images: Tensor, grad: Tensor, size: int, stride: int, candidates: int) -> tuple:
-    """The search of embed.doa_boxes, one candidate of each image at a time."""
+    """The search of embed.doa_boxes, without F."""
     places = positions(*images.shape[2:], size, size, stride, images.device)
     best = places[window_energy(grad, size, size, stride).topk(candidates, 1).indices]
-    painted = (place_patches(images, 0.5, each, (size, size)) for each in best.split(1, 1))
-    return best, torch.cat([each.mean((2, 3, 4)) for each in painted], 1)
+    grey = painted(images, 0.5, best, (size, size))
+    return best, torch.stack([x.mean((1, 2, 3)) for x in grey], 1)
 
 
 def pooled(grad: Tensor, size: int, stride: int) -> Tensor:

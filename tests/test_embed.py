@@ -142,7 +142,7 @@ def test_vgg_weights_start_the_trunk():
 @pytest.fixture(scope="module")
 def script():
     """The operations as embed.py has them where there is no kernels/."""
-    names = "box_mask masked_step gaussian_cutout augment positions window_energy place_patches"
+    names = "box_mask masked_step gaussian_cutout augment positions window_energy painted"
     names = {*names.split(), "local_attack"}
     tree = ast.parse(Path(e.__file__).read_text())
     kept = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names]
@@ -165,7 +165,8 @@ def alike(script, module, name, *given, **settings):
 
 
 def test_script_forms_are_the_kernels_references(script):
-    from kernels import augment, gaussian_cutout, masked_step, place_patches, window_energy
+    from kernels import augment, gaussian_cutout, masked_step, window_energy
+    from kernels.place_patches import painted, place_patches_ref
 
     images = torch.rand(40, 3, 17, 23)
     boxes = e.draw_boxes(40, 17, 23, 0.5, (0.02, 0.2), (0.5, 2.0), rng(3))
@@ -188,7 +189,10 @@ def test_script_forms_are_the_kernels_references(script):
     places = torch.stack([torch.randint(0, n, (40, 6)) for n in (17 - 5 + 1, 23 - 8 + 1)], 2)
     for layout in (torch.channels_last, torch.contiguous_format):
         given = images.contiguous(memory_format=layout)
-        alike(script, place_patches, "place_patches", given, 0.5, places, (5, 8))
+        wanted = place_patches_ref(given, 0.5, places, (5, 8)).unbind(1)
+        for form in (script["painted"], painted):
+            for found, want in zip(form(given, 0.5, places, (5, 8)), wanted, strict=True):
+                assert torch.equal(found, want) and found.stride() == given.stride()
 
 
 def test_the_scripts_inner_attack_is_the_one_on_whole_images(script):
