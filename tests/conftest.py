@@ -1,10 +1,12 @@
 """Without a GPU the kernels run in the Triton interpreter: it must be chosen before Triton is first
-imported."""
+imported. And one thread a process, also of commands that are started: small tensors are no faster
+with two."""
 
 import contextlib
 import importlib
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 if not torch.cuda.is_available():
