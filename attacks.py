@@ -67,6 +67,7 @@ SAME = 1e-3
 DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
 COLUMNS = tuple("attack mirroring selection seed target anchor candidate person".split())
 COLUMNS += ("role", "distance")
+SMALLER = (2, 4, 6, 8)  # patches, of 64, whose bounds stand beside that of rule_patch
 COUNTERS = ("zero_gradients", "nonfinite", "gradients")
 
 
@@ -118,10 +119,11 @@ class Config:
     eot_scale: float = 0.05  # not in the paper: 1 +- this
     eot_rotation: float = 5.0  # not in the paper: degrees
     eot_brightness: float = 0.1  # not in the paper: 1 +- this
-    rule_patch: int = 10  # not in the paper: certified against patches up to this side, of 64
-    rule_mask: int = 12  # not in the paper: side of the masks of the certificate, of 64
+    rule_patch: tuple[int, ...] = (10,)  # not in the paper: side, or height and width, of 64
+    rule_mask: tuple[int, ...] = (12,)  # not in the paper: of the masks that hide such a patch
     rule_fill: str = "mean"  # not in the paper: what covers, mean (face) | noise
     rule_anchor: str = "whole"  # not in the paper: whole | masked, as the candidate
+    rule_persons: int = 20  # not in the paper: validation persons who set the rule's threshold
     rule_intruders: int = 64  # not in the paper: intruders a target whose patch attacks the rule
     rule_iterations: int = 200  # not in the paper: of that attack
     rule_lr: float = 0.05  # not in the paper: of that attack
@@ -140,14 +142,14 @@ PRESETS: dict[str, dict] = {
     | {"patch_train": 64, "patch_iterations": 60, "patch_lr": 0.2, "patch_batch": 16}
     | {"evasion_iterations": 80, "evasion_lr": 0.2, "evasion_restarts": 1}
     | {"distal_iterations": 150, "distal_lr": 0.2}
-    | {"rule_mask": 14, "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
+    | {"rule_mask": (14,), "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
 }
 # of --model, whose passes are dear: the demo's, fewer of them. A descriptor of 0.5 GFLOP, 16 pairs
 # under eyeglasses: AU-ROC 0.905 after 20 iterations, 0.876 after 30, 0.826 after 80
 PRESETS["model"] = (
     PRESETS["demo"]
     | {"attacks": ("clean", "eyeglasses", "square", "evasion", "rule"), "target_images": 12}
-    | {"targets": 10, "intruders": 10, "clean_intruders": 40, "rule_mask": 20}
+    | {"targets": 10, "intruders": 10, "clean_intruders": 40, "rule_mask": (20,)}
     | {"iterations": 30, "evasion_iterations": 30}
     | {"square_stride": 10, "square_search_iterations": 1}
 )
@@ -981,15 +983,28 @@ class Cover(NamedTuple):
     masks: Tensor  # (K, H, W) bool
     holds: Tensor  # (L, K) bool: mask k hides all of place l
     corners: Tensor | None = None  # (K, 2) = (top, left) of masks that are rectangles of one size
-    places: Tensor | None = None  # (L, 2) = (top, left) of patches that are
-    patch: tuple[int, int] | None = None  # height and width of these
+    mask: tuple[int, int] | None = None  # height and width of these
+    patch: tuple[int, int] | None = None  # and of the patch, whose places are all of the image
+
+    def places(self, place: Tensor) -> Tensor:
+        """(N,) -> (N, 2) = (top, left)."""
+        columns = self.masks.shape[2] - self.patch[1] + 1
+        return torch.stack([place // columns, place % columns], 1)
 
     def patches_at(self, place: Tensor) -> Tensor:
         """(N, H, W) bool, the patches at these places (N,)."""
         masks = torch.zeros(len(place), *self.masks.shape[1:], dtype=torch.bool)
-        for mask, (row, column) in zip(masks, self.places[place].tolist()):
+        for mask, (row, column) in zip(masks, self.places(place).tolist()):
             mask[row : row + self.patch[0], column : column + self.patch[1]] = True
         return masks
+
+
+def holding(corners: Tensor, mask: Sequence[int], patch: Sequence[int], H: int, W: int) -> Tensor:
+    """(L, K) bool: a rectangle of height and width mask from corner (K, 2) holds a patch of height
+    and width patch at place l, row by row."""
+    places = torch.cartesian_prod(torch.arange(H - patch[0] + 1), torch.arange(W - patch[1] + 1))
+    further = places[:, None] - corners  # (L, K, 2)
+    return ((further >= 0) & (further <= torch.tensor(mask) - torch.tensor(patch))).all(2)
 
 
 def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
@@ -1002,18 +1017,14 @@ def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
     if not (1 <= ph < mh <= height and 1 <= pw < mw <= width):
         told = f"a mask of {mh}x{mw} against a patch of {ph}x{pw} in {height}x{width}"
         raise ValueError(f"{told}: the mask must be larger than the patch and fit the image")
-    inside, holds, starts, lasts = [], [], [], []
-    for n, p, m in ((height, ph, mh), (width, pw, mw)):
-        start = torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))  # (k,)
-        pixel, place = torch.arange(n)[:, None], torch.arange(n - p + 1)[:, None]
-        inside.append((pixel >= start) & (pixel < start + m))  # (n, k)
-        holds.append((place >= start) & (place + p <= start + m))  # (n - p + 1, k)
-        starts.append(start)
-        lasts.append(place[:, 0])
-    masks = (inside[0].T[:, None, :, None] & inside[1].T[None, :, None, :]).flatten(0, 1)
-    held = holds[0][:, None, :, None] & holds[1][None, :, None, :]  # (rows, cols, k rows, k cols)
-    corners, places = torch.cartesian_prod(*starts), torch.cartesian_prod(*lasts)
-    return Cover(masks, held.flatten(2).flatten(0, 1), corners, places, (ph, pw))
+    rows, columns = (
+        torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))
+        for n, p, m in ((height, ph, mh), (width, pw, mw))
+    )
+    corners = torch.cartesian_prod(rows, columns)
+    masks = holding(corners, (mh, mw), (1, 1), height, width).T.reshape(-1, height, width)
+    holds = holding(corners, (mh, mw), (ph, pw), height, width)
+    return checked(Cover(masks, holds, corners, (mh, mw), (ph, pw)))
 
 
 def cover_of(masks: Tensor, patches: Tensor) -> Cover:
@@ -1051,7 +1062,7 @@ class Covered(nn.Module):
         self.masks, self.fill = rule.masks[:, None].to(anchor.device), fill.to(anchor)
         self.patches = self.corners = None  # the fill under each mask (1, K, C, h, w), and where
         if rule.corners is not None:
-            h, w = (int(rule.masks[0].any(side).sum()) for side in (1, 0))
+            h, w = rule.mask
             parts = [self.fill[:, r : r + h, c : c + w] for r, c in rule.corners.tolist()]
             self.patches = torch.stack(parts)[None]
             self.corners = rule.corners.to(anchor.device)
@@ -1077,17 +1088,28 @@ class Covered(nn.Module):
         return found.nan_to_num(nan=0.0)
 
     def forward(self, images: Tensor) -> Tensor:
-        k = self.squared(images.detach()).argmax(1)  # (N,)
+        return self.under(images, self.squared(images.detach()).argmax(1))
+
+    def under(self, images: Tensor, k: Tensor) -> Tensor:
+        """Features (N, V * D) of each image under its mask k (N,)."""
         features = self.embed(torch.where(self.masks[k], self.fill, images))
         V = features.shape[1] // self.anchors.shape[1]
         moved = (self.anchor - self.anchors[k]) / math.sqrt(V)  # nothing, unless masked
         return features + torch.cat([moved] * V, 1)
 
 
+class Certified(NamedTuple):
+    """What `certify` knows of N images."""
+
+    score: Tensor  # (N,) under the rule
+    bound: Tensor  # (N,) no patch brings the score below it
+    place: Tensor  # (N,) where it is that low
+    distance: Tensor  # (N, K) under each mask
+
+
 @torch.no_grad()
-def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of images (N, C, H, W): score (N,) under the rule, bound (N,) below which no patch brings it,
-    and the place (N,) where it is that low.
+def certify(rule: Covered, images: Tensor) -> Certified:
+    """Bounds for images (N, C, H, W).
 
     A patch at place l lies inside every mask k that holds it. Covered by k, the image is what it is
     without the patch: d_k is known. The score is the largest of all d_k, so at least that of these;
@@ -1099,21 +1121,29 @@ def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     images, _ = accepted(rule, images, rule.anchor)
     with frozen(rule):
         d = rule.squared(images).sqrt()  # (N, K)
-    bound, place = d.new_zeros(len(d)), d.new_zeros(len(d), dtype=torch.long)
-    for n, each in enumerate(d):  # one image at a time: (L, K) is large
-        largest = torch.where(rule.rule.holds.to(d.device), each, -math.inf).amax(1)  # (L,)
-        bound[n], place[n] = largest.min(0)
-    return d.amax(1), bound, place
+    return Certified(d.amax(1), *floors(d, rule.rule.holds).min(1), d)
+
+
+def floors(d: Tensor, holds: Tensor) -> Tensor:
+    """Distances (N, K), holds (L, K) -> (N, L), the largest that a patch leaves as it is."""
+    known = [torch.where(holds.to(d.device), each, -math.inf).amax(1) for each in d]  # (L, K) each
+    return torch.stack(known) if known else d.new_empty(0, len(holds))
+
+
+def bound_of_smaller(rule: Covered, d: Tensor, patch: Sequence[int]) -> Tensor:
+    """The bound (N,) of distances (N, K) for a patch (height, width) smaller than the rule's: the
+    same masks hold it at more places, so it is no lower."""
+    corners, size = rule.rule.corners, rule.rule.masks.shape[1:]
+    return floors(d, holding(corners, rule.rule.mask, patch, *size)).amin(1)
 
 
 def cover_named(name: str, config: Config, height: int, width: int) -> Cover:
     """The cover of `rule` and `rule_attacked`, any place; of `rule_places`, App. C's own places,
     and of `rule_one`, which hides all of these at once (what the others have to beat)."""
     size = height, width
-    sides = [(scale(config.rule_patch, n), scale(config.rule_mask, n)) for n in size]
     if name in ("rule", "rule_attacked"):
-        patch, mask = zip(*sides)
-        return cover(*size, patch, mask)
+        sides = config.rule_patch, config.rule_mask
+        return cover(*size, *([scale(s, n) for s, n in zip(both * 2, size)] for both in sides))
     named = torch.stack([eyeglasses_mask(*size), eye_patch_mask(*size)])
     patches = torch.cat([named, squares(square_positions(5, *size), *size)])
     if name == "rule_one":
@@ -1161,16 +1191,19 @@ def under_rule(
     name: str, rule: Covered, images: Tensor, effort: Effort, generator: Rng
 ) -> Attacked:
     """`certify`; for `rule_attacked` also an attack on the rule by a patch at its weakest place.
-    extra: bound (B,), and row, col (B,) of that place."""
-    distance, bound, place = certify(rule, images)
-    result, place = Attacked(images, distance), place.cpu()
+    extra: bound (B,), those of smaller patches, and row, col (B,) of that place."""
+    known, size = certify(rule, images), images.shape[2:]
+    result, place = Attacked(images, known.score), known.place.cpu()
     if name == "rule_attacked":
         mask = rule.rule.patches_at(place)
         result = tanh_attack(rule, images, rule.anchor, mask, effort, generator)
         result.mask = mask
-    result.extra["bound"] = bound
-    if rule.rule.places is not None:
-        result.extra |= dict(zip(("row", "col"), rule.rule.places[place].T))
+    result.extra["bound"] = known.bound
+    if rule.rule.patch is not None:
+        result.extra |= dict(zip(("row", "col"), rule.rule.places(place).T))
+        for side in (s for s in SMALLER if s < min(rule.rule.patch) * 64 / min(size)):
+            smaller = [max(1, scale(side, n)) for n in size]
+            result.extra[f"bound_{side}"] = bound_of_smaller(rule, known.distance, smaller)
     return result
 
 
@@ -1272,6 +1305,7 @@ NOT_SETTINGS = ("method", "attacks", "chunk", "model", "judge", "mask")
 RESTARTS = ("restarts", "evasion_restarts", "square_search_iterations")
 SHORT = ("iterations", "patterns", "patch_iterations", "evasion_iterations", "distal_iterations")
 SHORT += ("rule_iterations",)
+RULES = ("rule", "rule_places", "rule_one")  # attacks with a threshold of their own
 
 
 class Judged(NamedTuple):
@@ -1326,6 +1360,10 @@ def parse(argv: Sequence[str] | None):
     told += "takes images, float (N, 3, size, size) in [0, 1], and gives features (N, D) - a "
     told += "function, a Module - or takes nothing and returns such a thing."
     config, args = run.parse(Config, PRESETS, argv, told, choices, own_preset)
+    try:
+        cover_named("rule", config, config.size, config.size)
+    except ValueError as error:
+        raise run.UsageError(f"--rule-patch, --rule-mask: {error}") from None
     held = about(args)
     config = dataclasses.replace(config, seed=held["seed"] if config.seed < 0 else config.seed)
     if config.person_folder and not config.data:
@@ -1513,7 +1551,7 @@ def attack_target(
 
     from data import run
 
-    began, faces = time.monotonic(), people.faces
+    began, faces, judged = time.monotonic(), people.faces, person in people.targets
     target = faces.names[person]
 
     def load(index: Sequence[int]) -> Tensor:
@@ -1536,7 +1574,7 @@ def attack_target(
         genuine = [i for i in own if i != own[best]]
         others = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}
         others["rule_attacked"] = tested[: config.rule_intruders]
-        others |= dict.fromkeys(("rule", "rule_places", "rule_one"), genuine + tested)
+        others |= dict.fromkeys(RULES, genuine + tested * judged)
         candidates = others.get(name, tested)
         judge = Mirrored(embed) if mirroring else embed
         inputs: dict[str, Any] = {"embed": judge, "anchor": features[best]}
@@ -1581,31 +1619,44 @@ def attack_target(
             for n, distance in result.extra.get(key, {}).items():
                 total, several = part[key].get(n, (0.0, 0))
                 part[key][n] = (total + float(distance.sum()), several + len(distance))
-        more = ("row", "col", "direct", "indirect", "bound")
+        more = ["row", "col", "direct", "indirect", "bound", *(f"bound_{s}" for s in SMALLER)]
         more = [key for key in more if key in result.extra]
         columns = [result.extra[key].tolist() for key in more]
         for candidate, distance, *values in zip(candidates, result.distance.tolist(), *columns):
             other = faces.names[int(faces.person[candidate])] if candidate >= 0 else ""
             role = "genuine" if other == target else "intruder"
+            role = role if judged else "validation"
             row = [name, mirroring, selection, config.seed, target, own[best], candidate, other]
             part["rows"].append([*row, role, distance, *values])
     shown = {"anchor": load([own[best]])[0], "clean": images[:4], "attacked": result.images[:4]}
     shown |= {key: result.extra[key] for key in ("pattern",) if key in result.extra}
+    shown |= {"fill": fill} if name in RULES else {}
     arrays = {k: (v * 255).round().to(torch.uint8).cpu().numpy() for k, v in shown.items()}
     arrays |= {"candidate": candidates[:4], "distance": result.distance[:4].cpu().numpy()}
     arrays["mask"] = (mask if mask.dim() == 2 else mask[0]).cpu().numpy()
     part |= {"header": [*COLUMNS, *more], "seconds": time.monotonic() - began}
-    return part, arrays if name != "clean" else {}
+    return part, arrays if name != "clean" and judged else {}
 
 
 def fill_of(name: str, people: Judged, like: Tensor) -> Tensor:
     """What the certificate's masks show, (C, H, W): the mean of up to 1,000 faces of persons that
-    are not targets, or noise as in App. A. It is fixed before any candidate is seen."""
+    are not targets, or noise as in App. A. It is fixed before any candidate is seen, in 255ths so
+    that it can be stored."""
     if name == "noise":
         drawn = torch.randn(like.shape, generator=stable_generator("fill"))
-        return (drawn * 0.25 + 0.5).clamp(0, 1).to(like)
-    others = torch.isin(people.faces.person, torch.tensor(people.far or people.near))
-    return to_float(people.faces.images[others][:1000]).mean(0).to(like)
+        fill = (drawn * 0.25 + 0.5).clamp(0, 1)
+    else:
+        others = torch.isin(people.faces.person, torch.tensor(people.far or people.near))
+        fill = to_float(people.faces.images[others][:1000]).mean(0)
+    return to_float((fill * 255).round().to(torch.uint8)).to(like)
+
+
+def threshold_setters(people: Judged, many: int) -> list[int]:
+    """So many persons who are not judged, those with the most images, two at least: the genuine
+    scores of these set the rule's threshold."""
+    n = people.faces.person.bincount(minlength=len(people.faces.names)).tolist()
+    others = [p for p in people.far if n[p] > 1 and p not in people.targets]
+    return sorted(others, key=lambda p: (-n[p], p))[:many]
 
 
 def effort_told(name: str, config: Config) -> dict[str, Any]:
@@ -1655,7 +1706,8 @@ def merge(name: str, table: Path, parts: list[dict], images: dict, about: dict) 
         if "pattern" in part:
             to_print(table.with_suffix("") / f"{target}.png", part["pattern"], part["mask"])
     seconds = sum(part["seconds"] for part in parts)
-    record = {"attack": name, **about, "n": len(rows), "n_targets": len(parts)}
+    n_targets = len({row[4] for row in rows if row[8] != "validation"})
+    record = {"attack": name, **about, "n": len(rows), "n_targets": n_targets}
     record["seconds"] = round(seconds, 2)
     record["outside_mask_max"] = max(part["outside_mask_max"] for part in parts)
     repeated = [part["reproducible"] for part in parts if "reproducible" in part]
@@ -1670,8 +1722,8 @@ def merge(name: str, table: Path, parts: list[dict], images: dict, about: dict) 
     lines = [parts[0]["header"], *([short(v) for v in row] for row in rows)]
     csv.writer(text, lineterminator="\n").writerows(lines)
     run.write(table, text.getvalue())
-    told = f"{len(parts)} targets, {len(rows)} pairs"
-    for role in ("genuine", "intruder"):
+    told = f"{n_targets} targets, {len(rows)} pairs"
+    for role in ("genuine", "intruder", "validation"):
         if found := [row[9] for row in rows if row[8] == role]:
             told += f", mean {role} distance {sum(found) / len(found):.3f}"
     return f"{told}, {seconds:.0f} s"
@@ -1762,8 +1814,10 @@ def attack_method(
         if run.rank() == 0:
             run.write(begun, about)
         run.barrier()
-        files = {p: partial / f"{p}.json" for p in people.targets}
-        own = people.targets[run.rank() :: run.world()]
+        setters = threshold_setters(people, config.rule_persons) if name in RULES else []
+        everyone = people.targets + setters
+        files = {p: partial / f"{p}.json" for p in everyone}
+        own = everyone[run.rank() :: run.world()]
         for person in progress([p for p in own if not files[p].exists()], title):
             generator = out.parents[1] / "generator.pt"
             with warnings.catch_warnings():  # metrics.py tells of the gradients, once

@@ -32,14 +32,18 @@ import numpy as np
 FPR = 0.05  # Sec. 4.3
 # not in the paper: reported where at least so many of the unattacked intruders should pass
 FARS, ERRORS = (0.1, 0.01), 10
-ROLES = ("genuine", "intruder")
+# validation: genuine pairs of persons who set the rule's threshold
+ROLES = ("genuine", "intruder", "validation")
 COUNTS = "targets / genuine / intruders"
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion")
 ATTACKS += ("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch")
 ATTACKS += ("mask", "transfer", "rule", "rule_places", "rule_one", "rule_attacked")
-# of the rows under the rule: genuine pairs beside the bounds of the intruders (not in the paper)
-CERTIFIED = {"certified": "rule", "certified_places": "rule_places", "certified_one": "rule_one"}
+# genuine pairs under the rule beside a bound of the intruders: whose rows, and which column (not in
+# the paper)
+CERTIFIED = {"certified": ("rule", "bound"), "certified_places": ("rule_places", "bound")}
+CERTIFIED |= {"certified_one": ("rule_one", "bound")}
+CERTIFIED |= {f"certified_{side}": ("rule", f"bound_{side}") for side in (8, 6, 4, 2)}
 # Sec. 4.4; the others are not in the paper
 DERIVED = ("direct", "direct+indirect", "worst", *CERTIFIED)
 # one printed patch, any of them
@@ -63,6 +67,10 @@ class Row(NamedTuple):
     col: int = -1
     direct: float = math.nan  # of the indirect attack: the direct half's distance
     bound: float = math.nan  # of the rule: no patch brings the score below
+    bound_2: float = math.nan  # no patch of 2 x 2 of 64
+    bound_4: float = math.nan
+    bound_6: float = math.nan
+    bound_8: float = math.nan
 
 
 COLUMNS = Row._fields[:10]  # that every file has
@@ -320,7 +328,7 @@ def base_of(name: str) -> str:
     """Whose rows hold what an attack leaves alone and set its thresholds: the rule has its own."""
     if name.startswith("rule"):
         return "rule" if name.startswith("rule_attacked") else name
-    return CERTIFIED.get(name, "clean")
+    return CERTIFIED[name][0] if name in CERTIFIED else "clean"
 
 
 def sides(attacks: Attacks, name: str) -> tuple[list[Row], list[Row]]:
@@ -329,11 +337,12 @@ def sides(attacks: Attacks, name: str) -> tuple[list[Row], list[Row]]:
     if name == "worst":
         intruders = worst(attacks)
     elif name in CERTIFIED:
-        intruders = [r._replace(distance=r.bound) for r in pick(attacks, base, "intruder")]
+        bounds = ((r, getattr(r, CERTIFIED[name][1])) for r in pick(attacks, base, "intruder"))
+        intruders = [r._replace(distance=b) for r, b in bounds if not math.isnan(b)]
     elif name in DERIVED:
         intruders = direct_and_either(attacks)[name != "direct"]
     else:
-        genuine, intruders = (pick(attacks, name, role) for role in ROLES)
+        genuine, intruders = (pick(attacks, name, role) for role in ROLES[:2])
     if genuine or intruders:
         genuine = genuine or pick(attacks, base, "genuine")
         intruders = intruders or pick(attacks, base, "intruder")
@@ -388,8 +397,9 @@ def merits(attacks: Attacks, name: str) -> tuple[dict[str, Any], dict[str, list[
     if name not in attacks and name not in DERIVED:
         return None
     clean, (genuine, intruders) = pick(attacks, "clean", "genuine"), sides(attacks, name)
-    real, others = (pick(attacks, base_of(name), role) for role in ROLES)
-    if not (clean and genuine and intruders and real):
+    own, others, setters = (pick(attacks, base_of(name), role) for role in ROLES)
+    real = setters or own
+    if not (clean and genuine and intruders and own):
         return None
     evading = name not in (*DERIVED, "clean") and not pick(attacks, name, "intruder")
     detected = genuine if evading else intruders
@@ -406,7 +416,7 @@ def merits(attacks: Attacks, name: str) -> tuple[dict[str, Any], dict[str, list[
         "n_genuine": len(g),
         "n_intruders": len(i),
         "detected": detection_at_fpr(r, d, FPR, evading),
-        "fpr": fpr_at(r, threshold(r)),
+        "fpr": fpr_at(columns(own)[0], threshold(r)),
         "clean_same_pairs": area_of(own_clean, same) if same else math.nan,
     }
     for far in FARS:
@@ -732,10 +742,11 @@ def health_lines(checks: Sequence[Check]) -> str:
 # main
 
 
-FIGURES = [*map(str, range(1, 10)), "roc", "places"]  # of results/figures.py
+FIGURES = [*map(str, range(1, 10)), "roc", "places", "certified"]  # of results/figures.py
 KINDS = get_type_hints(Row)
 LIMITS: dict[str, tuple[float, float]] = {"mirroring": (0, 1), "selection": (0, 1)}
-LIMITS |= dict.fromkeys(("distance", "direct", "bound"), (0, 1e300))
+FAR_OFF = ("distance", "direct", "bound", "bound_2", "bound_4", "bound_6", "bound_8")
+LIMITS |= dict.fromkeys(FAR_OFF, (0, 1e300))
 
 
 def optional_json(path: Path) -> dict[str, Any]:
@@ -761,7 +772,7 @@ def _row(values: Mapping[str, str]) -> Row:
         if kind is not str and not low <= found[name] <= high:
             raise ValueError(f"{name} is {found[name]}, not finite and from {low} to {high:g}")
     if found["role"] not in ROLES:
-        raise ValueError(f"role is {found['role']!r}, not genuine or intruder")
+        raise ValueError(f"role is {found['role']!r}, not one of {', '.join(ROLES)}")
     return Row(**found)
 
 
