@@ -108,7 +108,7 @@ class Config:
     patterns: int = 1000  # App. B.2: random eyeglasses an intruder
     clean_intruders: int = 200  # not in the paper: un-attacked intruders, the attacked ones first
     noise: float = 10 / 255  # App. B.2: uniform, plus or minus this
-    evasion_iterations: int = 2000  # Sec. 4.3, released code: of the eyeglasses that hide
+    evasion_iterations: int = 2000  # Sec. 4.3, released code: of evasion (dodging)
     evasion_lr: float = 0.05  # Sec. 4.3, released code: theirs
     evasion_restarts: int = 5  # Sec. 4.3, released code: theirs
     distal_iterations: int = 2000  # App. C: from noise

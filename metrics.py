@@ -518,10 +518,9 @@ def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     rates = [f"{key}_at_far_{far:g}" for key in ("tar", "asr") for far in FARS]
     asked = "".join(f"{key} at {far:.0%}".rjust(11) for key in ("TAR", "ASR") for far in FARS)
     head = f"{'method':<{first}}{'attack':<21}"
-    areas = [
-        f"{head}{'AU-ROC':>9}  {'95 % interval':<15}{'AU-PR':>9}  {'95 % interval':<15}{'AP':>5}  {COUNTS}"
-    ]
-    lines = [f"{head}{'detected':>9}  {'95 % interval':<15}{'at FPR':>6}{'EER':>7}{asked}"]
+    spread = f"{{:>9}}  {'95 % interval':<15}"
+    areas = [f"{head}{spread.format('AU-ROC')}{spread.format('AU-PR')}{'AP':>5}  {COUNTS}"]
+    lines = [f"{head}{spread.format('detected')}{'at FPR':>6}{'EER':>7}{asked}"]
     for method, attacks in result.items():
         for name, m in attacks.items():
             named = f"{method:<{first}}{name:<21}"
