@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
+from data import synthetic
+
 OPS = (
     "masked_step",
     "gaussian_cutout",
@@ -87,6 +89,21 @@ def kernel_mode(request, monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def rendered_once(request, monkeypatch, faces={}):  # noqa: B006  kept from test to test
+    """Many tests ask for the same rendered faces; tests/test_synthetic.py renders each time."""
+
+    def chunk(*given, render=synthetic._render_chunk):
+        identity, content, size = given
+        key = identity.numpy().tobytes(), content.numpy().tobytes(), size
+        if key not in faces:
+            faces[key] = render(*given)
+        return faces[key].clone()
+
+    if not request.module.__name__.endswith("test_synthetic"):
+        monkeypatch.setattr(synthetic, "_render_chunk", chunk)
 
 
 @pytest.fixture
