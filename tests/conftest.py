@@ -19,7 +19,9 @@ if not torch.cuda.is_available():
 import numpy as np
 import pytest
 
-from data import synthetic
+from data import run, synthetic
+
+run.CHECKPOINT_EVERY = 0.0  # at every line of a log: what is short here has several too
 
 OPS = (
     "masked_step",

@@ -156,7 +156,7 @@ def test_every_attack_covers_the_images_own_size(height, width):
     x, train = (torch.rand(2, 3, height, width, generator=seeded(k)) for k in (0, 1))
     short = dict.fromkeys(("restarts", "evasion_restarts", "eot_samples", "eot_tests"), 1)
     names = ("", "patch_", "evasion_", "distal_", "square_search_")
-    short |= {"patterns": 2, "rule_mask": 32} | {f"{name}iterations": 2 for name in names}
+    short |= {"patterns": 2, "rule_mask": (32,)} | {f"{name}iterations": 2 for name in names}
     config = replace(Config(), square_stride=20, rule_iterations=2, **short)
     for name in attacks.ATTACKS:
         given = embed, x, embed(x)[0]
@@ -921,7 +921,7 @@ def test_every_attack_runs_on_a_resnet_that_is_not_ours():
         patterns=8,
         evasion_iterations=8,
         distal_iterations=8,
-        rule_mask=32,
+        rule_mask=(32,),
         rule_iterations=2,
     )
     x, train = faces(3), faces(4, 2)
@@ -1034,6 +1034,7 @@ SMALL = [
     "--clean-intruders=6",
     "--targets=3",
     "--rule-mask=32",
+    "--rule-persons=2",
     "--rule-intruders=2",
     "--rule-iterations=2",
 ]
@@ -1067,7 +1068,7 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
         ] != row["anchor"]
         assert row["target"] in manifest["target"] and row["person"] not in manifest["train"]
     counts = {"evasion": 2 * 2 * 4, "distal": 2 * 2, "rule_attacked": 2 * 2 * 2}
-    counts |= dict.fromkeys(("noise", "rule", "rule_places", "rule_one"), 2 * 2 * (4 + 3))
+    counts |= dict.fromkeys(attacks.RULES, 2 * 2 * (4 + 3) + 2 * 2 * 4) | {"noise": 2 * 2 * (4 + 3)}
     for name in names[1:]:
         found = rows(trained, name)
         assert len(found) == counts.get(name, 2 * 2 * 3), name

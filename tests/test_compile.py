@@ -70,7 +70,7 @@ def cases(quick=False):
             calls = {
                 "boxes": partial(masked_step, x, x, alpha, boxes),
                 "gaussian": partial(gaussian_cutout, x, boxes=boxes),
-                "shared": partial(backward, place_patches, x, patch(1, 1, 3, 20, 20), places),
+                "shared": partial(place_patches, x, patch(1, 1, 3, 20, 20), places),
                 "stride 5": partial(window_energy, x, 20, 20, 5),
                 "mask": partial(backward, tanh_perturb, under, patch(2, 3, 107)),
                 "bytes": partial(augment, u, layout=last, **moves),
@@ -81,7 +81,7 @@ def cases(quick=False):
                 calls |= {
                     "uniform": partial(gaussian_cutout, x, boxes=boxes, fill="uniform"),
                     "grey": partial(place_patches, x, 0.5, places, (20, 20)),
-                    "each": partial(backward, place_patches, x, each, places),
+                    "each": partial(place_patches, x, each, places),
                     "stride 1": partial(window_energy, x, 10, 10),
                     "universal": partial(backward, tanh_perturb, under, patch(1, 3, 107)),
                     "bytes uniform": partial(augment, u, fill="uniform", layout=layout, **moves),
