@@ -39,6 +39,7 @@ def pytest_runtestloop(session):
     reports what the child has found as its own."""
     config, plugins, reports = session.config, session.config.pluginmanager, []
     files = [[*items] for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    files.sort(key=lambda items: len(items) > 1)  # those of one test, torture's, take long
     alone = config.option.maxfail or config.option.collectonly or session.testsfailed
     if alone or len(files) < 9 or torch.get_num_threads() > 1 or torch.cuda.is_available():
         return None  # pytest's own loop
