@@ -601,7 +601,12 @@ def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float =
         apart = torch.stack([torch.cdist(anchor, view, compute_mode=exact) for view in both])
         squared = apart.square().mean(0)  # (n, n)
         found.append(squared[~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)])
-    d = torch.cat(found).sqrt().sort().values
+    return smallest_delta(torch.cat(found).sqrt(), fpr)
+
+
+def smallest_delta(genuine: Tensor, fpr: float = 0.05) -> float:
+    """The smallest delta of eq. (1) that refuses at most `fpr` of the genuine distances (n,)."""
+    d = genuine.sort().values
     refused = math.floor(fpr * len(d) + 1e-9)
     return float(d[len(d) - 1 - refused].nextafter(d.new_tensor(math.inf)))
 
@@ -657,6 +662,8 @@ def parse(argv: Sequence[str] | None):
         "Train and judge the embedding F (Sec. 2-4).",
         CHOICES,
         verify={**photographs, "help": "are these two photographs of one person? (eq. 1)"},
+        certified={"action": "store_true", "help": "with --verify: what no patch could change"},
+        model={"help": "of --verify: FILE.py:NAME, judged by attacks.py in --run, in place of F"},
         no_evaluation={"action": "store_true", "help": "train only"},
     )
     for name in ("persons", "train_persons"):
@@ -668,6 +675,10 @@ def parse(argv: Sequence[str] | None):
         if low > high:
             flag = "--" + name.replace("_", "-")
             raise run.UsageError(f"{flag} {low},{high}: give two numbers, the lower first")
+    if args.certified and not args.verify:
+        raise run.UsageError("--certified: it is that of --verify A B")
+    if args.model and not args.verify:
+        raise run.UsageError("--model: it is that of --verify; attacks.py --model judges a model")
     if config.method == "doa" and config.attacked == "erased":
         raise run.UsageError("--attacked erased: DOA searches a place in every image: leave it out")
     return config, args
@@ -858,25 +869,37 @@ def evaluate(config: Config, args) -> int:
 
 
 def verify(config: Config, args, device: torch.device) -> int:
-    """Eq. (1) for two photographs, with mirroring."""
+    """Eq. (1) for two photographs, with mirroring, by the run's F or by a model judged in it."""
     import data
-    from data import run
+    from data import certificate, model, run
 
-    folder = args.run / config.name
-    embed = load_embedding(folder / "embedding.pt", device)
-    with run.reading(folder / "result.json", "train to the end first, or name another --run"):
-        delta = float(run.read_json(folder / "result.json")["threshold"])
+    file = args.run / (model.model_name(args.model) if args.model else config.name) / "result.json"
+    advice = "train to the end first, or name another --run"
+    if args.model:
+        advice = f"let attacks.py --model {args.model} judge it first, or name its --run"
+    held = run.read_json(file, advice)
+    with run.reading(file, advice):
+        delta, size = float(held["threshold"]), int(held.get("size", data.SIZE))
         if not 0 < delta < math.inf:
             raise ValueError(f"threshold {delta}")
-    crop = config.crop or run.read_json(args.run / "run.json").get("crop") or None
-    target, candidate = (data.load_image(Path(p), crop=crop)[None].to(device) for p in args.verify)
+        told = "genuine validation pairs"
+        if args.model:
+            told = f"the genuine pairs of {held['persons']} persons"
+    crop = config.crop or (held if args.model else run.read_json(args.run / "run.json")).get("crop")
+    pair = (data.load_image(Path(p), crop=crop or None, size=size) for p in args.verify)
+    target, candidate = (image[None].to(device) for image in pair)
+    if args.model:
+        embed = model.known(args.model, held, candidate)
+    else:
+        embed = load_embedding(file.with_name("embedding.pt"), device)
     views = torch.cat([features(embed, candidate, mirror) for mirror in (False, True)], 1)
     anchor = torch.cat([features(embed, target)] * 2, 1)
     views, anchor = views / math.sqrt(2), anchor / math.sqrt(2)  # the mean over both views
     distance = float(squared_distance(views, anchor).sqrt())
     answer = "NOT the same person" if bool(different(views, anchor, delta)) else "same person"
-    told = f"threshold {delta:.3f} (5 % of genuine validation pairs refused)"
-    print(f"distance {distance:.3f}  {told}  {answer}")
+    print(f"distance {distance:.3f}  threshold {delta:.3f} (5 % of {told} refused)  {answer}")
+    if args.certified:
+        print(certificate.certified(file.parent / "attacks", embed, target, candidate))
     return 0
 
 

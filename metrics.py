@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ COUNTS = "targets / genuine / intruders"
 METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion")
 ATTACKS += ("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch")
-ATTACKS += ("rule", "rule_places", "rule_one", "rule_attacked")
+ATTACKS += ("mask", "transfer", "rule", "rule_places", "rule_one", "rule_attacked")
 # genuine pairs under the rule beside a bound of the intruders: whose rows, and which column (not in
 # the paper)
 CERTIFIED = {"certified": ("rule", "bound"), "certified_places": ("rule_places", "bound")}
@@ -47,7 +47,7 @@ CERTIFIED |= {f"certified_{side}": ("rule", f"bound_{side}") for side in (8, 6, 
 # Sec. 4.4; the others are not in the paper
 DERIVED = ("direct", "direct+indirect", "worst", *CERTIFIED)
 # one printed patch, any of them
-WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect")
+WORST = ("eyeglasses", "square", "eye_patch", "random_eyeglasses", "indirect", "mask")
 
 
 class Row(NamedTuple):
@@ -593,7 +593,7 @@ def _settings(attacks: Attacks, name: str) -> Iterator[tuple[str, Attacks]]:
 
 def harm(attacks: Attacks) -> Iterator[str]:
     """An attack that leaves a higher AU-ROC than the same pairs have without it does nothing."""
-    for name in ("eye_patch", "eyeglasses", "indirect", "square"):
+    for name in ("eye_patch", "eyeglasses", "indirect", "mask", "square"):
         for setting, chosen in _settings(attacks, name):
             genuine, intruders = sides(chosen, name)
             if same := same_pairs(chosen, intruders):
@@ -602,11 +602,14 @@ def harm(attacks: Attacks) -> Iterator[str]:
                 yield told if after > before else ""
 
 
-def chance(attacks: Attacks) -> Iterator[str]:
-    """Random patterns must not bring the intruders closer, on average, than gradients do."""
-    both = [attacks[a].rows if a in attacks else [] for a in ("eyeglasses", "random_eyeglasses")]
+def chance(
+    attacks: Attacks, name: str = "random_eyeglasses", by: str = "random search"
+) -> Iterator[str]:
+    """Random patterns, or patches made on another model, must not bring the intruders closer, on
+    average, than gradients do."""
+    both = [attacks[a].rows if a in attacks else [] for a in ("eyeglasses", name)]
     if means := _means(*both):
-        told = f"mean distance {means[1]:.4g} by random search, {means[0]:.4g} by gradients"
+        told = f"mean distance {means[1]:.4g} by {by}, {means[0]:.4g} by gradients"
         yield told if means[1] < means[0] else ""
 
 
@@ -664,11 +667,16 @@ def reproducible(attacks: Attacks, tolerance: float = 0.02) -> Iterator[str]:
 
 # name: what yields "" for a comparison that is well and else what is wrong; what is said when all
 # are well; when there are none
-CHECKS = {
+CHECKS: dict[str, tuple[Callable[[Attacks], Iterator[str]], str, str]] = {
     "gradients": (gradients, "none zero or non-finite", "no attack counted its gradients"),
     "more effort": (effort, "more never weakened an attack", "no attack ran at two strengths"),
     "attacks harm": (harm, "no attack raised the AU-ROC of its pairs", "no pairs with clean rows"),
     "random search": (chance, "does not beat gradients", "no pairs under both kinds of eyeglasses"),
+    "transfer": (
+        functools.partial(chance, name="transfer", by="patches of another model"),
+        "does not beat the white box",
+        "no patch was made on another model",
+    ),
     "indirect attack": (indirect, "takes at most 0.02 of AU-ROC", "no pairs under both attacks"),
     "certificate": (soundness, "no attack on the rule went below a bound", "no attack on the rule"),
     "outside the mask": (outside_mask, "nothing changed", "no attack measured it"),

@@ -170,6 +170,8 @@ def beyond(runs: Sequence[Run]) -> str:
     common = [a for a in metrics.WORST if all(a in attacks for attacks in every)]
     fewer = [kept(one, lambda m, a, r: a in ("clean", *common)) for one in runs]
     attacks = ("eyeglasses", "eot_eyeglasses", "eye_patch", "grey_eye_patch", "eot_eye_patch")
+    own = ("mask", "transfer")  # by --mask and --judge alone
+    attacks += tuple(a for a in own if any(a in attacks for attacks in every))
     body = []
     for m in names(runs):
         cells = [cell(measure(runs, m, a)) for a in (*attacks, "worst")]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import attacks as a
 import embed as e
-from data import run
+from data import model, run
 
 TOLERANCE = 1e-5
 
@@ -121,7 +121,8 @@ def hunt_all(argv: Sequence[str]) -> int:
     config, args, held = a.parse(argv)
     device = run.start(args.device)
     if config.model:
-        embed, name = a.load_model(config.model, device)[0], a.model_name(config.model)
+        embed = model.load_model("--model", config.model, device)[0]
+        name = model.model_name(config.model)
     else:
         (name,) = config.method
         embed = e.load_embedding(args.run / name / "embedding.pt", device)

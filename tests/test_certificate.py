@@ -2,14 +2,18 @@
 its conditions is broken an attack does."""
 
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import attacks as a
 import embed as e
+from data import run
+from data.certificate import certified
 
 # where the mask that decides hides the patch nothing is left to gain
 pytestmark = pytest.mark.filterwarnings("ignore:.* gradients. the attack could not follow")
@@ -184,6 +188,41 @@ def test_no_images_no_scores():
     found = a.cover(16, 16, 3, 6)
     rule = a.Covered(linear(16, 16), torch.zeros(3, 16, 16), found, noise(16, 16))
     assert [len(v) for v in a.certify(rule, torch.rand(0, 3, 16, 16))] == [0] * 4
+
+
+# embed.py --verify A B --certified
+
+
+def test_verify_says_what_no_patch_could_change(tmp_path):
+    """The threshold decides: above the score, between the bounds of two sizes, below all."""
+    weight = torch.randn(3 * 64 * 64, 8, generator=rng(1)) / 64
+    embed = lambda x: x.flatten(1) @ weight
+    target, candidate = (torch.rand(2, 1, 3, 64, 64, generator=rng(2)) * 255).byte()
+    fill = (noise(64, 64) * 255).byte()
+    np.savez(tmp_path / "rule.npz", fill=fill.numpy()[None])
+    config = {"rule_patch": [10], "rule_mask": [16], "rule_anchor": "whole"}
+    (tmp_path / "rule.json").write_text(json.dumps({"config": config}))
+    found, anchor = a.cover(64, 64, 10, 16), target[0].float() / 255
+    rule = a.Covered(a.Mirrored(embed), anchor, found, fill.float() / 255)
+    known = a.certify(rule, candidate.float() / 255)
+    by_size = {s: float(a.bound_of_smaller(rule, known.distance, (s, s))) for s in range(1, 11)}
+    assert by_size[10] < by_size[1] < known.score
+
+    def answer(delta, role="validation"):
+        lines = ["mirroring,role,distance", f"0,{role},99", "1,genuine,99", f"1,{role},{delta}"]
+        (tmp_path / "rule.csv").write_text("\n".join(lines))
+        return certified(tmp_path, embed, target, candidate)
+
+    assert " same person\n" in answer(float(known.score) * 1.01)
+    assert "nothing is certain" in answer((by_size[1] + float(known.score)) / 2)
+    sure = answer(by_size[10] * 0.99)
+    assert sure.endswith("NOT the same person, and no patch of 10 x 10 could change that")
+    between = (by_size[1] + by_size[10]) / 2
+    largest = max(s for s, bound in by_size.items() if bound > between)
+    wanted = f"no patch of {largest} x {largest} could change that; a larger one might"
+    assert answer(between).endswith(wanted) and 1 <= largest < 10
+    with pytest.raises(run.UsageError, match="no validation persons"):
+        answer(1, "genuine")
 
 
 # soundness

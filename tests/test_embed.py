@@ -686,6 +686,10 @@ def test_verify_answers_eq1(run_of, capsys):
     a, b = (found.images[i : i + 1].float() / 255 for i in (0, 1))
     d = torch.stack([e.squared_distance(embed(v), embed(a)) for v in (b, b.flip(3))]).mean().sqrt()
     assert float(out[1]) == pytest.approx(float(d), abs=1e-3)
+    assert e.main(["--verify", "0.png", "1.png", "--certified", *given]) == 2
+    assert "attacks.py --attacks clean,rule" in capsys.readouterr().err
+    assert e.main(["--certified", *given]) == 2
+    assert "--verify A B" in capsys.readouterr().err
     assert e.main(["--verify", "0.png", "absent.png", *given]) == 2
     assert "absent.png" in capsys.readouterr().err
     assert e.main(["--verify", "0.png", "1.png", "--run", "nowhere"]) == 2
@@ -909,7 +913,7 @@ def test_photographs_that_moved_go_on_with_the_run_and_verify_takes_its_crop(
     assert e.main(["--root", "there", *flags]) == 0
     assert "is trained already" in capsys.readouterr().out
     asked = []
-    monkeypatch.setattr(data, "load_image", lambda path, crop=None: asked.append(crop) or ONE)
+    monkeypatch.setattr(data, "load_image", lambda path, crop, size: asked.append(crop) or ONE)
     two = ["there/p0/0.png", "there/p0/1.png", "--run", "run", "--method", "weak-at"]
     assert e.main(["--verify", *two, "--attack-steps", "2"]) == 0
     assert asked == ["none", "none"]  # 80 x 80 alone would be centre
