@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def certified(
         delta = embedding.smallest_delta(torch.tensor([float(r["distance"]) for r in rows]))
     with run.reading(folder / "rule.npz", advice), np.load(folder / "rule.npz") as arrays:
         fill = attacks.to_float(torch.from_numpy(arrays["fill"][0]))
-        sides = {k: tuple(held["config"][k]) for k in ("rule_patch", "rule_mask")}
+        sides: dict[str, Any] = {k: tuple(held["config"][k]) for k in ("rule_patch", "rule_mask")}
         cover = attacks.cover_named("rule", attacks.Config(**sides), *target.shape[2:])
         masked = held["config"]["rule_anchor"] == "masked"
     given = attacks.to_float(target)[0], cover, fill, masked
