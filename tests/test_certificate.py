@@ -14,6 +14,7 @@ import attacks as a
 import embed as e
 from data import run
 from data.certificate import certified
+from tests import soundness
 
 # where the mask that decides hides the patch nothing is left to gain
 pytestmark = pytest.mark.filterwarnings("ignore:.* gradients. the attack could not follow")
@@ -372,3 +373,42 @@ def test_batch_normalisation_in_train_mode_breaks_the_bound_and_is_refused(monke
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         a.certify(a.Covered(lambda x: norm(x).flatten(1), images[2], found, fill), images[:2])
+
+
+# tests/soundness.py, shortened
+
+
+def hunt(embed):
+    config = a.Config(rule_mask=(30,), rule_iterations=1, rule_lr=0.3)
+    images = torch.full((3, 3, 64, 64), 0.9) - 0.2 * torch.rand(3, 3, 64, 64, generator=rng(4))
+    images[2] = 0.1
+    return soundness.hunt(config, a.Mirrored(embed), images[2], noise(64, 64), images[:2])
+
+
+def test_none_of_the_projects_attacks_on_the_rule_gets_below_the_bound(capsys):
+    found = hunt(normalised())
+    assert len(found) == 10
+    assert soundness.told("F", [{"pairs": 2, "attacks": found}]) == 0
+    assert "2 pairs, 10 attacks, none below its bound" in capsys.readouterr().out
+    for name in ("steepest", "indirect", "sign"):
+        assert found[f"rule: {name}"][2] < found["rule: none"][2], name
+
+
+def test_of_a_cover_with_a_hole_they_do(monkeypatch, capsys):
+    """F reads a pixel that no mask hides, and its mirror image."""
+    right = a.cover_named
+
+    def wrong(name, *given):
+        found = right(name, *given)
+        if name != "rule":
+            return found
+        seen = ~(found.masks[:, 7, 7] | found.masks[:, 7, 56])
+        holds = found.holds[:, seen]
+        holds[~holds.any(1), 0] = True  # it says so
+        corners = found.corners[seen]
+        return found._replace(masks=found.masks[seen], holds=holds, corners=corners)
+
+    monkeypatch.setattr(a, "cover_named", wrong)
+    found = hunt(lambda x: x[:, :1, 7, 7])
+    assert soundness.told("F", [{"pairs": 2, "attacks": found}]) == 1
+    assert "BELOW" in capsys.readouterr().out and found["rule: steepest"][0] < -0.1
