@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class Config:
 
     preset: str = "paper"  # demo | paper | released; on the command line demo unless named
     method: str = "ours"  # ours | no-at | weak-at | doa
-    positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); transfer: E_co of another x'
+    positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); not in the paper: the others
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
     crop: str = ""  # lfw | centre | celeba | none; empty: by image size
@@ -50,6 +50,7 @@ class Config:
     validation_persons: int = 100  # Sec. 4: of F, not trained on
     target_persons: int = 30  # Sec. 4.2: 30 drawn
     persons: int = 2000  # Sec. 4: of the train persons, those F is trained on; 0: all
+    images: int = 0  # not in the paper: of each of them the first, that F may see; 0: all
     synthetic_persons: int = 370  # not in the paper: size of the rendered set
     synthetic_images: int = 12  # not in the paper: images of each rendered person
     width: float = 1.0  # Sec. 4: VGG16; less, not in the paper: a fraction of its channels
@@ -80,7 +81,8 @@ class Config:
     doa_stride: int = 5  # App. A: between the places searched, pixels
     validate_every: int = 50  # released: steps
     select: str = "auto"  # weights judged, last | best; App. B.3: best for weak AT only
-    autocast: bool = False  # not in the paper: bfloat16 in training on a GPU
+    precision: str = "auto"  # not in the paper: float32 | bfloat16; auto: where that is fast
+    compile: bool = False  # not in the paper: F and G by torch.compile
 
     @property
     def run(self) -> Path:
@@ -94,7 +96,10 @@ class Config:
             return f"doa-{self.candidates}"
         if self.method == "weak-at" and self.attack_steps != usual:  # Fig. 5
             return f"weak-at-{self.attack_steps}"
-        return self.method + "-transfer" * (self.generated and self.positive == "transfer")
+        if not self.generated:
+            return self.method
+        positive = f"-{self.positive}" * (self.positive != "reconstruct")
+        return self.method + positive + "-all" * (self.attacked == "all")
 
     @property
     def generated(self) -> bool:
@@ -210,11 +215,11 @@ def window_energy(grad: Tensor, h: int, w: int, stride: int) -> Tensor:
     return windows[:, top, left]
 
 
-def place_patches(images: Tensor, grey: float, places: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, C, H, W), each with a grey patch at its places (B, K, 2) -> (B, K, C, H, W)."""
+def painted(images: Tensor, grey: float, places: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Images (B, C, H, W), grey at the first of their places (B, K, 2), then at the second, ..."""
     sides = torch.tensor(size, device=places.device).expand_as(places)
-    inside = box_mask(torch.cat([places, sides], 2).flatten(0, 1), *images.shape[2:])
-    return torch.where(inside.unflatten(0, places.shape[:2]), grey, images[:, None])
+    for boxes in torch.cat([places, sides], 2).unbind(1):
+        yield torch.where(box_mask(boxes, *images.shape[2:]), grey, images)
 
 
 def local_attack(attack: Callable, embed: Embed, *inputs: Tensor) -> Tensor:
@@ -227,7 +232,7 @@ try:
     from kernels.gaussian_cutout import gaussian_cutout  # type: ignore[no-redef,assignment]
     from kernels.masked_step import masked_step  # type: ignore[no-redef,assignment]
     from kernels.patch_local import local_attack  # type: ignore[no-redef,assignment]
-    from kernels.place_patches import place_patches  # type: ignore[no-redef,assignment]
+    from kernels.place_patches import painted  # type: ignore[no-redef,assignment]
     from kernels.window_energy import window_energy  # type: ignore[no-redef,assignment]
 except ImportError:
     pass
@@ -426,8 +431,17 @@ class Quadruplets(NamedTuple):
 def quadruplets(
     config: Config, embed: Embed, people: Sampler, made: Generated | None, rng: torch.Generator
 ) -> Quadruplets:
-    """x, y, t, u of Sec. 2; without `made` real pairs, eq. (6)."""
+    """x, y, t, u of Sec. 2; without `made` real pairs, eq. (6).
+
+    Not in the paper: positive `transfer` takes y = G(E_cl(x), E_co(x')), x' any other image; `mixed`
+    does so in one half of the batch and has real pairs in the other.
+    """
     B, n, size = config.batch, config.mine, people.images.shape[-1]
+    if made is not None and config.positive == "mixed":
+        sizes = (None, B // 2), (made, B - B // 2)
+        parts = [dataclasses.replace(config, positive="transfer", batch=b) for _, b in sizes]
+        both = [quadruplets(c, embed, people, m, rng) for c, (m, _) in zip(parts, sizes)]
+        return Quadruplets(*map(torch.cat, zip(*both)))
     xi, other, ti = people.draw(B, n, rng, pairs=made is None)
     index = torch.cat([xi, ti.flatten()])  # x, then the candidates of each x
     flips, shifts = draw_moves(len(index), config.shift, rng)
@@ -441,17 +455,18 @@ def quadruplets(
         moves |= {"flips": flips, "shifts": shifts, "boxes": torch.zeros_like(boxes[:B])}
         y = augment(people.images[other], generator=rng, **moves)[0]
         # Eq. (6): u = y
-        fy, u = embed(y), y.repeat_interleave(n, 0)
-        fu, reference = fy.repeat_interleave(n, 0), embed(x).repeat_interleave(n, 0)
+        u, reference = y.repeat_interleave(n, 0), x
     else:
-        # y = G(E_cl(x), E_co(x)); transfer: the content of another image
+        # y = G(E_cl(x), E_co(x))
         y = made(xi, other) if config.positive == "transfer" else made(xi, xi, x)
         # u = G(E_cl(x), E_co(t))
         u = made(xi.repeat_interleave(n), ti.flatten(), t)
-        fy, fu = embed(y), embed(u)
-        reference = fu
-    # App. A: of n_m candidates the nearest negative, for the baselines to x
-    nearest = squared_distance(embed(t), reference).view(B, n).argmin(1)
+        reference = u
+    # App. A: of n_m candidates the nearest negative to u, for the baselines to x
+    fy, ft, fr = embed(torch.cat([y, t, reference])).split([B, B * n, len(reference)])
+    fu = fy.repeat_interleave(n, 0) if made is None else fr
+    fr = fr.repeat_interleave(B * n // len(fr), 0)
+    nearest = squared_distance(ft, fr).view(B, n).argmin(1)
     pick = torch.arange(B, device=x.device) * n + nearest
     return Quadruplets(x, y, t[pick], u[pick], boxes[:B], boxes[B:][pick], fy, fu[pick], index)
 
@@ -487,13 +502,12 @@ def doa_boxes(
     places = positions(H, W, size, size, config.doa_stride).to(images.device)
     images = images.detach().requires_grad_()
     (grad,) = torch.autograd.grad(squared_distance(embed(images), anchors).sum(), images)
-    energy = window_energy(grad.contiguous(), size, size, config.doa_stride)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    energy = window_energy(grad, size, size, config.doa_stride)
     best = places[energy.topk(min(config.candidates, len(places)), 1).indices]  # (B, K, 2)
     with torch.no_grad():  # one candidate of each image at a time: nothing is K times the batch
-        grey = (place_patches(images, 0.5, k, (size, size))[:, 0] for k in best.split(1, 1))
-        d = torch.stack(
-            [squared_distance(embed(painted), anchors) for painted in grey], 1
-        )  # (B, K)
+        grey = painted(images.detach(), 0.5, best, (size, size))
+        d = torch.stack([squared_distance(embed(x), anchors) for x in grey], 1)  # (B, K)
     winner = best[torch.arange(len(d), device=d.device), (d * sign[:, None]).argmax(1)]
     return torch.cat([winner, torch.full_like(winner, size)], 1)
 
@@ -535,9 +549,13 @@ def train_step(
 
     Raises FloatingPointError(what, indices of the images) where loss or gradient is not finite.
     """
-    with torch.autocast(people.images.device.type, torch.bfloat16, enabled=config.autocast):
+    low = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
+    device = people.images.device.type
+    with torch.autocast(device, **low):
         q = quadruplets(config, embed, people, made, rng)
         x, t = attacked(config, embed, q, alpha, rng)
+    # of its own: weights that were cast under no_grad would get no gradient
+    with torch.autocast(device, **low):
         if made is None:
             fx, fy, ft = embed(torch.cat([x, q.y, t])).float().chunk(3)
             fu = fy
@@ -626,7 +644,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 CHOICES = {
     "method": ("ours", "no-at", "weak-at", "doa"),
-    "positive": ("reconstruct", "transfer"),
+    "positive": ("reconstruct", "transfer", "mixed"),
     "hinge": ("distance", "squared"),
     "data": ("synthetic", "folder", "celeba"),
     "person_folder": ("", "first", "last"),
@@ -634,7 +652,8 @@ CHOICES = {
     "generate_from": ("clean", "erased"),
     "attacked": ("auto", "erased", "all"),
     "select": ("auto", "last", "best"),
-    **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons", "persons")},
+    "precision": ("auto", "float32", "bfloat16"),
+    **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons", "persons", "images")},
     "attack_warmup": (0, 2**31 - 1),
     "validation_persons": (2, 2**31 - 1),
     "shift": (0, 63),
@@ -700,11 +719,16 @@ def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embe
     return embed.to(device).eval().requires_grad_(False)
 
 
-def sampler_of(faces, persons: Sequence[int], device: torch.device) -> Sampler:
-    """Draws from these persons of the faces (`data.Faces`), numbered from 0."""
-    pick = torch.isin(faces.person, torch.tensor(persons))
-    person = faces.person[pick].unique(return_inverse=True)[1]
-    return Sampler(faces.images[pick].to(device), person.to(device))
+def sampler_of(faces, index: Tensor, device: torch.device) -> Sampler:
+    """Draws from these images (N,) of the faces (`data.Faces`), their persons numbered from 0."""
+    person = faces.person[index].unique(return_inverse=True)[1]
+    return Sampler(faces.images[index].to(device), person.to(device))
+
+
+def images_of(faces, persons: Sequence[int], most: int = 0) -> Tensor:
+    """Indices of these persons' images, of each the first `most`; 0: all."""
+    own = [(faces.person == p).nonzero()[: most or None, 0] for p in persons]
+    return torch.cat(own).sort().values
 
 
 def generator_file(config: Config, folder: Path) -> Path | None:
@@ -739,6 +763,8 @@ def generated(config: Config, path: Path, faces, split, people: Sampler) -> Gene
     from data import run
 
     lord, content = generator.load_generator(path, people.images.device)
+    if config.compile:
+        run.compile_(lord.generator)
     held_out = {faces.names[p] for p in (*split.validation, *split.target)}
     if seen := held_out & {*content["train"]}:
         told = f"trained on {len(seen)} of the validation or target persons ({min(seen)}, ...)"
@@ -749,22 +775,25 @@ def generated(config: Config, path: Path, faces, split, people: Sampler) -> Gene
         first = torch.stack([(people.person == p).nonzero()[0, 0] for p in persons])
         z_cl = z_cl[first[people.person]]
         return Generated(lord.generator, z_cl, z_co, E_co=lord.content_encoder)
-    copies = generator.decode(lord, z_cl, z_co).half() if config.positive != "transfer" else None
+    copied = config.positive == "reconstruct"
+    copies = generator.decode(lord, z_cl, z_co).half() if copied else None
     return Generated(lord.generator, z_cl, z_co, copies)
 
 
-def samplers(config: Config, faces, split, device: torch.device) -> tuple[Sampler, Sampler]:
-    """The persons that F is trained on, and the held-out ones of the validation."""
+def trained_on(config: Config, faces, split) -> Tensor:
+    """Indices of the images that F is trained on."""
     from data import run
 
     if config.persons > len(split.train):
         told = f"--persons {config.persons}: there are only {len(split.train)} train persons"
         raise run.UsageError(f"{told}: ask for fewer")
-    people = sampler_of(faces, split.train[: config.persons or None], device)
-    if not config.generated and not len(people.several):
+    index = images_of(faces, split.train[: config.persons or None], config.images)
+    real = "--positive mixed" if config.positive == "mixed" else ""
+    real = real if config.generated else f"--method {config.method}"
+    if real and int(faces.person[index].bincount().max()) < 2:
         told = "needs train persons with two images or more, there is none"
-        raise run.UsageError(f"--method {config.method}: {told}: give more photographs")
-    return people, sampler_of(faces, split.validation, device)
+        raise run.UsageError(f"{real}: {told}: give more photographs")
+    return index
 
 
 def new_embedding(config: Config, device: torch.device) -> Embedding:
@@ -791,10 +820,13 @@ def train(argv: Sequence[str] | None) -> int:
     device, folder = run.start(args.device), args.run / config.name
     if args.verify:
         return verify(config, args, device)
+    config = dataclasses.replace(config, precision=run.precision(config.precision, device))
     share = dataclasses.replace(config, batch=run.share("--batch", config.batch))
     with run.rank_0_first():
         faces, split = data.open_run(config, args.run)
-    people, held_out = samplers(config, faces, split, device)
+    index = trained_on(config, faces, split)
+    people = sampler_of(faces, index, device)
+    held_out = sampler_of(faces, images_of(faces, split.validation), device)
     embed, file = new_embedding(config, device), generator_file(config, args.run)
     adam = torch.optim.Adam(
         embed.parameters(), lr=config.lr, amsgrad=config.amsgrad, fused=device.type == "cuda"
@@ -813,8 +845,10 @@ def train(argv: Sequence[str] | None) -> int:
         print(f"{folder} is trained already (--overwrite trains it again)")
         return 0 if args.no_evaluation else evaluate(config, args)
     made = generated(config, file, faces, split, people) if file else None
-    told = f"{len(people.images)} images of {len(people.count)} persons"
-    print(f"{config.name}: {told}, {config.steps} steps of {config.batch} on {device}", flush=True)
+    if config.compile:
+        run.compile_(embed)
+    told = f"{len(people.images)} images of {len(people.count)} persons, {config.steps} steps"
+    print(f"{config.name}: {told} of {config.batch} on {device}, {config.precision}", flush=True)
 
     rng = torch.Generator(device)
     while training.step < config.steps:
@@ -824,10 +858,8 @@ def train(argv: Sequence[str] | None) -> int:
         try:
             found = train_step(share, embed, adam, people, made, rng, config.alpha(step))
         except FloatingPointError as error:
-            what, index = error.args
-            trained = torch.tensor(split.train[: config.persons or None])
-            pick = torch.isin(faces.person, trained).nonzero()[:, 0]
-            left = training.left_by(index, faces.files, pick)
+            what, drawn = error.args
+            left = training.left_by(drawn, faces.files, index)
             raise FloatingPointError(f"step {step + 1}: {what}; {left}") from None
         training.count(**found)
         if training.step % config.validate_every and training.step < config.steps:

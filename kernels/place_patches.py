@@ -1,17 +1,17 @@
 """Patches at many places of many images, Sec. 3.1 (DOA's search), App. C (square, eye patch).
 
-One pass: each image is read once and written P times with its patch in place. Backward to the
-patches reads the gradient only under them, in a fixed order (no atomics): it is deterministic.
+One pass: each image is read once and written P times with its patch in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import FLOATS, INTS, elements, expect, jit, launch, memory_format, runs_triton, tl, triton
+from . import FLOATS, INTS, elements, expect, jit, launch, memory_format, runs_triton, tl
 
 
 @jit
@@ -35,99 +35,25 @@ def _kernel(
     """BLOCK elements of one image, kept in registers while P images are written."""
     b, i, valid, channel, row, col = elements(C, H, W, BLOCK, CHANNELS_LAST)
     image = tl.load(images + b * (C * H * W) + i, mask=valid, other=0)
+    B = tl.num_programs(0)
     for p in range(P):
         place = places + b * place_b + 2 * p
         r, c = row - tl.load(place), col - tl.load(place + 1)
         inside = valid & (r >= 0) & (r < PH) & (c >= 0) & (c < PW)
         at = b * patch_b + p * patch_p + (channel * PH + r) * PW + c
         patch = tl.load(patches + at, mask=inside, other=0).to(tl.float32)
-        at = (b * P + p) * (C * H * W) + i
+        at = (p * B + b) * (C * H * W) + i
         tl.store(out + at, tl.where(inside, patch.to(image.dtype), image), mask=valid)
 
 
-@jit
-def _backward_kernel(
-    grad_patches,
-    grad,
-    places,
-    B,
-    P,
-    place_b,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    ROWS: tl.constexpr,
-    SHARED_B: tl.constexpr,
-    SHARED_P: tl.constexpr,
-):
-    """BLOCK elements of one patch: adds up the images and places that share it, ROWS at a time."""
-    pid = tl.program_id(0)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # offset in the patch
-    channel, r, c = i // (PH * PW), i // PW % PH, i % PW
-    if SHARED_P:  # `shared` places of an image share the patch
-        first_b, first_p, shared = pid, 0, P
-    else:
-        first_b, first_p, shared = pid // P, pid % P, 1
-    n = (B if SHARED_B else 1) * shared
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n, ROWS):
-        k = start + tl.arange(0, ROWS)
-        b, p = (first_b + k // shared).to(tl.int64), first_p + k % shared
-        here = k < n
-        place = places + b * place_b + 2 * p
-        row = tl.load(place, mask=here, other=0)[:, None] + r[None, :]
-        col = tl.load(place + 1, mask=here, other=0)[:, None] + c[None, :]
-        inside = here[:, None] & (i < C * PH * PW)[None, :]
-        inside = inside & (row >= 0) & (row < H) & (col >= 0) & (col < W)
-        pixel = row * W + col
-        at = pixel * C + channel[None, :] if CHANNELS_LAST else channel[None, :] * (H * W) + pixel
-        at += (b * P + p)[:, None] * (C * H * W)
-        total += tl.sum(tl.load(grad + at, mask=inside, other=0).to(tl.float32), axis=0)
-    at = pid.to(tl.int64) * (C * PH * PW) + i
-    tl.store(grad_patches + at, total.to(grad_patches.dtype.element_ty), mask=i < C * PH * PW)
-
-
-class _PlacePatches(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images, patches, places):
-        layout, P = memory_format("images", images), places.shape[-2]
-        ctx.save_for_backward(places)
-        ctx.layout, ctx.patches = layout, (patches.shape, patches.dtype)
-        out, (h, w) = _empty(images, P), patches.shape[3:]
-        strides = [patches.stride(d) if patches.shape[d] > 1 else 0 for d in (0, 1)]
-        strides.append(2 * P if places.dim() == 3 else 0)
-        launch(_kernel, images, layout, out, images, patches, places, P, *strides, PH=h, PW=w)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        (places,), (shape, dtype) = ctx.saved_tensors, ctx.patches
-        B, P, C, H, W = grad.shape
-        grad = grad.flatten(0, 1).contiguous(memory_format=ctx.layout)
-        result = torch.empty(shape, dtype=dtype, device=grad.device)
-        block = 64  # small, so that one patch shared by a whole batch still gives some 20 programs
-        sizes = {"C": C, "H": H, "W": W, "PH": shape[3], "PW": shape[4], "BLOCK": block}
-        flags = {"SHARED_B": shape[0] == 1 and B > 1, "SHARED_P": shape[1] == 1 and P > 1}
-        sizes["ROWS"] = 16 if any(flags.values()) else 1
-        flags["CHANNELS_LAST"] = ctx.layout is torch.channels_last
-        with torch.cuda.device_of(grad):
-            grid = (shape[0] * shape[1], triton.cdiv(shape[2:].numel(), block))
-            place_b = 2 * P if places.dim() == 3 else 0
-            _backward_kernel[grid](result, grad, places, B, P, place_b, **sizes, **flags)
-        return None, result, None
-
-
 def _empty(images: Tensor, P: int) -> Tensor:
-    """Room for P versions of each image (B, P, C, H, W), in the images' memory layout."""
+    """Room for P versions of each image (B, P, C, H, W): all images of one place lie together, in
+    the images' memory layout, so that a model takes them as they are."""
     layout, (B, C, H, W) = memory_format("place_patches: images", images), images.shape
     out = torch.empty(
-        B * P, C, H, W, dtype=images.dtype, device=images.device, memory_format=layout
+        P * B, C, H, W, dtype=images.dtype, device=images.device, memory_format=layout
     )
-    return out.unflatten(0, (B, P))
+    return out.unflatten(0, (P, B)).transpose(0, 1)
 
 
 def positions(
@@ -141,35 +67,29 @@ def positions(
     return torch.cartesian_prod(torch.tensor(tops), torch.tensor(lefts)).to(device)
 
 
+def _slices(images: Tensor) -> Any:
+    """The same memory where slices of it can be written by NumPy, a fraction of torch's time."""
+    return images if images.dtype != torch.float32 or images.is_cuda else images.detach().numpy()
+
+
 def place_patches_ref(images: Tensor, patches: Any, positions: Tensor, size: Any = None) -> Tensor:
     """Plain PyTorch of `place_patches`: P copies of the images, then a write for each patch."""
-    B, C, H, W = images.shape
     P, tensor = positions.shape[-2], isinstance(patches, Tensor)
     h, w = patches.shape[3:] if tensor else size
-    out = _empty(images, P).copy_(images[:, None].expand(B, P, C, H, W))
-    if tensor and patches.requires_grad and torch.is_grad_enabled():  # one node for autograd
-        top, left = positions.expand(B, P, 2)[..., None, None].unbind(2)  # (B, P, 1, 1)
-        b, p, c, row, col = (torch.arange(n, device=images.device) for n in (B, P, C, h, w))
-        rows = (top + row[:, None])[:, :, None]  # (B, P, 1, h, 1)
-        cols = (left + col)[:, :, None]  # (B, P, 1, 1, w)
-        at = (b.view(-1, 1, 1, 1, 1), p.view(-1, 1, 1, 1), c.view(-1, 1, 1), rows, cols)
-        return out.index_put(at, patches.to(out.dtype).expand(B, P, C, h, w))
-    target: Any = out
-    if out.dtype == torch.float32 and not out.is_cuda:
-        # the same memory; its slices cost a fraction of torch's
-        target, patches = out.numpy(), patches.detach().float().numpy() if tensor else patches
-    every = slice(None)
-    for n, places in enumerate((positions if positions.dim() == 3 else positions[None]).tolist()):
-        some = slice(n, n + 1) if positions.dim() == 3 else every
-        for k, (up, back) in enumerate(places):
-            each = patches
-            if tensor:
-                own = some if len(patches) > 1 else every
-                each = patches[own, k if patches.shape[1] > 1 else 0]
-            target[some, k, :, up : up + h, back : back + w] = each
+    out, shared = _empty(images, P), positions.dim() == 2
+    target, places = _slices(out), (positions[None] if shared else positions).tolist()
+    if tensor:
+        patches = _slices(patches.expand(len(images), P, -1, -1, -1).to(out.dtype))
+    for k in range(P):
+        out[:, k].copy_(images)
+        for n, (top, left) in enumerate(each[k] for each in places):
+            some = slice(None) if shared else n
+            patch = patches[some, k] if tensor else patches
+            target[some, k, :, top : top + h, left : left + w] = patch
     return out
 
 
+@torch.no_grad()
 def place_patches(
     images: Tensor, patches: Tensor | float, positions: Tensor, size: tuple | None = None
 ) -> Tensor:
@@ -177,13 +97,13 @@ def place_patches(
 
     images:    (B, C, H, W), float32, float16 or bfloat16, contiguous or channels_last; no gradient
                flows to them
-    patches:   (B or 1, P or 1, C, h, w), any of these dtypes, differentiable; or a float, a grey
-               level, with size = (h, w)
+    patches:   (B or 1, P or 1, C, h, w), any of these dtypes; or a float, a grey level, with
+               size = (h, w); no gradient flows to them
     positions: int32 or int64 (top, left): (P, 2) for all images or (B, P, 2). A patch must lie
                inside the image: checked on a CPU; on a GPU, where checking would wait for it, what
                lies outside is not drawn
-    returns    (B, P, C, H, W) of the images' dtype, each image in their memory layout
-    Raises ValueError for another shape, dtype, device, layout or place, or images with a gradient.
+    returns    (B, P, C, H, W) of the images' dtype: [:, p] is in their memory layout
+    Raises ValueError for another shape, dtype, device, layout or place.
     """
     op = "place_patches: "
     expect(op + "images", images, ("B", "C", "H", "W"))
@@ -202,8 +122,6 @@ def place_patches(
         raise ValueError(op + "a grey level needs size = (h, w)")
     if not (1 <= size[0] <= H and 1 <= size[1] <= W):
         raise ValueError(f"{op}a {size[0]}x{size[1]} patch does not fit a {H}x{W} image")
-    if images.requires_grad and torch.is_grad_enabled():
-        raise ValueError(op + "images must not require a gradient")
     if not images.is_cuda and positions.numel():
         top, left = positions.reshape(-1, 2).unbind(1)
         if min(top.min(), left.min()) < 0 or top.max() > H - size[0] or left.max() > W - size[1]:
@@ -212,4 +130,33 @@ def place_patches(
         return place_patches_ref(images, patches, positions, size)
     if not isinstance(patches, Tensor):
         patches = torch.full((1, 1, C, *size), float(patches), device=images.device)
-    return _PlacePatches.apply(images, patches.contiguous(), positions.contiguous())
+    patches, positions, out = patches.contiguous(), positions.contiguous(), _empty(images, P)
+    strides = [patches.stride(d) if patches.shape[d] > 1 else 0 for d in (0, 1)]
+    strides.append(2 * P if positions.dim() == 3 else 0)
+    layout, (h, w) = memory_format(op + "images", images), size
+    launch(_kernel, images, layout, out, images, patches, positions, P, *strides, PH=h, PW=w)
+    return out
+
+
+@torch.no_grad()
+def painted(images: Tensor, grey: float, places: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+    """The images with a grey patch at the first of their places, then at the second, ...
+
+    images (B, C, H, W), places (B, K, 2), size (h, w) as in `place_patches`; K times (B, C, H, W),
+    in the images' memory layout. On a CPU the patch moves over one copy of the images, so use each
+    before the next: new memory for each took six times as long.
+    """
+    if images.dtype != torch.float32 or images.is_cuda:
+        yield from place_patches(images, grey, places, size).unbind(1)
+        return
+    (h, w), out = size, images.clone()
+    target, source = out.numpy(), images.detach().numpy()
+    for corners in places.unbind(1):
+        at = [
+            (n, ..., slice(r, r + h), slice(c, c + w)) for n, (r, c) in enumerate(corners.tolist())
+        ]
+        for patch in at:
+            target[patch] = grey
+        yield out
+        for patch in at:
+            target[patch] = source[patch]

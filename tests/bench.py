@@ -45,7 +45,7 @@ from kernels.augment import augment, augment_ref
 from kernels.gaussian_cutout import gaussian_cutout, gaussian_cutout_ref
 from kernels.masked_step import box_mask, masked_step, masked_step_ref
 from kernels.patch_local import PatchLocal
-from kernels.place_patches import place_patches, place_patches_ref, positions
+from kernels.place_patches import painted, place_patches, place_patches_ref, positions
 from kernels.tanh_perturb import tanh_perturb, tanh_perturb_ref, to_tanh
 from kernels.window_energy import window_energy, window_energy_ref
 
@@ -137,11 +137,11 @@ def doa_loop(
 
 
 def doa(images: Tensor, grad: Tensor, size: int, stride: int, candidates: int) -> tuple:
-    """The search of embed.doa_boxes, one candidate of each image at a time."""
+    """The search of embed.doa_boxes, without F."""
     places = positions(*images.shape[2:], size, size, stride, images.device)
     best = places[window_energy(grad, size, size, stride).topk(candidates, 1).indices]
-    painted = (place_patches(images, 0.5, each, (size, size)) for each in best.split(1, 1))
-    return best, torch.cat([each.mean((2, 3, 4)) for each in painted], 1)
+    grey = painted(images, 0.5, best, (size, size))
+    return best, torch.stack([x.mean((1, 2, 3)) for x in grey], 1)
 
 
 def pooled(grad: Tensor, size: int, stride: int) -> Tensor:
@@ -703,8 +703,10 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
     device = run.start(args.device)
     faces, split = data.open_run(config, args.run)
     persons = min(config.persons or 50, 50, len(split.train))
-    config = dataclasses.replace(config, persons=persons)
-    people, _ = embedding.samplers(config, faces, split, device)
+    chosen = {"persons": persons, "precision": run.precision(config.precision, device)}
+    config = dataclasses.replace(config, **chosen)
+    index = embedding.trained_on(config, faces, split)
+    people = embedding.sampler_of(faces, index, device)
     file, embed = (
         embedding.generator_file(config, args.run),
         embedding.new_embedding(config, device),
@@ -734,7 +736,7 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
             spent = {name: [] for name in parts}
         for times in spent.values():
             times.append(0.0)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             timed("product", torch.mm, *factors)
             q = timed("batch", embedding.quadruplets, config, mine, people, generate, rng)
             timed("inner attack", embedding.attacked, config, embed, q, alpha, rng)
@@ -753,7 +755,7 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
     print(
         f"{flops / 1e9:.1f} GFLOP a step of {config.batch}, {flops / m['step'] / 1e9:.0f} GFLOP/s, "
         f"{flops / m['step'] / peak:.0%} of the {peak / 1e9:.0f} of a {side} x {side} product here "
-        f"({'bfloat16' if config.autocast else 'float32'}, {run.record(device)['device']}); "
+        f"({config.precision}, {run.record(device)['device']}); "
         f"medians of {repeats}"
     )
     return 0

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -927,16 +926,6 @@ def test_rows_of_other_persons(run):
     (run / "ours" / "attacks").rename(run / "ours" / "attacks-lfw")
     found = metrics.summary(metrics.read_run(run, "attacks-lfw"))
     assert found["ours"]["clean"]["auroc"] == 1
-
-
-def test_the_command_alone_is_one_line(run, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(metrics.__file__, alone)
-    command = [sys.executable, "metrics.py", "--run", str(run), "--json"]
-    done = subprocess.run(command, check=False, cwd=alone, capture_output=True, text=True)
-    assert done.returncode and not done.stdout
-    assert done.stderr == "metrics.py: the command needs the folder data/ beside it\n"
 
 
 def test_figure_5_draws_each_step_setting_once(run):

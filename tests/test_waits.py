@@ -20,7 +20,7 @@ KERNELS = {
     "augment": ("_kernel",),
     "gaussian_cutout": ("_kernel",),
     "masked_step": ("_kernel",),
-    "place_patches": ("_kernel", "_backward_kernel"),
+    "place_patches": ("_kernel",),
     "tanh_perturb": ("_forward_kernel", "_backward_kernel"),
     "window_energy": ("_kernel",),
 }
