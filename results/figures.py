@@ -26,6 +26,7 @@ from metrics import (
     columns,
     measure,
     names,
+    pairs,
     pick,
     roc,
     sides,
@@ -365,6 +366,43 @@ def figure_roc(one: Run, across: int = 3) -> Any:
     for line in axes:
         line[0].set_ylabel("TAR: genuine images that pass")
     return figure
+
+
+def figure_point(one: Run, without: str = "no-at") -> Any:
+    """The point in one picture: an intruder that adversarial eyeglasses let pass F trained without
+    patches, and not F trained with them; distances beside the threshold of validation persons."""
+    best = [
+        m for m in ("ours-mixed-all", "ours-mixed", "ours-transfer", "ours") if m in one.methods
+    ]
+    shown: dict[str, dict] = {}
+    for method in (without, *best[:1]):
+        keys = "target", "anchor", "clean", "attacked", "candidate", "distance"
+        held = load_arrays(one.folder / method / "attacks" / "eyeglasses.npz", *keys)
+        result = run.read_json(one.folder / method / "result.json", RUN_FIRST)
+        whole = pairs(pick(under(one.methods[method], 1, 1), "clean", "intruder"))
+        shown[method] = {"threshold": float(result["threshold"])}
+        for target, anchor, *each in zip(*held):
+            for before, after, candidate, distance in zip(*each):
+                if (pair := (str(target), int(candidate))) in whole:
+                    seen = whole[pair].distance, float(distance)
+                    shown[method][pair] = seen, (anchor, before, after)
+    if len(shown) < 2:
+        raise run.UsageError(f"{one.folder}: only {without}: train another method")
+    weak, strong = shown.values()
+    common = [p for p in weak if p in strong and p != "threshold"]
+    fooled = [p for p in common if weak[p][0][1] < weak["threshold"] <= weak[p][0][0]]
+    held_off = [p for p in fooled if strong[p][0][1] >= strong["threshold"]]
+    if not held_off:
+        raise run.UsageError(f"{one.folder}: no pair shows it")
+    rows = []
+    for method, found in shown.items():
+        seen, images = found[held_off[0]]
+        delta, titles = found["threshold"], [f"{LABELS.get(method, method)}\ntarget"]
+        for name, d in zip(("intruder", "the same, eyeglasses"), seen):
+            told = "refused" if d >= delta else "ACCEPTED"
+            titles.append(f"{name}\n{d:.2f} {'>=' if d >= delta else '<'} {delta:.2f}: {told}")
+        rows.append([(picture(image), title) for image, title in zip(images, titles)])
+    return sheet(rows, 1.7)
 
 
 def draw(one: Run, folder: Path, wanted: Sequence[str] = FIGURES) -> list[str]:
