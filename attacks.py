@@ -1143,8 +1143,11 @@ def cover_named(name: str, config: Config, height: int, width: int) -> Cover:
     and of `rule_one`, which hides all of these at once (what the others have to beat)."""
     size = height, width
     if name in ("rule", "rule_attacked"):
-        sides = config.rule_patch, config.rule_mask
-        return cover(*size, *([scale(s, n) for s, n in zip(both * 2, size)] for both in sides))
+        patch, mask = (
+            (scale(both[0], height), scale(both[-1], width))
+            for both in (config.rule_patch, config.rule_mask)
+        )
+        return cover(*size, patch, mask)
     named = torch.stack([eyeglasses_mask(*size), eye_patch_mask(*size)])
     patches = torch.cat([named, squares(square_positions(5, *size), *size)])
     if name == "rule_one":

@@ -739,6 +739,10 @@ def test_verify_answers_eq1(run_of, capsys):
     a, b = (found.images[i : i + 1].float() / 255 for i in (0, 1))
     d = torch.stack([e.squared_distance(embed(v), embed(a)) for v in (b, b.flip(3))]).mean().sqrt()
     assert float(out[1]) == pytest.approx(float(d), abs=1e-3)
+    assert e.main(["--verify", "0.png", "1.png", "--certified", *given]) == 2
+    assert "attacks.py --attacks clean,rule" in capsys.readouterr().err
+    assert e.main(["--certified", *given]) == 2
+    assert "--verify A B" in capsys.readouterr().err
     assert e.main(["--verify", "0.png", "absent.png", *given]) == 2
     assert "absent.png" in capsys.readouterr().err
     assert e.main(["--verify", "0.png", "1.png", "--run", "nowhere"]) == 2

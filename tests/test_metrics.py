@@ -1163,6 +1163,17 @@ def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
     assert covered[size - 9, 3] == 16 and covered[size - 10, 3] == covered[size - 9, 2] == 0
 
 
+def test_certified_figure_draws_the_bounds_by_size(tmp_path):
+    one = metrics.read_run(model_run(tmp_path, 64))
+    found = metrics.summary(one)["mine"]
+    (axis,) = figures.figure_certified(one).axes
+    (line,) = axis.lines
+    assert line.get_xydata().tolist() == [
+        [0, found["rule"]["auroc"]],
+        [5, found["certified"]["auroc"]],
+    ]
+
+
 def test_roc_figure_draws_the_rates_of_each_attack(tmp_path):
     one = metrics.read_run(model_run(tmp_path, 64))
     (axis,) = figures.figure_roc(one).axes
