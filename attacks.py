@@ -67,6 +67,7 @@ SAME = 1e-3
 DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
 COLUMNS = tuple("attack mirroring selection seed target anchor candidate person".split())
 COLUMNS += ("role", "distance")
+SMALLER = (2, 4, 6, 8)  # patches, of 64, whose bounds stand beside that of rule_patch
 COUNTERS = ("zero_gradients", "nonfinite", "gradients")
 
 
@@ -83,6 +84,8 @@ class Config:
     crop: str = ""  # not in the paper: crop of --data
     person_folder: str = ""  # not in the paper: the person is root/a/b's a, first, or b, last
     model: str = ""  # not in the paper: FILE.py:NAME or package.module:NAME; its code is run
+    judge: str = ""  # not in the paper: a second --model, which sees patches made on the first
+    mask: str = ""  # not in the paper: a PNG, white is what the attack `mask` may change
     size: int = 64  # not in the paper: side of the images that --model takes, 32 to 256
     distance: str = "euclidean"  # not in the paper: of --model's features; cosine normalises them
     min_images: int = 10  # Sec. 4: fewest images of a target
@@ -116,10 +119,11 @@ class Config:
     eot_scale: float = 0.05  # not in the paper: 1 +- this
     eot_rotation: float = 5.0  # not in the paper: degrees
     eot_brightness: float = 0.1  # not in the paper: 1 +- this
-    rule_patch: int = 10  # not in the paper: certified against patches up to this side, of 64
-    rule_mask: int = 12  # not in the paper: side of the masks of the certificate, of 64
+    rule_patch: tuple[int, ...] = (10,)  # not in the paper: side, or height and width, of 64
+    rule_mask: tuple[int, ...] = (12,)  # not in the paper: of the masks that hide such a patch
     rule_fill: str = "mean"  # not in the paper: what covers, mean (face) | noise
     rule_anchor: str = "whole"  # not in the paper: whole | masked, as the candidate
+    rule_persons: int = 20  # not in the paper: validation persons who set the rule's threshold
     rule_intruders: int = 64  # not in the paper: intruders a target whose patch attacks the rule
     rule_iterations: int = 200  # not in the paper: of that attack
     rule_lr: float = 0.05  # not in the paper: of that attack
@@ -139,14 +143,14 @@ PRESETS: dict[str, dict] = {
     | {"patch_train": 64, "patch_iterations": 60, "patch_lr": 0.2, "patch_batch": 16}
     | {"evasion_iterations": 80, "evasion_lr": 0.2, "evasion_restarts": 1}
     | {"distal_iterations": 150, "distal_lr": 0.2}
-    | {"rule_mask": 14, "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
+    | {"rule_mask": (14,), "rule_intruders": 4, "rule_iterations": 20, "rule_lr": 0.2},
 }
 # of --model, whose passes are dear: the demo's, fewer of them. A descriptor of 0.5 GFLOP, 16 pairs
 # under eyeglasses: AU-ROC 0.905 after 20 iterations, 0.876 after 30, 0.826 after 80
 PRESETS["model"] = (
     PRESETS["demo"]
     | {"attacks": ("clean", "eyeglasses", "square", "evasion", "rule"), "target_images": 12}
-    | {"targets": 10, "intruders": 10, "clean_intruders": 40, "rule_mask": 20}
+    | {"targets": 10, "intruders": 10, "clean_intruders": 40, "rule_mask": (20,)}
     | {"iterations": 30, "evasion_iterations": 30}
     | {"square_stride": 10, "square_search_iterations": 1, "precision": "float32"}
 )
@@ -364,6 +368,13 @@ def draw_transforms(n: int, config: Config, generator: Rng) -> Tensor:
     shift, rotation = config.eot_shift, config.eot_rotation * torch.pi / 180
     ranges = torch.tensor([shift, shift, config.eot_scale, rotation, config.eot_brightness])
     return unit * ranges + torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0])
+
+
+def draw_eot(iterations: int, config: Config, generator: Rng) -> Eot:
+    """The transforms of an attack of so many iterations."""
+    S, T = config.eot_samples, config.eot_tests
+    steps = draw_transforms(iterations * S, config, generator).view(-1, S, 5)
+    return Eot(steps, draw_transforms(T, config, generator))
 
 
 def transform(images: Tensor, transforms: Tensor) -> Tensor:
@@ -990,15 +1001,28 @@ class Cover(NamedTuple):
     masks: Tensor  # (K, H, W) bool
     holds: Tensor  # (L, K) bool: mask k hides all of place l
     corners: Tensor | None = None  # (K, 2) = (top, left) of masks that are rectangles of one size
-    places: Tensor | None = None  # (L, 2) = (top, left) of patches that are
-    patch: tuple[int, int] | None = None  # height and width of these
+    mask: tuple[int, int] | None = None  # height and width of these
+    patch: tuple[int, int] | None = None  # and of the patch, whose places are all of the image
+
+    def places(self, place: Tensor) -> Tensor:
+        """(N,) -> (N, 2) = (top, left)."""
+        columns = self.masks.shape[2] - self.patch[1] + 1
+        return torch.stack([place // columns, place % columns], 1)
 
     def patches_at(self, place: Tensor) -> Tensor:
         """(N, H, W) bool, the patches at these places (N,)."""
         masks = torch.zeros(len(place), *self.masks.shape[1:], dtype=torch.bool)
-        for mask, (row, column) in zip(masks, self.places[place].tolist()):
+        for mask, (row, column) in zip(masks, self.places(place).tolist()):
             mask[row : row + self.patch[0], column : column + self.patch[1]] = True
         return masks
+
+
+def holding(corners: Tensor, mask: Sequence[int], patch: Sequence[int], H: int, W: int) -> Tensor:
+    """(L, K) bool: a rectangle of height and width mask from corner (K, 2) holds a patch of height
+    and width patch at place l, row by row."""
+    places = torch.cartesian_prod(torch.arange(H - patch[0] + 1), torch.arange(W - patch[1] + 1))
+    further = places[:, None] - corners  # (L, K, 2)
+    return ((further >= 0) & (further <= torch.tensor(mask) - torch.tensor(patch))).all(2)
 
 
 def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
@@ -1011,18 +1035,14 @@ def cover(height: int, width: int, patch: Size = 10, mask: Size = 12) -> Cover:
     if not (1 <= ph < mh <= height and 1 <= pw < mw <= width):
         told = f"a mask of {mh}x{mw} against a patch of {ph}x{pw} in {height}x{width}"
         raise ValueError(f"{told}: the mask must be larger than the patch and fit the image")
-    inside, holds, starts, lasts = [], [], [], []
-    for n, p, m in ((height, ph, mh), (width, pw, mw)):
-        start = torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))  # (k,)
-        pixel, place = torch.arange(n)[:, None], torch.arange(n - p + 1)[:, None]
-        inside.append((pixel >= start) & (pixel < start + m))  # (n, k)
-        holds.append((place >= start) & (place + p <= start + m))  # (n - p + 1, k)
-        starts.append(start)
-        lasts.append(place[:, 0])
-    masks = (inside[0].T[:, None, :, None] & inside[1].T[None, :, None, :]).flatten(0, 1)
-    held = holds[0][:, None, :, None] & holds[1][None, :, None, :]  # (rows, cols, k rows, k cols)
-    corners, places = torch.cartesian_prod(*starts), torch.cartesian_prod(*lasts)
-    return Cover(masks, held.flatten(2).flatten(0, 1), corners, places, (ph, pw))
+    rows, columns = (
+        torch.tensor(sorted({*range(0, n - m, m - p + 1), n - m}))
+        for n, p, m in ((height, ph, mh), (width, pw, mw))
+    )
+    corners = torch.cartesian_prod(rows, columns)
+    masks = holding(corners, (mh, mw), (1, 1), height, width).T.reshape(-1, height, width)
+    holds = holding(corners, (mh, mw), (ph, pw), height, width)
+    return checked(Cover(masks, holds, corners, (mh, mw), (ph, pw)))
 
 
 def cover_of(masks: Tensor, patches: Tensor) -> Cover:
@@ -1060,7 +1080,7 @@ class Covered(nn.Module):
         self.masks, self.fill = rule.masks[:, None].to(anchor.device), fill.to(anchor)
         self.patches = self.corners = None  # the fill under each mask (1, K, C, h, w), and where
         if rule.corners is not None:
-            h, w = (int(rule.masks[0].any(side).sum()) for side in (1, 0))
+            h, w = rule.mask
             parts = [self.fill[:, r : r + h, c : c + w] for r, c in rule.corners.tolist()]
             self.patches = torch.stack(parts)[None]
             self.corners = rule.corners.to(anchor.device)
@@ -1086,17 +1106,28 @@ class Covered(nn.Module):
         return found.nan_to_num(nan=0.0)
 
     def forward(self, images: Tensor) -> Tensor:
-        k = self.squared(images.detach()).argmax(1)  # (N,)
+        return self.under(images, self.squared(images.detach()).argmax(1))
+
+    def under(self, images: Tensor, k: Tensor) -> Tensor:
+        """Features (N, V * D) of each image under its mask k (N,)."""
         features = self.embed(torch.where(self.masks[k], self.fill, images))
         V = features.shape[1] // self.anchors.shape[1]
         moved = (self.anchor - self.anchors[k]) / math.sqrt(V)  # nothing, unless masked
         return features + torch.cat([moved] * V, 1)
 
 
+class Certified(NamedTuple):
+    """What `certify` knows of N images."""
+
+    score: Tensor  # (N,) under the rule
+    bound: Tensor  # (N,) no patch brings the score below it
+    place: Tensor  # (N,) where it is that low
+    distance: Tensor  # (N, K) under each mask
+
+
 @torch.no_grad()
-def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of images (N, C, H, W): score (N,) under the rule, bound (N,) below which no patch brings it,
-    and the place (N,) where it is that low.
+def certify(rule: Covered, images: Tensor) -> Certified:
+    """Bounds for images (N, C, H, W).
 
     A patch at place l lies inside every mask k that holds it. Covered by k, the image is what it is
     without the patch: d_k is known. The score is the largest of all d_k, so at least that of these;
@@ -1108,21 +1139,29 @@ def certify(rule: Covered, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     images, _ = accepted(rule, images, rule.anchor)
     with frozen(rule):
         d = rule.squared(images).sqrt()  # (N, K)
-    bound, place = d.new_zeros(len(d)), d.new_zeros(len(d), dtype=torch.long)
-    for n, each in enumerate(d):  # one image at a time: (L, K) is large
-        largest = torch.where(rule.rule.holds.to(d.device), each, -math.inf).amax(1)  # (L,)
-        bound[n], place[n] = largest.min(0)
-    return d.amax(1), bound, place
+    return Certified(d.amax(1), *floors(d, rule.rule.holds).min(1), d)
+
+
+def floors(d: Tensor, holds: Tensor) -> Tensor:
+    """Distances (N, K), holds (L, K) -> (N, L), the largest that a patch leaves as it is."""
+    known = [torch.where(holds.to(d.device), each, -math.inf).amax(1) for each in d]  # (L, K) each
+    return torch.stack(known) if known else d.new_empty(0, len(holds))
+
+
+def bound_of_smaller(rule: Covered, d: Tensor, patch: Sequence[int]) -> Tensor:
+    """The bound (N,) of distances (N, K) for a patch (height, width) smaller than the rule's: the
+    same masks hold it at more places, so it is no lower."""
+    corners, size = rule.rule.corners, rule.rule.masks.shape[1:]
+    return floors(d, holding(corners, rule.rule.mask, patch, *size)).amin(1)
 
 
 def cover_named(name: str, config: Config, height: int, width: int) -> Cover:
     """The cover of `rule` and `rule_attacked`, any place; of `rule_places`, App. C's own places,
     and of `rule_one`, which hides all of these at once (what the others have to beat)."""
     size = height, width
-    sides = [(scale(config.rule_patch, n), scale(config.rule_mask, n)) for n in size]
     if name in ("rule", "rule_attacked"):
-        patch, mask = zip(*sides)
-        return cover(*size, patch, mask)
+        sides = config.rule_patch, config.rule_mask
+        return cover(*size, *([scale(s, n) for s, n in zip(both * 2, size)] for both in sides))
     named = torch.stack([eyeglasses_mask(*size), eye_patch_mask(*size)])
     patches = torch.cat([named, squares(square_positions(5, *size), *size)])
     if name == "rule_one":
@@ -1155,20 +1194,34 @@ def effort_of(name: str, config: Config) -> Effort:
     return Effort(*own, *how, config.precision)
 
 
+def mask_named(name: str, height: int, width: int) -> Tensor:
+    """What an attack may change, (H, W) bool; `square` chooses for itself. ValueError for `mask`,
+    which is given."""
+    if name == "mask":
+        raise ValueError("the attack mask needs its mask, (H, W) bool")
+    if name in ("noise", "distal"):
+        return torch.ones(height, width, dtype=torch.bool)
+    own = eye_patch_mask if name.endswith("eye_patch") else eyeglasses_mask
+    return own(height, width)
+
+
 def under_rule(
     name: str, rule: Covered, images: Tensor, effort: Effort, generator: Rng
 ) -> Attacked:
     """`certify`; for `rule_attacked` also an attack on the rule by a patch at its weakest place.
-    extra: bound (B,), and row, col (B,) of that place."""
-    distance, bound, place = certify(rule, images)
-    result, place = Attacked(images, distance), place.cpu()
+    extra: bound (B,), those of smaller patches, and row, col (B,) of that place."""
+    known, size = certify(rule, images), images.shape[2:]
+    result, place = Attacked(images, known.score), known.place.cpu()
     if name == "rule_attacked":
         mask = rule.rule.patches_at(place)
         result = tanh_attack(rule, images, rule.anchor, mask, effort, generator)
         result.mask = mask
-    result.extra["bound"] = bound
-    if rule.rule.places is not None:
-        result.extra |= dict(zip(("row", "col"), rule.rule.places[place].T))
+    result.extra["bound"] = known.bound
+    if rule.rule.patch is not None:
+        result.extra |= dict(zip(("row", "col"), rule.rule.places(place).T))
+        for side in (s for s in SMALLER if s < min(rule.rule.patch) * 64 / min(size)):
+            smaller = [max(1, scale(side, n)) for n in size]
+            result.extra[f"bound_{side}"] = bound_of_smaller(rule, known.distance, smaller)
     return result
 
 
@@ -1181,26 +1234,24 @@ def run_attack(
     generator: Rng,
     training: Tensor | None = None,
     virtual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Attacked:
     """One attack of `ATTACKS`; ValueError for another name.
 
     images    (B, C, H, W): the intruders, or for evasion the target's own; anchor (D,)
-    training  the universal patch's intruders
+    training  the universal patch's intruders; mask: (H, W) bool, for `mask`
     virtual   (D,): features of the autoencoded target, for `indirect`
     For the four of the rule embed is `Covered`, and anchor its own.
     """
     images, (_, C, H, W) = accepted(None, images, anchor)[0], images.shape
-    mask = eye_patch_mask(H, W) if name.endswith("eye_patch") else eyeglasses_mask(H, W)
+    mask = mask_named(name, H, W) if mask is None else mask
     effort, pattern, scorer = effort_of(name, config), None, embed
     if name.startswith("eot_"):
-        S, T = config.eot_samples, config.eot_tests
-        steps = draw_transforms(effort.iterations * S, config, generator).view(-1, S, 5)
-        effort = effort._replace(eot=Eot(steps, draw_transforms(T, config, generator)))
-        # fresh: the attack sees neither
-        scorer = Transformed(embed, draw_transforms(T, config, generator))
-
+        effort = effort._replace(eot=draw_eot(effort.iterations, config, generator))
+        # fresh: the attack sees none of them
+        scorer = Transformed(embed, draw_transforms(config.eot_tests, config, generator))
     result = Attacked(images, images.new_empty(0))
-    if name in ("eyeglasses", "eot_eyeglasses", "evasion"):
+    if name in ("eyeglasses", "eot_eyeglasses", "evasion", "mask"):
         result = tanh_attack(embed, images, anchor, mask, effort, generator)
     elif name == "square":
         places = square_positions(config.square_stride, H, W)
@@ -1217,12 +1268,11 @@ def run_attack(
         given = images, anchor, mask, config.patterns, generator, effort.chunk
         result = random_patterns(embed, *given)
     elif name == "noise":
-        result.images, mask = uniform_noise(images, config.noise, generator), torch.ones_like(mask)
+        result.images = uniform_noise(images, config.noise, generator)
     elif name == "indirect" and virtual is not None:
         start = draw_start(len(images), effort.restarts, C, int(mask.sum()), generator)
         result = indirect_attack(embed, images, anchor, virtual, mask, effort, start)
     elif name == "distal":
-        mask = torch.ones_like(mask)
         result = distal_attack(embed, (1, *images.shape[1:]), anchor, effort, generator)
     elif name.startswith("rule") and isinstance(embed, Covered):
         result = under_rule(name, embed, images, effort, generator)
@@ -1230,7 +1280,10 @@ def run_attack(
         raise ValueError(f"no such attack {name!r}, or it lacks its images: {', '.join(ATTACKS)}")
     if pattern is not None:
         result.images = apply_pattern(images, pattern, mask)
-    if pattern is not None or effort.eot or name in ("clean", "noise"):
+    # 8 bits, as a picture keeps them; those of F are the paper's, of floats
+    if saved := bool(config.model) and result.images is not images:
+        result.images = (result.images * 255).round() / 255
+    if saved or pattern is not None or effort.eot or name in ("clean", "noise"):
         result.distance = distances(scorer, result.images, anchor, effort.chunk)
     result.mask = mask if result.mask is None else result.mask
     return result
@@ -1266,11 +1319,12 @@ def choose_intruders(
 # main
 
 # what changes no number, or says only which rows to make
-NOT_SETTINGS = ("method", "attacks", "chunk", "model")
+NOT_SETTINGS = ("method", "attacks", "chunk", "model", "judge", "mask")
 # a short attack made twice tells whether this machine repeats itself
 RESTARTS = ("restarts", "evasion_restarts", "square_search_iterations")
 SHORT = ("iterations", "patterns", "patch_iterations", "evasion_iterations", "distal_iterations")
 SHORT += ("rule_iterations",)
+RULES = ("rule", "rule_places", "rule_one")  # attacks with a threshold of their own
 
 
 class Judged(NamedTuple):
@@ -1325,6 +1379,10 @@ def parse(argv: Sequence[str] | None):
     told += "takes images, float (N, 3, size, size) in [0, 1], and gives features (N, D) - a "
     told += "function, a Module - or takes nothing and returns such a thing."
     config, args = run.parse(Config, PRESETS, argv, told, choices, own_preset)
+    try:
+        cover_named("rule", config, config.size, config.size)
+    except ValueError as error:
+        raise run.UsageError(f"--rule-patch, --rule-mask: {error}") from None
     held = about(args)
     config = dataclasses.replace(config, seed=held["seed"] if config.seed < 0 else config.seed)
     if config.person_folder and not config.data:
@@ -1332,12 +1390,31 @@ def parse(argv: Sequence[str] | None):
     if not config.model and (config.size, config.distance) != (Config.size, Config.distance):
         told = f"--size {config.size} --distance {config.distance}"
         raise run.UsageError(f"{told}: these are --model's; F takes {Config.size}, euclidean")
-    return (*of_model(config, args), held) if config.model else (config, args, held)
+    if config.judge and not config.model:
+        raise run.UsageError("--judge: it is a second model beside --model")
+    if config.model:
+        config, args = of_model(config, args)
+    if config.mask:
+        read_mask(config)
+        config = dataclasses.replace(config, attacks=(*config.attacks, "mask"))
+    return config, args, held
+
+
+def read_mask(config: Config) -> Tensor:
+    """--mask as (size, size) bool, True where a patch may be. Raises run.UsageError."""
+    import data
+    from data import run
+
+    white = data.load_image(config.mask, crop="none", size=config.size).float().mean(0) > 127
+    if white.all() or not white.any():
+        told = "paint white what a patch may change, all else black"
+        raise run.UsageError(f"--mask {config.mask}: it is of one colour: {told}")
+    return white
 
 
 def of_model(config: Config, args: Any) -> tuple[Config, Any]:
     """What --model makes of the flags. Raises run.UsageError."""
-    from data import run
+    from data import model, run
 
     flag = f"--model {config.model}"
     if not config.data:
@@ -1347,10 +1424,16 @@ def of_model(config: Config, args: Any) -> tuple[Config, Any]:
     if config.attacks == ATTACKS:
         attacks = tuple(name for name in ATTACKS if name != "indirect")
         config = dataclasses.replace(config, attacks=attacks)
+    names = [model.model_name(text) for text in (config.model, config.judge)]
+    if names[0] == names[1]:
+        told = (
+            f"its rows would be called {names[0]}, as those of --model: give its file another name"
+        )
+        raise run.UsageError(f"--judge {config.judge}: {told}")
     if "indirect" in config.attacks:
         raise run.UsageError(f"{flag} --attacks indirect: it needs the generator of a run")
     photographs = Path(config.root).resolve().name if config.root else config.data
-    args.run = args.run or Path("runs", f"{photographs}-{model_name(config.model)}")
+    args.run = args.run or Path("runs", f"{photographs}-{names[0]}")
     return config, args
 
 
@@ -1396,210 +1479,64 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
     return Judged(faces, sorted(drawn[: config.targets]), near, far, rows)
 
 
-# a model that is not of a run
-
-
-def model_name(text: str) -> str:
-    """`net-embed` of folder/net.py:embed: the name of its rows and tables."""
-    where, _, name = text.rpartition(":")
-    return f"{Path(where).stem if where.endswith('.py') else where}-{name}"
-
-
-@contextlib.contextmanager
-def of_the_user(flag: str, doing: str = "") -> Iterator[None]:
-    """What `accepted` refuses becomes one line, and while doing this whatever the user's code
-    raises."""
-    from data import run
-
-    try:
-        yield
-    except run.UsageError:
-        raise
-    except (Exception, SystemExit) as error:
-        told = " ".join(str(error).split())[:200]
-        ours = isinstance(error, ValueError) and told.startswith("embed: ")  # of `accepted`
-        if not (ours or doing):
-            raise
-        told = told[7:] if ours else f"{doing}: {type(error).__name__}: {told}"
-        raise run.UsageError(f"{flag}: {told}") from None
-
-
-def load_model(text: str, device: torch.device) -> tuple[Embed, Path | None]:
-    """What FILE.py:NAME or package.module:NAME means, and the file that says so.
-
-    NAME takes images and gives features (a function, a Module, any callable), or takes nothing and
-    returns such a thing (a function, a class). A Module comes back on the device, in evaluation
-    mode. It is run, whatever it does. Raises run.UsageError.
-    """
-    import importlib.util
-    import inspect
-    import sys
-
-    from data import run
-
-    def takes_nothing(found: Any) -> bool:
-        with contextlib.suppress(TypeError, ValueError):
-            return bool(inspect.signature(found).bind() is not None)
-        return False
-
-    flag, (where, _, name) = f"--model {text}", text.rpartition(":")
-    if not where or not name:
-        raise run.UsageError(f"{flag}: give FILE.py:NAME or package.module:NAME")
-    if where.endswith(".py") and not Path(where).is_file():
-        raise run.UsageError(f"{flag}: no such file {where}")
-    torch.manual_seed(0)  # weights that it may draw: the same when the command goes on
-    with of_the_user(flag, "cannot be loaded"):
-        if where.endswith(".py"):
-            # last, and under another name: a file called embed.py must not hide ours
-            sys.path.append(str(Path(where).resolve().parent))
-            spec: Any = importlib.util.spec_from_file_location(f"of_user_{Path(where).stem}", where)
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            sys.path.append(str(Path.cwd()))
-            module = importlib.import_module(where)
-        found = getattr(module, name, None)
-        if found is None:
-            raise run.UsageError(f"{flag}: {where} has no {name}")
-        if not isinstance(found, torch.nn.Module) and takes_nothing(found):
-            found, name = found(), f"{name}()"
-        if isinstance(found, type) or not callable(found):
-            told = "wanted a function of images, a Module, or what returns one without arguments"
-            raise run.UsageError(f"{flag}: {name} is a {kind(found)}, {told}")
-        if isinstance(found, torch.nn.Module):
-            found = found.to(device).eval()
-    file = getattr(module, "__file__", None)
-    return found, Path(file) if file else None
-
-
-class Cosine(torch.nn.Module):
-    """Normalised features: the squared distance is twice the cosine distance."""
-
-    def __init__(self, embed: Embed) -> None:
-        super().__init__()
-        self.embed = embed
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(self.embed(images), dim=1)
-
-
-def check_model(flag: str, embed: Embed, images: Tensor) -> None:
-    """Raises run.UsageError for what `answer` refuses, and where no gradient reaches the images."""
-    why = f"fails on the first images, {images.device}"
-    with of_the_user(flag, why), frozen(embed):
-        given = images.clone()
-        with torch.no_grad():
-            embed(given)
-        if not torch.equal(given, images):
-            raise ValueError("embed: changes the images that it is given, in place")
-        answer(embed, images)
-        leaf = images.clone().requires_grad_()
-        features = embed(leaf)
-        if not features.requires_grad:
-            told = "has it no_grad, detach or numpy inside?"
-            raise ValueError(f"embed: no gradient reaches the images: {told}")
-        # not their norm, which may be constant
-        weights = torch.linspace(-1, 1, features.shape[1]).to(features)
-        grad = torch.autograd.grad((features @ weights).sum(), leaf, allow_unused=True)[0]
-        if grad is None or not grad.isfinite().all() or not grad.any():
-            told = "does it round, or stop it with detach?"
-            raise ValueError(f"embed: the gradient for the images is zero or not finite: {told}")
-
-
-def check_clean(flag: str, config: Config, embed: Embed, people: Judged, device: Any) -> list[str]:
-    """What to know before an attack: the clean AU-ROC of pairs of up to 30 persons, and what
-    another order of the colours, range or distance would give where it is low; one line each."""
-    import embed as embedding
-
-    some = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
-    person = people.faces.person
-    index = [i for p in some for i in (person == p).nonzero().flatten()[:4].tolist()]
-    images, who = to_float(people.faces.images[index].to(device)), person[index].to(device)
-    one, two = torch.triu_indices(len(who), len(who), 1, device=device)
-    same = who[one] == who[two]
-
-    def area(change: Callable[[Tensor], Tensor], normalise: bool) -> float:
-        features = extract(lambda x: embed(change(x)), images, config.chunk)
-        features = F.normalize(features, dim=1) if normalise else features
-        d = (features[one].double() - features[two].double()).square().sum(1)
-        return embedding.auroc(d[same], d[~same])
-
-    cosine, as_given = config.distance == "cosine", lambda x: x
-    with of_the_user(flag, "fails on the photographs"):
-        given, other = area(as_given, cosine), area(as_given, not cosine)
-    told = [f"clean AU-ROC {given:.3f}, {int(same.sum())} genuine of {len(same)} pairs"]
-    if other > given + 0.02:
-        better = "euclidean" if cosine else "cosine"
-        told.append(f"WARNING: {other:.3f} by the other distance: --distance {better}")
-    if given < 0.75:
-        changes: dict[str, Callable[[Tensor], Tensor]] = {"as BGR": lambda x: x.flip(1)}
-        changes |= {"in [-1, 1]": lambda x: 2 * x - 1, "in 0 to 255": lambda x: 255 * x}
-        found = [f"{given:.2f} as given"]
-        for name, change in changes.items():
-            with contextlib.suppress(Exception):
-                found.append(f"{area(change, cosine):.2f} {name}")
-        told.append(f"WARNING: {', '.join(found)}: frame, crop or range may be wrong")
-    return told
-
-
-def picture_for(path: Path, people: Judged) -> None:
-    """The first image of up to six persons as a PNG, as the model gets them."""
-    from PIL import Image
-
-    from data import run
-
-    first = [int((people.faces.person == p).nonzero()[0]) for p in people.near[:6]]
-    row = people.faces.images[first].permute(2, 0, 3, 1).flatten(1, 2)  # (H, n * W, 3)
-    image = Image.fromarray(row.contiguous().numpy())
-    run.write(path, functools.partial(image.save, format="PNG"))
-
-
 def attack_model(config: Config, args: Any, device: torch.device) -> int:
-    """`python attacks.py --model`: the attacks asked for on it, the table, the checks."""
-    import hashlib
+    """`python attacks.py --model`: the attacks asked for on it, those of --judge on the second, the
+    table, the checks."""
+    import embed as embedding
+    from data import model, run
 
-    from data import run
-
-    flag, name = f"--model {config.model}", model_name(config.model)
-    print(f"{flag} runs this Python code with your rights: only what you trust", flush=True)
-    embed, file = load_model(config.model, device)
+    flags = {f"--{k} {v}": v for k in ("model", "judge") if (v := getattr(config, k))}
+    print(f"{', '.join(flags)}: runs this Python code with your rights", flush=True)
+    loaded = {flag: model.load_model(flag, text, device) for flag, text in flags.items()}
     with run.rank_0_first():
         people = judged(config, args.run, {})
-    faces, targets = people.faces, len(people.targets)
-    check_model(flag, embed, to_float(faces.images[:4].to(device)))
+    faces, targets, name = people.faces, len(people.targets), model.model_name(config.model)
+    for flag, (embed, _) in loaded.items():
+        model.check_model(flag, embed, to_float(faces.images[:4].to(device)))
     effort, n = effort_of("eyeglasses", config), faces.person.bincount()
     pairs = sum(min(config.intruders, len(faces) - int(n[p])) for p in people.targets)
     told = f"{name}: {config.size} x {config.size}, crop {faces.crop or 'none'}, {targets} targets "
     told += f"of {len(faces.names)} persons, {pairs} pairs, preset "
     told += f"{config.preset}: {effort.iterations} iterations x {effort.restarts}"
     print(f"{told}; nothing is known of the persons that it was trained on", flush=True)
-    clean = check_clean(flag, config, embed, people, device)
-    if run.rank() == 0 and "as given" in clean[-1]:
-        picture = args.run / name / "input.png"
-        picture_for(picture, people)
-        clean[-1] += f": look at {picture}, what the model got"
-    print("\n".join(clean), flush=True)
-    settings = settings_of(config, people)
-    weights = sorted(run.fingerprint(*states(module)) for module in hidden(embed))
-    told = "".join([run.fingerprint(file), *weights])
-    settings["embedding"] = hashlib.sha256(told.encode()).hexdigest()[:16]
-    judge = Cosine(embed) if config.distance == "cosine" else embed
-    about = {"config": settings, "seed": config.seed, "data": faces.data, "model": config.model}
-    about |= run.record(device)
-    out = args.run / name / people.folder
-    with of_the_user(flag):
-        attack_method(config, judge, people, out, about, args.overwrite, device)
+    some = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
+    index = [i for p in some for i in (faces.person == p).nonzero().flatten()[:4].tolist()]
+    images, person = (x[index].to(device) for x in (faces.images, faces.person))
+    cosine = config.distance == "cosine"
+    for flag, (embed, _) in loaded.items():
+        whose = f"{model.model_name(flags[flag])}: " if config.judge else ""
+        clean = model.check_clean(flag, embed, images, person, cosine, config.chunk)
+        if run.rank() == 0 and "as given" in clean[-1]:
+            picture = args.run / model.model_name(flags[flag]) / "input.png"
+            first = [int((faces.person == p).nonzero()[0]) for p in people.near[:6]]
+            model.picture_for(picture, faces.images[first])
+            clean[-1] += f": look at {picture}, what the model got"
+        print(*(f"{whose}{line}" for line in clean), sep="\n", flush=True)
+    source: Any = (None, "")
+    for flag, (embed, file) in loaded.items():
+        out = args.run / model.model_name(flags[flag])
+        settings = settings_of(config, people) | {"embedding": model.fingerprint(embed, file)}
+        embed = model.Cosine(embed) if cosine else embed
+        about = {"config": settings, "seed": config.seed, "data": faces.data, "model": flags[flag]}
+        about |= run.record(device)
+        if source[0] is not None:
+            config = dataclasses.replace(config, attacks=("clean", "eyeglasses", "transfer"))
+        more = about, args.overwrite, device, source
+        with model.of_the_user(flag):
+            attack_method(config, embed, people, out / people.folder, *more)
+        # what `embed.py --verify --model` needs to ask it
+        result = {k: settings[k] for k in ("embedding", "size", "distance")} | {"crop": faces.crop}
+        result |= {"persons": len(some), "data": faces.data}
+        result["threshold"] = embedding.genuine_threshold(embed, images, person)
+        if run.rank() == 0:
+            run.write(out / "result.json", result)
+        source = embed, settings["embedding"]
     if run.rank():
         return 0
     drawn = {"7": "square", "places": "rule"}  # what needs rows of its own
-    figures = ["6", "roc", *(k for k, attack in drawn.items() if attack in config.attacks)]
+    there = {path.stem for path in (args.run / name / people.folder).glob("*.csv")}
+    figures = ["6", "roc", *(k for k, attack in drawn.items() if attack in there)]
     return run.then("metrics", ["--run", str(args.run), "--figures", *figures])
-
-
-def states(module: torch.nn.Module) -> list[Tensor]:
-    """Weights and buffers, as `run.fingerprint` takes them."""
-    tensors = [t for t in module.state_dict().values() if isinstance(t, Tensor)]
-    return [t.detach().reshape(-1).float() for t in tensors]
 
 
 def autoencode(path: Path, images: Tensor) -> Tensor:
@@ -1623,16 +1560,17 @@ def attack_target(
     people: Judged,
     person: int,
     lord: Path,
+    source: Embed | None,
     device: torch.device,
 ) -> tuple[dict, dict]:
     """One attack on one target under each defence asked for: rows with counters, and example
     images. They depend on the seed and the target's name, not on which others are attacked, or
-    where. lord: the file of the run's generator."""
+    where. lord: the file of the run's generator; source: what `transfer` is made on."""
     import time
 
     from data import run
 
-    began, faces = time.monotonic(), people.faces
+    began, faces, judged = time.monotonic(), people.faces, person in people.targets
     target = faces.names[person]
 
     def load(index: Sequence[int]) -> Tensor:
@@ -1655,7 +1593,7 @@ def attack_target(
         genuine = [i for i in own if i != own[best]]
         others = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}
         others["rule_attacked"] = tested[: config.rule_intruders]
-        others |= dict.fromkeys(("rule", "rule_places", "rule_one"), genuine + tested)
+        others |= dict.fromkeys(RULES, genuine + tested * judged)
         candidates = others.get(name, tested)
         judge = Mirrored(embed) if mirroring else embed
         inputs: dict[str, Any] = {"embed": judge, "anchor": features[best]}
@@ -1670,8 +1608,14 @@ def attack_target(
         if name == "indirect":
             virtual = autoencode(lord, load([own[best]]))
             inputs["virtual"] = extract(embed, virtual, config.chunk)[0]
-        seeds = config.seed, target, "eyeglasses" if name == "indirect" else name
-        attack: Any = functools.partial(run_attack, name, **inputs)
+        if name == "mask":
+            inputs["mask"] = read_mask(config)
+        made = "eyeglasses" if name == "transfer" else name
+        if name == "transfer" and source is not None:
+            there = extract(source, load([own[best]]))[0]
+            inputs = {"embed": Mirrored(source) if mirroring else source, "anchor": there}
+        seeds = config.seed, target, "eyeglasses" if name == "indirect" else made
+        attack: Any = functools.partial(run_attack, made, **inputs)
         images = load(candidates)
         result = attack(config, images=images, generator=stable_generator(*seeds))
         if person == people.targets[0] and "reproducible" not in part and name != "clean":
@@ -1680,6 +1624,8 @@ def attack_target(
             repeats = (stable_generator(*seeds) for _ in range(2))
             one, two = (attack(short, images=images[:2], generator=g).images for g in repeats)
             part["reproducible"] = torch.equal(one, two)
+        if name == "transfer":
+            result.distance = distances(judge, result.images, features[best], config.chunk)
         if name == "distal":
             candidates, images = [-1], result.images
         mask: Any = result.mask
@@ -1692,31 +1638,44 @@ def attack_target(
             for n, distance in result.extra.get(key, {}).items():
                 total, several = part[key].get(n, (0.0, 0))
                 part[key][n] = (total + float(distance.sum()), several + len(distance))
-        more = ("row", "col", "direct", "indirect", "bound")
+        more = ["row", "col", "direct", "indirect", "bound", *(f"bound_{s}" for s in SMALLER)]
         more = [key for key in more if key in result.extra]
         columns = [result.extra[key].tolist() for key in more]
         for candidate, distance, *values in zip(candidates, result.distance.tolist(), *columns):
             other = faces.names[int(faces.person[candidate])] if candidate >= 0 else ""
             role = "genuine" if other == target else "intruder"
+            role = role if judged else "validation"
             row = [name, mirroring, selection, config.seed, target, own[best], candidate, other]
             part["rows"].append([*row, role, distance, *values])
     shown = {"anchor": load([own[best]])[0], "clean": images[:4], "attacked": result.images[:4]}
     shown |= {key: result.extra[key] for key in ("pattern",) if key in result.extra}
+    shown |= {"fill": fill} if name in RULES else {}
     arrays = {k: (v * 255).round().to(torch.uint8).cpu().numpy() for k, v in shown.items()}
     arrays |= {"candidate": candidates[:4], "distance": result.distance[:4].cpu().numpy()}
     arrays["mask"] = (mask if mask.dim() == 2 else mask[0]).cpu().numpy()
     part |= {"header": [*COLUMNS, *more], "seconds": time.monotonic() - began}
-    return part, arrays if name != "clean" else {}
+    return part, arrays if name != "clean" and judged else {}
 
 
 def fill_of(name: str, people: Judged, like: Tensor) -> Tensor:
     """What the certificate's masks show, (C, H, W): the mean of up to 1,000 faces of persons that
-    are not targets, or noise as in App. A. It is fixed before any candidate is seen."""
+    are not targets, or noise as in App. A. It is fixed before any candidate is seen, in 255ths so
+    that it can be stored."""
     if name == "noise":
         drawn = torch.randn(like.shape, generator=stable_generator("fill"))
-        return (drawn * 0.25 + 0.5).clamp(0, 1).to(like)
-    others = torch.isin(people.faces.person, torch.tensor(people.far or people.near))
-    return to_float(people.faces.images[others][:1000]).mean(0).to(like)
+        fill = (drawn * 0.25 + 0.5).clamp(0, 1)
+    else:
+        others = torch.isin(people.faces.person, torch.tensor(people.far or people.near))
+        fill = to_float(people.faces.images[others][:1000]).mean(0)
+    return to_float((fill * 255).round().to(torch.uint8)).to(like)
+
+
+def threshold_setters(people: Judged, many: int) -> list[int]:
+    """So many persons who are not judged, those with the most images, two at least: the genuine
+    scores of these set the rule's threshold."""
+    n = people.faces.person.bincount(minlength=len(people.faces.names)).tolist()
+    others = [p for p in people.far if n[p] > 1 and p not in people.targets]
+    return sorted(others, key=lambda p: (-n[p], p))[:many]
 
 
 def effort_told(name: str, config: Config) -> dict[str, Any]:
@@ -1762,8 +1721,12 @@ def merge(name: str, table: Path, parts: list[dict], images: dict, about: dict) 
         stacked = {"target": np.array([*images])} | {k: np.stack(v) for k, v in shown.items()}
         write = functools.partial(np.savez_compressed, **stacked)
         run.write(table.with_suffix(".npz"), write)
+    for target, part in images.items():
+        if "pattern" in part:
+            to_print(table.with_suffix("") / f"{target}.png", part["pattern"], part["mask"])
     seconds = sum(part["seconds"] for part in parts)
-    record = {"attack": name, **about, "n": len(rows), "n_targets": len(parts)}
+    n_targets = len({row[4] for row in rows if row[8] != "validation"})
+    record = {"attack": name, **about, "n": len(rows), "n_targets": n_targets}
     record["seconds"] = round(seconds, 2)
     record["outside_mask_max"] = max(part["outside_mask_max"] for part in parts)
     repeated = [part["reproducible"] for part in parts if "reproducible" in part]
@@ -1778,11 +1741,23 @@ def merge(name: str, table: Path, parts: list[dict], images: dict, about: dict) 
     lines = [parts[0]["header"], *([short(v) for v in row] for row in rows)]
     csv.writer(text, lineterminator="\n").writerows(lines)
     run.write(table, text.getvalue())
-    told = f"{len(parts)} targets, {len(rows)} pairs"
-    for role in ("genuine", "intruder"):
+    told = f"{n_targets} targets, {len(rows)} pairs"
+    for role in ("genuine", "intruder", "validation"):
         if found := [row[9] for row in rows if row[8] == role]:
             told += f", mean {role} distance {sum(found) / len(found):.3f}"
     return f"{told}, {seconds:.0f} s"
+
+
+def to_print(path: Path, pattern: Any, mask: Any) -> None:
+    """A universal patch, uint8 (3, h, w), as a PNG of the face's size: clear outside its mask."""
+    import numpy as np
+    from PIL import Image
+
+    from data import run
+
+    picture = np.zeros((*mask.shape, 4), np.uint8)
+    picture[mask, :3], picture[mask, 3] = pattern.reshape(3, -1).T, 255
+    run.write(path, functools.partial(Image.fromarray(picture).save, format="PNG"))
 
 
 def finished(table: Path, begun: Path, settings: dict) -> bool:
@@ -1825,12 +1800,14 @@ def attack_method(
     embed: Embed,
     people: Judged,
     out: Path,
-    about: dict,
+    given: dict,
     overwrite: bool,
     device: torch.device,
+    source: tuple[Embed, str] = (None, ""),
 ) -> None:
     """Every attack asked for on one embedding, rows in `out`. A target's part is a file of its own,
-    in a hidden folder, until the last is done; torchrun's processes share the targets."""
+    in a hidden folder, until the last is done; torchrun's processes share the targets. source: what
+    `transfer` is made on, and its fingerprint."""
     import shutil
     import warnings
 
@@ -1841,6 +1818,10 @@ def attack_method(
     for name in config.attacks:
         table, partial = out / f"{name}.csv", out / f".{name}.partial"
         begun, title = partial / "config.json", f"{out.parent.name} {name}"
+        own_settings = {"transfer": {"source": source[1]}}
+        if name == "mask":
+            own_settings["mask"] = {"mask": run.fingerprint(Path(config.mask))}
+        about = given | {"config": given["config"] | own_settings.get(name, {})}
         done = not overwrite and finished(table, begun, about["config"])
         goes_on = begun.exists() and not overwrite
         run.barrier()  # every process has looked before rank 0 writes
@@ -1852,13 +1833,16 @@ def attack_method(
         if run.rank() == 0:
             run.write(begun, about)
         run.barrier()
-        files = {p: partial / f"{p}.json" for p in people.targets}
-        own = people.targets[run.rank() :: run.world()]
+        setters = threshold_setters(people, config.rule_persons) if name in RULES else []
+        everyone = people.targets + setters
+        files = {p: partial / f"{p}.json" for p in everyone}
+        own = everyone[run.rank() :: run.world()]
         for person in progress([p for p in own if not files[p].exists()], title):
             generator = out.parents[1] / "generator.pt"
             with warnings.catch_warnings():  # metrics.py tells of the gradients, once
                 warnings.filterwarnings("ignore", ".* of .* gradients")
-                part, images = attack_target(config, name, embed, people, person, generator, device)
+                sources = generator, source[0]
+                part, images = attack_target(config, name, embed, people, person, *sources, device)
             if images:
                 write = functools.partial(np.savez_compressed, **images)
                 run.write(files[person].with_suffix(".npz"), write)

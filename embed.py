@@ -39,7 +39,7 @@ class Config:
 
     preset: str = "paper"  # demo | paper | released; on the command line demo unless named
     method: str = "ours"  # ours | no-at | weak-at | doa
-    positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); transfer: E_co of another x'
+    positive: str = "reconstruct"  # Sec. 2: y = G(E_cl(x), E_co(x)); not in the paper: the others
     data: str = "celeba"  # synthetic | folder | celeba
     root: str = ""  # where the photographs are
     crop: str = ""  # lfw | centre | celeba | none; empty: by image size
@@ -50,6 +50,7 @@ class Config:
     validation_persons: int = 100  # Sec. 4: of F, not trained on
     target_persons: int = 30  # Sec. 4.2: 30 drawn
     persons: int = 2000  # Sec. 4: of the train persons, those F is trained on; 0: all
+    images: int = 0  # not in the paper: of each of them the first, that F may see; 0: all
     synthetic_persons: int = 370  # not in the paper: size of the rendered set
     synthetic_images: int = 12  # not in the paper: images of each rendered person
     width: float = 1.0  # Sec. 4: VGG16; less, not in the paper: a fraction of its channels
@@ -80,7 +81,8 @@ class Config:
     doa_stride: int = 5  # App. A: between the places searched, pixels
     validate_every: int = 50  # released: steps
     select: str = "auto"  # weights judged, last | best; App. B.3: best for weak AT only
-    autocast: bool = False  # not in the paper: bfloat16 in training on a GPU
+    precision: str = "auto"  # not in the paper: float32 | bfloat16; auto: where that is fast
+    compile: bool = False  # not in the paper: F and G by torch.compile
 
     @property
     def run(self) -> Path:
@@ -94,7 +96,10 @@ class Config:
             return f"doa-{self.candidates}"
         if self.method == "weak-at" and self.attack_steps != usual:  # Fig. 5
             return f"weak-at-{self.attack_steps}"
-        return self.method + "-transfer" * (self.generated and self.positive == "transfer")
+        if not self.generated:
+            return self.method
+        positive = f"-{self.positive}" * (self.positive != "reconstruct")
+        return self.method + positive + "-all" * (self.attacked == "all")
 
     @property
     def generated(self) -> bool:
@@ -426,8 +431,17 @@ class Quadruplets(NamedTuple):
 def quadruplets(
     config: Config, embed: Embed, people: Sampler, made: Generated | None, rng: torch.Generator
 ) -> Quadruplets:
-    """x, y, t, u of Sec. 2; without `made` real pairs, eq. (6)."""
+    """x, y, t, u of Sec. 2; without `made` real pairs, eq. (6).
+
+    Not in the paper: positive `transfer` takes y = G(E_cl(x), E_co(x')), x' any other image; `mixed`
+    does so in one half of the batch and has real pairs in the other.
+    """
     B, n, size = config.batch, config.mine, people.images.shape[-1]
+    if made is not None and config.positive == "mixed":
+        sizes = (None, B // 2), (made, B - B // 2)
+        parts = [dataclasses.replace(config, positive="transfer", batch=b) for _, b in sizes]
+        both = [quadruplets(c, embed, people, m, rng) for c, (m, _) in zip(parts, sizes)]
+        return Quadruplets(*map(torch.cat, zip(*both)))
     xi, other, ti = people.draw(B, n, rng, pairs=made is None)
     index = torch.cat([xi, ti.flatten()])  # x, then the candidates of each x
     flips, shifts = draw_moves(len(index), config.shift, rng)
@@ -441,17 +455,18 @@ def quadruplets(
         moves |= {"flips": flips, "shifts": shifts, "boxes": torch.zeros_like(boxes[:B])}
         y = augment(people.images[other], generator=rng, **moves)[0]
         # Eq. (6): u = y
-        fy, u = embed(y), y.repeat_interleave(n, 0)
-        fu, reference = fy.repeat_interleave(n, 0), embed(x).repeat_interleave(n, 0)
+        u, reference = y.repeat_interleave(n, 0), x
     else:
-        # y = G(E_cl(x), E_co(x)); transfer: the content of another image
+        # y = G(E_cl(x), E_co(x))
         y = made(xi, other) if config.positive == "transfer" else made(xi, xi, x)
         # u = G(E_cl(x), E_co(t))
         u = made(xi.repeat_interleave(n), ti.flatten(), t)
-        fy, fu = embed(y), embed(u)
-        reference = fu
-    # App. A: of n_m candidates the nearest negative, for the baselines to x
-    nearest = squared_distance(embed(t), reference).view(B, n).argmin(1)
+        reference = u
+    # App. A: of n_m candidates the nearest negative to u, for the baselines to x
+    fy, ft, fr = embed(torch.cat([y, t, reference])).split([B, B * n, len(reference)])
+    fu = fy.repeat_interleave(n, 0) if made is None else fr
+    fr = fr.repeat_interleave(B * n // len(fr), 0)
+    nearest = squared_distance(ft, fr).view(B, n).argmin(1)
     pick = torch.arange(B, device=x.device) * n + nearest
     return Quadruplets(x, y, t[pick], u[pick], boxes[:B], boxes[B:][pick], fy, fu[pick], index)
 
@@ -536,9 +551,13 @@ def train_step(
 
     Raises FloatingPointError(what, indices of the images) where loss or gradient is not finite.
     """
-    with torch.autocast(people.images.device.type, torch.bfloat16, enabled=config.autocast):
+    low = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
+    device = people.images.device.type
+    with torch.autocast(device, **low):
         q = quadruplets(config, embed, people, made, rng)
         x, t = attacked(config, embed, q, alpha, rng)
+    # of its own: weights that were cast under no_grad would get no gradient
+    with torch.autocast(device, **low):
         if made is None:
             fx, fy, ft = embed(torch.cat([x, q.y, t])).float().chunk(3)
             fu = fy
@@ -622,7 +641,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 CHOICES = {
     "method": ("ours", "no-at", "weak-at", "doa"),
-    "positive": ("reconstruct", "transfer"),
+    "positive": ("reconstruct", "transfer", "mixed"),
     "hinge": ("distance", "squared"),
     "data": ("synthetic", "folder", "celeba"),
     "person_folder": ("", "first", "last"),
@@ -630,7 +649,8 @@ CHOICES = {
     "generate_from": ("clean", "erased"),
     "attacked": ("auto", "erased", "all"),
     "select": ("auto", "last", "best"),
-    **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons", "persons")},
+    "precision": ("auto", "float32", "bfloat16"),
+    **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons", "persons", "images")},
     "attack_warmup": (0, 2**31 - 1),
     "validation_persons": (2, 2**31 - 1),
     "shift": (0, 63),
@@ -658,6 +678,7 @@ def parse(argv: Sequence[str] | None):
         "Train and judge the embedding F (Sec. 2-4).",
         CHOICES,
         verify={**photographs, "help": "are these two photographs of one person? (eq. 1)"},
+        model={"help": "of --verify: FILE.py:NAME, judged by attacks.py in --run, in place of F"},
         no_evaluation={"action": "store_true", "help": "train only"},
     )
     for name in ("persons", "train_persons"):
@@ -669,6 +690,8 @@ def parse(argv: Sequence[str] | None):
         if low > high:
             flag = "--" + name.replace("_", "-")
             raise run.UsageError(f"{flag} {low},{high}: give two numbers, the lower first")
+    if args.model and not args.verify:
+        raise run.UsageError("--model: it is that of --verify; attacks.py --model judges a model")
     if config.method == "doa" and config.attacked == "erased":
         raise run.UsageError("--attacked erased: DOA searches a place in every image: leave it out")
     return config, args
@@ -690,11 +713,16 @@ def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embe
     return embed.to(device).eval().requires_grad_(False)
 
 
-def sampler_of(faces, persons: Sequence[int], device: torch.device) -> Sampler:
-    """Draws from these persons of the faces (`data.Faces`), numbered from 0."""
-    pick = torch.isin(faces.person, torch.tensor(persons))
-    person = faces.person[pick].unique(return_inverse=True)[1]
-    return Sampler(faces.images[pick].to(device), person.to(device))
+def sampler_of(faces, index: Tensor, device: torch.device) -> Sampler:
+    """Draws from these images (N,) of the faces (`data.Faces`), their persons numbered from 0."""
+    person = faces.person[index].unique(return_inverse=True)[1]
+    return Sampler(faces.images[index].to(device), person.to(device))
+
+
+def images_of(faces, persons: Sequence[int], most: int = 0) -> Tensor:
+    """Indices of these persons' images, of each the first `most`; 0: all."""
+    own = [(faces.person == p).nonzero()[: most or None, 0] for p in persons]
+    return torch.cat(own).sort().values
 
 
 def generator_file(config: Config, folder: Path) -> Path | None:
@@ -729,6 +757,8 @@ def generated(config: Config, path: Path, faces, split, people: Sampler) -> Gene
     from data import run
 
     lord, content = generator.load_generator(path, people.images.device)
+    if config.compile:
+        run.compile_(lord.generator)
     held_out = {faces.names[p] for p in (*split.validation, *split.target)}
     if seen := held_out & {*content["train"]}:
         told = f"trained on {len(seen)} of the validation or target persons ({min(seen)}, ...)"
@@ -739,22 +769,25 @@ def generated(config: Config, path: Path, faces, split, people: Sampler) -> Gene
         first = torch.stack([(people.person == p).nonzero()[0, 0] for p in persons])
         z_cl = z_cl[first[people.person]]
         return Generated(lord.generator, z_cl, z_co, E_co=lord.content_encoder)
-    copies = generator.decode(lord, z_cl, z_co).half() if config.positive != "transfer" else None
+    copied = config.positive == "reconstruct"
+    copies = generator.decode(lord, z_cl, z_co).half() if copied else None
     return Generated(lord.generator, z_cl, z_co, copies)
 
 
-def samplers(config: Config, faces, split, device: torch.device) -> tuple[Sampler, Sampler]:
-    """The persons that F is trained on, and the held-out ones of the validation."""
+def trained_on(config: Config, faces, split) -> Tensor:
+    """Indices of the images that F is trained on."""
     from data import run
 
     if config.persons > len(split.train):
         told = f"--persons {config.persons}: there are only {len(split.train)} train persons"
         raise run.UsageError(f"{told}: ask for fewer")
-    people = sampler_of(faces, split.train[: config.persons or None], device)
-    if not config.generated and not len(people.several):
+    index = images_of(faces, split.train[: config.persons or None], config.images)
+    real = "--positive mixed" if config.positive == "mixed" else ""
+    real = real if config.generated else f"--method {config.method}"
+    if real and int(faces.person[index].bincount().max()) < 2:
         told = "needs train persons with two images or more, there is none"
-        raise run.UsageError(f"--method {config.method}: {told}: give more photographs")
-    return people, sampler_of(faces, split.validation, device)
+        raise run.UsageError(f"{real}: {told}: give more photographs")
+    return index
 
 
 def new_embedding(config: Config, device: torch.device) -> Embedding:
@@ -781,10 +814,13 @@ def train(argv: Sequence[str] | None) -> int:
     device, folder = run.start(args.device), args.run / config.name
     if args.verify:
         return verify(config, args, device)
+    config = dataclasses.replace(config, precision=run.precision(config.precision, device))
     share = dataclasses.replace(config, batch=run.share("--batch", config.batch))
     with run.rank_0_first():
         faces, split = data.open_run(config, args.run)
-    people, held_out = samplers(config, faces, split, device)
+    index = trained_on(config, faces, split)
+    people = sampler_of(faces, index, device)
+    held_out = sampler_of(faces, images_of(faces, split.validation), device)
     embed, file = new_embedding(config, device), generator_file(config, args.run)
     adam = torch.optim.Adam(
         embed.parameters(), lr=config.lr, amsgrad=config.amsgrad, fused=device.type == "cuda"
@@ -803,8 +839,10 @@ def train(argv: Sequence[str] | None) -> int:
         print(f"{folder} is trained already (--overwrite trains it again)")
         return 0 if args.no_evaluation else evaluate(config, args)
     made = generated(config, file, faces, split, people) if file else None
-    told = f"{len(people.images)} images of {len(people.count)} persons"
-    print(f"{config.name}: {told}, {config.steps} steps of {config.batch} on {device}", flush=True)
+    if config.compile:
+        run.compile_(embed)
+    told = f"{len(people.images)} images of {len(people.count)} persons, {config.steps} steps"
+    print(f"{config.name}: {told} of {config.batch} on {device}, {config.precision}", flush=True)
 
     rng = torch.Generator(device)
     while training.step < config.steps:
@@ -814,10 +852,8 @@ def train(argv: Sequence[str] | None) -> int:
         try:
             found = train_step(share, embed, adam, people, made, rng, config.alpha(step))
         except FloatingPointError as error:
-            what, index = error.args
-            trained = torch.tensor(split.train[: config.persons or None])
-            pick = torch.isin(faces.person, trained).nonzero()[:, 0]
-            left = training.left_by(index, faces.files, pick)
+            what, drawn = error.args
+            left = training.left_by(drawn, faces.files, index)
             raise FloatingPointError(f"step {step + 1}: {what}; {left}") from None
         training.count(**found)
         if training.step % config.validate_every and training.step < config.steps:
@@ -859,25 +895,35 @@ def evaluate(config: Config, args) -> int:
 
 
 def verify(config: Config, args, device: torch.device) -> int:
-    """Eq. (1) for two photographs, with mirroring."""
+    """Eq. (1) for two photographs, with mirroring, by the run's F or by a model judged in it."""
     import data
-    from data import run
+    from data import model, run
 
-    folder = args.run / config.name
-    embed = load_embedding(folder / "embedding.pt", device)
-    with run.reading(folder / "result.json", "train to the end first, or name another --run"):
-        delta = float(run.read_json(folder / "result.json")["threshold"])
+    file = args.run / (model.model_name(args.model) if args.model else config.name) / "result.json"
+    advice = "train to the end first, or name another --run"
+    if args.model:
+        advice = f"let attacks.py --model {args.model} judge it first, or name its --run"
+    held = run.read_json(file, advice)
+    with run.reading(file, advice):
+        delta, size = float(held["threshold"]), int(held.get("size", data.SIZE))
         if not 0 < delta < math.inf:
             raise ValueError(f"threshold {delta}")
-    crop = config.crop or run.read_json(args.run / "run.json").get("crop") or None
-    target, candidate = (data.load_image(Path(p), crop=crop)[None].to(device) for p in args.verify)
+        told = "genuine validation pairs"
+        if args.model:
+            told = f"the genuine pairs of {held['persons']} persons"
+    crop = config.crop or (held if args.model else run.read_json(args.run / "run.json")).get("crop")
+    pair = (data.load_image(Path(p), crop=crop or None, size=size) for p in args.verify)
+    target, candidate = (image[None].to(device) for image in pair)
+    if args.model:
+        embed = model.known(args.model, held, candidate)
+    else:
+        embed = load_embedding(file.with_name("embedding.pt"), device)
     views = torch.cat([features(embed, candidate, mirror) for mirror in (False, True)], 1)
     anchor = torch.cat([features(embed, target)] * 2, 1)
     views, anchor = views / math.sqrt(2), anchor / math.sqrt(2)  # the mean over both views
     distance = float(squared_distance(views, anchor).sqrt())
     answer = "NOT the same person" if bool(different(views, anchor, delta)) else "same person"
-    told = f"threshold {delta:.3f} (5 % of genuine validation pairs refused)"
-    print(f"distance {distance:.3f}  {told}  {answer}")
+    print(f"distance {distance:.3f}  threshold {delta:.3f} (5 % of {told} refused)  {answer}")
     return 0
 
 

@@ -73,6 +73,8 @@ class Config:
     # holds no more than it must
     swap: bool = False  # not in the paper: stage 2 takes class codes of another image of the person
     encoder_penalty: float = 0.0  # not in the paper: lambda of stage 2, with swap
+    precision: str = "auto"  # not in the paper: float32 | bfloat16; auto: where that is fast
+    compile: bool = False  # not in the paper: G and the encoders by torch.compile
 
     @property
     def run(self) -> Path:
@@ -298,20 +300,24 @@ class Trainer:
         c, first = self.config, n < self.config.epochs
         stage, adam = (self.stage1, self.adam1) if first else (self.stage2, self.adam2)
         done, total = (n, c.epochs) if first else (n - c.epochs, c.encoder_epochs)
-        rng = torch.Generator(self.images.device).manual_seed(seed)
+        rng, device = torch.Generator(self.images.device).manual_seed(seed), self.images.device.type
         values, order = [], list(batches(len(self.images), c.batch, seed, self.images.device))
         for i, index in enumerate(order[:steps]):
-            loss = stage(index, (done + i / steps) / total, rng).detach()
+            with torch.autocast(device, torch.bfloat16, enabled=c.precision == "bfloat16"):
+                loss, codes = stage(index, (done + i / steps) / total, rng)
+            adam.zero_grad()
+            (loss + codes).backward()
             weights = [p for group in adam.param_groups for p in group["params"]]
             norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-            values.append(torch.stack([loss, norm]))
+            values.append(torch.stack([loss.detach(), norm]))
+            adam.step()
         table = torch.stack(values).cpu()  # (steps, 2), the one transfer to the host
         for i in (~table.isfinite()).any(1).nonzero()[:1, 0].tolist():
             what = f"step {i + 1}: loss {table[i, 0].item()}, gradient norm {table[i, 1].item()}"
             raise FloatingPointError(what, order[i])
         return {"stage": 1 if first else 2, "loss": float(table[:, 0].mean())}
 
-    def stage1(self, index: Tensor, progress: float, rng: torch.Generator) -> Tensor:
+    def stage1(self, index: Tensor, progress: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latent optimisation: reconstruction from a noisy content code and the class code."""
         c = self.config
         lr = cosine(c.lr, c.lr_end, progress)
@@ -323,13 +329,9 @@ class Trainer:
         made = self.lord.generator(class_code, content + c.noise * sigma)
         loss = self.loss(made, to_float(self.images[index]))
         # App. A: the reconstruction loss, plus lambda times the squared norm of the content code
-        penalty = c.content_penalty * content.square().sum(1).mean()
-        self.adam1.zero_grad()
-        (loss + penalty).backward()
-        self.adam1.step()
-        return loss
+        return loss, c.content_penalty * content.square().sum(1).mean()
 
-    def stage2(self, index: Tensor, progress: float, rng: torch.Generator) -> Tensor:
+    def stage2(self, index: Tensor, progress: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Encoders, trained with G: reconstruct the image, and both codes of stage 1."""
         c = self.config
         self.adam2.param_groups[0]["lr"] = cosine(c.encoder_lr, c.encoder_lr_end, progress)
@@ -345,11 +347,7 @@ class Trainer:
         else:
             wanted = self.content_codes[index].detach()
             codes = codes + c.code_weight * F.mse_loss(content_code, wanted)
-        loss = self.loss(self.lord.generator(class_code, content_code), x)
-        self.adam2.zero_grad()
-        (loss + codes).backward()
-        self.adam2.step()
-        return loss
+        return self.loss(self.lord.generator(class_code, content_code), x), codes
 
     def state_dict(self) -> dict:
         """What the next epoch needs."""
@@ -460,6 +458,7 @@ CHOICES = {
     "data": ("synthetic", "folder", "celeba"),
     "person_folder": ("", "first", "last"),
     "loss": ("vgg", "pyramid"),
+    "precision": ("auto", "float32", "bfloat16"),
     **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons")},
     **{k: (1e-12, 1e9) for k in ("lr", "encoder_lr")},
 }
@@ -556,6 +555,7 @@ def train(argv: Sequence[str] | None) -> None:
 
     config, args = parse(argv)
     device, finished = run.start(args.device), args.run / "generator.pt"
+    config = dataclasses.replace(config, precision=run.precision(config.precision, device))
     with run.rank_0_first():
         overwrite = args.overwrite and run.rank() == 0
         faces, split = data.open_run(config, args.run, overwrite=overwrite)
@@ -568,6 +568,8 @@ def train(argv: Sequence[str] | None) -> None:
     if config.loss == "vgg":
         loss = VggLoss(vgg_state(config.vgg_weights)).to(device)
     trainer = Trainer(share, images, person, loss)
+    if config.compile:
+        run.compile_(*trainer.lord.children())
     run.average_gradients(trainer.adam1)
     run.average_gradients(trainer.adam2)
     # of rendered faces the factors: how a pixel is rounded depends on the number of threads

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1  # of an integer flag
+CHECKPOINT_EVERY = 60.0  # seconds: at full width a checkpoint holds 179 MB
 HERE = Path(__file__).parent
 File = str | os.PathLike[str]
 
@@ -272,6 +273,31 @@ def start(device: str = "") -> torch.device:
     return found
 
 
+def precision(asked: str, device: torch.device) -> str:
+    """float32 or bfloat16; auto: bfloat16 where the device multiplies it faster."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    fast = found.get("avx512_bf16") or found.get("amx_bf16")
+    return "bfloat16" if fast and device.type == "cpu" else "float32"
+
+
+def compile_(*modules: torch.nn.Module, backend: str = "inductor") -> None:
+    """These modules by torch.compile from here on, for any batch. Raises UsageError without a
+    compiler."""
+    device = next(modules[0].parameters()).device
+    try:
+        torch.compile(torch.sin, backend=backend)(torch.zeros(8, device=device))
+    except Exception as error:  # noqa: BLE001  dynamo raises many kinds
+        reason = " ".join(str(error).split())[:100]
+        told = f"torch.compile fails on {device} ({reason}): leave it out, or install a compiler"
+        raise UsageError(f"--compile: {told}") from None
+    for module in modules:
+        module.compile(dynamic=True, backend=backend)
+
+
 def average_gradients(optimiser: torch.optim.Optimizer) -> None:
     """Each step of the optimiser takes the mean of the processes' gradients, in one message."""
 
@@ -441,6 +467,7 @@ class Training:
                 self._save()
             write(self.log_file, "")
         self._begun, self._before, self._first = time.time(), self.seconds, self.step
+        self._saved = -math.inf
         self._values: list[dict[str, float]] = []
 
     @property
@@ -481,6 +508,7 @@ class Training:
         numbers = {k: getattr(self, k) for k in ("made_of", "step", "seconds", "best")}
         states = {name: part.state_dict() for name, part in self.parts.items()}
         save(self.checkpoint, "training", commit=commit(), **numbers, **states)
+        self._saved = time.time()
 
     def count(self, **values: float) -> None:
         """A step is done; its values wait for the log."""
@@ -488,7 +516,8 @@ class Training:
         self._values.append(values)
 
     def log(self, steps: int, **values: float) -> dict[str, float]:
-        """The means of what was counted since the last line, then a checkpoint; rank 0's alone."""
+        """The means of what was counted since the last line; a checkpoint, at first, at the end and
+        once a minute. Rank 0's alone."""
         counted, self._values = self._values, []
         if rank():
             return {}
@@ -499,7 +528,8 @@ class Training:
         # before the checkpoint: what goes on drops the lines beyond it
         with open(self.log_file, "a") as file:
             file.write(json.dumps(line) + "\n")
-        self._save()
+        if self.step >= steps or time.time() - self._saved >= CHECKPOINT_EVERY:
+            self._save()
         each = (self.seconds - self._before) / max(self.step - self._first, 1)
         left = each * (steps - self.step) / 60
         told = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in {**means, **values}.items())

@@ -1,4 +1,4 @@
-"""Figures 1-9 of a run, ROC curves, the certificate's weakest places; the distances of Fig. 3.
+"""Figures 1-9 of a run, ROC curves, the certificate's two; the distances of Fig. 3.
 
     python metrics.py --run RUN --figures 2 5 roc   # draws them into RUN/figures
     python -m results.figures RUN weak-at doa-4     # measures Fig. 3's distances by these networks
@@ -18,7 +18,20 @@ from typing import Any
 import numpy as np
 
 from data import run
-from metrics import ERRORS, FIGURES, Row, Run, columns, names, pick, roc, sides, threshold, under
+from metrics import (
+    ERRORS,
+    FIGURES,
+    Row,
+    Run,
+    columns,
+    measure,
+    names,
+    pick,
+    roc,
+    sides,
+    threshold,
+    under,
+)
 
 from .tables import LABELS, PATCHES, read_log, settings_of
 
@@ -219,7 +232,7 @@ def places_of(one: Run, name: str) -> dict[str, list[Row]]:
     return {m: found[m] for m in names([one]) if m in found}
 
 
-def setting(one: Run, method: str, name: str, key: str, default: int) -> int:
+def setting(one: Run, method: str, name: str, key: str, default: Any) -> Any:
     """What an attack ran with, as its sidecar says."""
     return (one.methods[method][name].sidecar.get("config") or {}).get(key, default)
 
@@ -286,14 +299,38 @@ def figure_places(one: Run) -> Any:
     figure, axes = canvas(1, len(panels), 3.3 * len(panels), 3.2)
     for axis, (method, rows) in zip(axes.flat, panels.items()):
         face = mean_face(one, method, "rule")
-        patch = setting(one, method, "rule", "rule_patch", 10)
-        counts, (h, w) = np.zeros(face.shape[:2]), (scale(patch, n) for n in face.shape[:2])
+        patch = setting(one, method, "rule", "rule_patch", (10,))
+        counts = np.zeros(face.shape[:2])
+        h, w = (scale(side, n) for side, n in zip(patch * 2, counts.shape))
         for r in rows:
             counts[r.row : r.row + h, r.col : r.col + w] += 1
         title = f"weakest places of {h} x {w} pixels,\n{len(rows)} intruders"
         show(axis, face, f"{title}, {LABELS.get(method, method)}")
         heat = axis.imshow(np.ma.masked_equal(counts, 0), cmap="viridis", alpha=0.6, vmin=0)
         figure.colorbar(heat, ax=axis, label="intruders")
+    return figure
+
+
+def figure_certified(one: Run) -> Any:
+    """AU-ROC under the rule against the side of the patch that is certified against, 0: none. Dots
+    at the sides in question, the 95 % interval over targets around them."""
+    figure, axes = canvas(1, 1, 5.2, 3.4)
+    for method in names([one]):
+        rule = "rule" in one.methods[method]
+        patch = setting(one, method, "rule", "rule_patch", (10,)) if rule else ()
+        sides = {0: "rule", **{s: f"certified_{s}" for s in (2, 4, 6, 8)}}
+        sides |= {patch[0]: "certified"} if len({*patch}) == 1 else {}
+        found = {s: m for s, name in sides.items() if (m := measure([one], method, name))}
+        if len(found) > 1:
+            areas = [m["auroc"] for m in found.values()]
+            (line,) = axes[0, 0].plot([*found], areas, "o-", label=LABELS.get(method, method))
+            low, high = zip(*(m["interval"] for m in found.values()))
+            if None not in low:
+                axes[0, 0].fill_between([*found], low, high, alpha=0.12, color=line.get_color())
+    if not axes[0, 0].lines:
+        raise run.UsageError(f"{one.folder}/<method>/attacks/rule.csv has no bounds")
+    axes[0, 0].set(xlabel="side of the patch, pixels of 64", ylabel="certified AU-ROC")
+    axes[0, 0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -366,7 +403,7 @@ def measure_figure_3(folder: Path, method: str, pairs: int = 500) -> None:
     split = data.read_manifest(folder / "people.json", faces)
     lord, _ = generator.load_generator(folder / "generator.pt")
     f = embed.load_embedding(folder / method / "embedding.pt")
-    persons = embed.sampler_of(faces, split.target, torch.device("cpu"))
+    persons = embed.sampler_of(faces, embed.images_of(faces, split.target), torch.device("cpu"))
     x, _, t = persons.draw(pairs, 1, torch.Generator().manual_seed(held["seed"]))
     class_codes, content_codes = generator.encode(lord, persons.images)
     u = generator.decode(lord, class_codes[x], content_codes[t[:, 0]])

@@ -703,8 +703,10 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
     device = run.start(args.device)
     faces, split = data.open_run(config, args.run)
     persons = min(config.persons or 50, 50, len(split.train))
-    config = dataclasses.replace(config, persons=persons)
-    people, _ = embedding.samplers(config, faces, split, device)
+    chosen = {"persons": persons, "precision": run.precision(config.precision, device)}
+    config = dataclasses.replace(config, **chosen)
+    index = embedding.trained_on(config, faces, split)
+    people = embedding.sampler_of(faces, index, device)
     file, embed = (
         embedding.generator_file(config, args.run),
         embedding.new_embedding(config, device),
@@ -734,7 +736,7 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
             spent = {name: [] for name in parts}
         for times in spent.values():
             times.append(0.0)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             timed("product", torch.mm, *factors)
             q = timed("batch", embedding.quadruplets, config, mine, people, generate, rng)
             timed("inner attack", embedding.attacked, config, embed, q, alpha, rng)
@@ -753,7 +755,7 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
     print(
         f"{flops / 1e9:.1f} GFLOP a step of {config.batch}, {flops / m['step'] / 1e9:.0f} GFLOP/s, "
         f"{flops / m['step'] / peak:.0%} of the {peak / 1e9:.0f} of a {side} x {side} product here "
-        f"({'bfloat16' if config.autocast else 'float32'}, {run.record(device)['device']}); "
+        f"({config.precision}, {run.record(device)['device']}); "
         f"medians of {repeats}"
     )
     return 0

@@ -1,10 +1,12 @@
 """Without a GPU the kernels run in the Triton interpreter: it must be chosen before Triton is first
-imported."""
+imported. And one thread a process, also of commands that are started: small tensors are no faster
+with two."""
 
 import contextlib
 import importlib
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 if not torch.cuda.is_available():
@@ -12,6 +14,10 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+
+from data import run
+
+run.CHECKPOINT_EVERY = 0.0  # at every line of a log: what is short here has several too
 
 OPS = (
     "masked_step",

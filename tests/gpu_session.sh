@@ -35,7 +35,7 @@ for name in $ops embed attacks generator; do
   part "test_$name" python3 -m pytest -q "tests/test_$name.py"
 done
 part bench python3 -m tests.bench --out "$out/bench.csv"
-full="--width 1 --batch 128 --attack-steps 10 --autocast" # F as in the paper; the demo's G
+full="--width 1 --batch 128 --attack-steps 10 --precision bfloat16" # F as in the paper; the demo's G
 for method in ours doa; do
   # shellcheck disable=SC2086
   part "profile-$method" \

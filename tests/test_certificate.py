@@ -105,7 +105,7 @@ def test_bound_equals_brute_force(mirrored, masked):
     plain, fill, images = linear(H, W), noise(H, W), torch.rand(4, 3, H, W, generator=rng(7))
     target, found = torch.rand(3, H, W, generator=rng(8)), a.cover(H, W, p, m)
     rule = a.Covered(a.Mirrored(plain) if mirrored else plain, target, found, fill, masked)
-    score, bound, _ = a.certify(rule, images)
+    score, bound, *_ = a.certify(rule, images)
     for image, s, b in zip(images, score, bound):
         d = []
         for mask in found.masks:
@@ -122,6 +122,27 @@ def test_bound_equals_brute_force(mirrored, masked):
         assert s == pytest.approx(float(max(d)), rel=1e-5)
         assert b == pytest.approx(float(min(held)), rel=1e-5) and b <= s
     assert torch.allclose(a.distances(rule, images, rule.anchor), score, rtol=1e-5)
+
+
+@pytest.mark.parametrize("patch", [(1, 1), (2, 1), (2, 2), (3, 2)])
+def test_bound_of_smaller_patches_equals_brute_force(patch):
+    H, W, images = 9, 8, torch.rand(3, 3, 9, 8, generator=rng(7))
+    found = a.cover(H, W, (3, 2), (5, 4))
+    rule = a.Covered(linear(H, W), images[2], found, noise(H, W))
+    known = a.certify(rule, images[:2])
+    smaller = a.bound_of_smaller(rule, known.distance, patch)
+    for d, b in zip(known.distance, smaller):
+        held = [
+            max(
+                d[k]
+                for k in range(len(d))
+                if found.masks[k, r : r + patch[0], c : c + patch[1]].all()
+            )
+            for r, c in itertools.product(range(H - patch[0] + 1), range(W - patch[1] + 1))
+        ]
+        assert b == min(held)
+    assert (smaller >= known.bound).all()
+    assert torch.equal(smaller, known.bound) == (patch == (3, 2))
 
 
 def test_rectangles_by_the_kernel_and_any_mask_by_where_are_one():
@@ -141,7 +162,7 @@ def test_float32_is_near_float64():
     images, fill = two
     rule = a.Covered(f.double(), images[2], found, fill)
     both = a.certify(rule, images[:2])
-    for x, y in zip(one[:2], both):
+    for x, y in zip(one[:2], both[:2]):
         assert torch.allclose(x.double(), y, rtol=1e-5)
 
 
@@ -152,7 +173,7 @@ def test_what_is_no_number_is_not_certified():
     broken = lambda x: torch.where(x[:, :1, 8, 8] == fill[0, 8, 8], torch.nan, whole(x))
     rule = a.Covered(broken, torch.zeros(3, 16, 16), found, fill)
     images = torch.rand(2, 3, 16, 16, generator=rng(3))
-    score, bound, place = a.certify(rule, images)
+    score, bound, place, _ = a.certify(rule, images)
     assert (score > 0.1).all() and (bound == 0).all()
     assert all(found.masks[found.holds[p], 8, 8].all() for p in place)
     right = a.Covered(whole, torch.zeros(3, 16, 16), found, fill)
@@ -162,7 +183,7 @@ def test_what_is_no_number_is_not_certified():
 def test_no_images_no_scores():
     found = a.cover(16, 16, 3, 6)
     rule = a.Covered(linear(16, 16), torch.zeros(3, 16, 16), found, noise(16, 16))
-    assert [len(v) for v in a.certify(rule, torch.rand(0, 3, 16, 16))] == [0] * 3
+    assert [len(v) for v in a.certify(rule, torch.rand(0, 3, 16, 16))] == [0] * 4
 
 
 # soundness
@@ -188,9 +209,9 @@ def test_no_attack_on_the_rule_gets_below_the_bound(name, masked):
     found, fill = a.cover(side, side, patch, mask), noise(side, side)
     images = torch.rand(5, 3, side, side, generator=rng(5))
     rule = a.Covered(embed, images[4], found, fill, masked)
-    score, bound, weakest = a.certify(rule, images[:2])
+    score, bound, weakest, _ = a.certify(rule, images[:2])
     assert (bound < score).any()
-    for image, s, b, place in zip(images[:2], score, bound, found.places[weakest].tolist()):
+    for image, s, b, place in zip(images[:2], score, bound, found.places(weakest).tolist()):
         reached = attacked(rule, image, place, patch, 12)
         assert b * (1 - 1e-5) <= reached <= s * (1 + 1e-5)
 
@@ -202,14 +223,14 @@ def test_the_bound_is_reached_where_a_patch_decides_alone():
     found, fill = a.cover(side, side, patch, mask), torch.full((3, side, side), 0.4)
     rule = a.Covered(embed, torch.zeros(3, side, side), found, fill)
     image = torch.full((3, side, side), 0.9)
-    score, bound, _ = a.certify(rule, image[None])
+    score, bound, *_ = a.certify(rule, image[None])
     assert score == pytest.approx(0.9) and bound == pytest.approx(0.4)
     assert attacked(rule, image, (5, 5), patch, 200) == pytest.approx(0.4, abs=1e-3)
 
 
 def broken_attack(rule, images, side, patch, places):
     """Lowest of score minus bound that an attack at these places finds."""
-    _, bound, _ = a.certify(rule, images)
+    _, bound, *_ = a.certify(rule, images)
     found = [
         attacked(rule, image, place, patch, 60) - float(b)
         for image, b in zip(images, bound)
@@ -222,7 +243,7 @@ def test_a_place_left_uncovered_is_found_and_an_attack_there_breaks_the_bound():
     side, patch, mask = 16, 4, 8
     found, fill = a.cover(side, side, patch, mask), noise(side, side)
     gone = ~found.masks[:, 7, 7]  # every mask that hides pixel (7, 7) is left out
-    less = a.Cover(found.masks[gone], found.holds[:, gone], found.corners[gone])
+    less = a.Cover(found.masks[gone], found.holds[:, gone], found.corners[gone], found.mask)
     images = torch.full((3, 3, side, side), 0.9)
     images[2] = 0
     embed = lambda x: x[:, :1, 7, 7]  # (N, 1)

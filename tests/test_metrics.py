@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -809,7 +808,8 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     folder = full_run(tmp_path)
     assert metrics.main(["--run", str(folder)]) == 0
     (lacking,) = [t for t in capsys.readouterr().out.splitlines() if "not made" in t]
-    assert lacking == "figures not made: places (<method>/attacks/rule.csv has no places)"
+    there = "<method>/attacks/rule.csv has no"
+    assert lacking == f"figures not made: places ({there} places); certified ({there} bounds)"
     text = (folder / "tables.md").read_text()
     assert (
         "Data: synthetic" in text
@@ -926,16 +926,6 @@ def test_rows_of_other_persons(run):
     (run / "ours" / "attacks").rename(run / "ours" / "attacks-lfw")
     found = metrics.summary(metrics.read_run(run, "attacks-lfw"))
     assert found["ours"]["clean"]["auroc"] == 1
-
-
-def test_the_command_alone_is_one_line(run, tmp_path):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(metrics.__file__, alone)
-    command = [sys.executable, "metrics.py", "--run", str(run), "--json"]
-    done = subprocess.run(command, check=False, cwd=alone, capture_output=True, text=True)
-    assert done.returncode and not done.stdout
-    assert done.stderr == "metrics.py: the command needs the folder data/ beside it\n"
 
 
 def test_figure_5_draws_each_step_setting_once(run):
@@ -1068,6 +1058,15 @@ def test_certified_rows_are_scores_of_genuine_pairs_and_bounds_of_intruders(tmp_
     # eq. (1) with a threshold of the rule's own: above all four, so that at most 5 % are refused
     assert found["certified"]["detected"] == 0.5 and found["rule"]["detected"] == 0.75
     assert found["certified"]["clean_same_pairs"] == 1
+    # persons who are not judged set it, where there are some: just above 0.25, beyond which half of
+    # the targets' own and three of the bounds lie
+    setters = [f"rule,1,1,0,v,7,{i},v,validation,{d},0" for i, d in enumerate((0.2, 0.25))]
+    with open(folder / "rule.csv", "a") as file:
+        file.write("\n".join(setters) + "\n")
+    found = metrics.summary(tmp_path / "run")["ours"]
+    assert found["certified"]["auroc"] == 11 / 16 and found["certified"]["n_genuine"] == 4
+    assert found["certified"]["detected"] == 0.5 and found["certified"]["fpr"] == 0.5
+    assert found["rule"]["detected"] == 1
     (check,) = [
         c for c in metrics.health([metrics.read_run(tmp_path / "run")]) if c[0] == "certificate"
     ]
@@ -1102,7 +1101,7 @@ def model_run(folder, size):
     rule += [
         f"rule,1,1,0,{t},7,{j},p,intruder,{1 + j / 10},{size - 9},3,{j / 10}" for _, t, j in pairs
     ]
-    sidecar = {"config": {"rule_patch": 5, "rule_mask": 7}, "masks": 400, "fill": "mean"}
+    sidecar = {"config": {"rule_patch": [5], "rule_mask": [7]}, "masks": 400, "fill": "mean"}
     sidecar |= {"anchor_seen": "whole"}
     write(folder, "mine", "rule", rule, sidecar, HEADER + ",row,col,bound")
     on = [f"rule_attacked,1,1,0,{t},7,{j},p,intruder,{0.5 + j / 10}" for _, t, j in pairs[::2]]
@@ -1128,7 +1127,12 @@ def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
         "5",
     ]
     made = {path.name for path in (folder / "figures").iterdir()}
-    assert made == {"figure6.png", "figure7.png", "figure8.png", "places.png", "roc.png"}
+    assert made == {
+        *(f"figure{n}.png" for n in (6, 7, 8)),
+        "certified.png",
+        "places.png",
+        "roc.png",
+    }
     one = metrics.read_run(folder)
     # where the best squares fell: 12 of 16 at one place, the centre of that square of 10 of 64
     region, heat, _ = figures.figure_7(one).axes
@@ -1165,7 +1169,7 @@ def test_roc_figure_draws_the_rates_of_each_attack(tmp_path):
 def test_certificate_section(tmp_path):
     one = metrics.read_run(model_run(tmp_path, 64))
     text = section(tables.report([one]), "Certificate")
-    for told in ("each of 400 masks of side 7", "at most 5 x 5", "not F", "one photograph"):
+    for told in ("each of 400 masks of 7 x 7 of", "at most 5 x 5", "not F", "one photograph"):
         assert told in text
     for told in ("nothing on evasion", "one patch", "rest of its batch", "mean", "whole"):
         assert told in text

@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 
 import attacks
+import data
+import embed
 import metrics
+from data.model import model_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -117,6 +120,13 @@ def table(folder, attack):
         return list(csv.DictReader(file))
 
 
+def pairs_of(folder, attack):
+    rows = table(folder, attack)
+    return {
+        (r["target"], r["candidate"]): float(r["distance"]) for r in rows if r["role"] == "intruder"
+    }
+
+
 @pytest.mark.parametrize("size", [32, 45, 64])
 def test_one_command_judges_it_at_any_size(home, judge, size):
     run = f"sized-{size}"
@@ -166,7 +176,7 @@ def test_a_module_what_makes_one_and_a_package_are_the_function(home, judge, nam
         shutil.copy(home / "net.py", home / "package/net_for_test.py")
         model = "package.net_for_test:make"
     assert judge(model, *flags, "--run", "forms")[0] == 0
-    folder = attacks.model_name(model)
+    folder = model_name(model)
     assert folder == {"net_for_test": "package.net_for_test-make"}.get(name, f"net-{name}")
     for attack in flags[1].split(","):
         one, two = (table(home / "forms" / m / "attacks", attack) for m in ("net-embed", folder))
@@ -184,8 +194,6 @@ def test_a_file_named_as_a_script_hides_none_and_its_folder_is_searched(home, ju
     (other / "helper_for_test.py").write_text("half = 0.5\n")
     (other / "embed.py").write_text("from helper_for_test import half\n" + NET)
     assert judge("other/embed.py:embed", "--attacks", "clean", "--run", "hides")[0] == 0
-    import embed
-
     assert Path(embed.__file__).parent == ROOT
 
 
@@ -264,6 +272,7 @@ def test_flags_that_need_others_are_one_line(home, judge, monkeypatch, capsys):
         (("--size", "112"), "--size 112"),
         (("--distance", "cosine"), "--distance cosine"),
         (("--person-folder", "first"), "--person-folder"),
+        (("--judge", "net.py:embed"), "--judge"),
     ):
         assert attacks.main(["--run", "run", *flags]) == 2
         assert told in capsys.readouterr().err
@@ -312,6 +321,126 @@ def test_photographs_of_a_target_are_limited_and_persons_found_two_folders_deep(
     assert judge("net.py:embed", *flags, "--person-folder", "first", root="deep")[0] == 0
     rows = table(home / "deep-run/net-embed/attacks", "clean")
     assert sum(row["role"] == "genuine" for row in rows) == 2 * 5
+
+
+def test_a_mask_of_ones_own_is_one_more_attack(home, judge):
+    Image.new("RGB", (90, 60)).save(home / "black.png")
+    picture = Image.new("L", (96, 96))
+    picture.paste(255, (24, 48, 60, 72))
+    picture.save(home / "own.png")
+    flags = ("--attacks", "clean", "--size", "48", "--run", "masked", "--mask")
+    for name, told in (("black.png", "of one colour"), ("nowhere.png", "nowhere.png")):
+        status, _, errors = judge("net.py:embed", *flags, name)
+        assert status == 2 and told in errors[0] and not (home / "masked").exists()
+    status, out, _ = judge("net.py:embed", *flags, "own.png")
+    folder = home / "masked/net-embed/attacks"
+    with np.load(folder / "mask.npz") as shown:
+        mask, changed = shown["mask"][0], (shown["clean"] != shown["attacked"]).any((1, 2))
+    wanted = np.zeros((48, 48), bool)
+    wanted[24:36, 12:30] = True
+    assert status == 0 and (mask == wanted).all() and not (changed & ~wanted).any()
+    clean, found = (pairs_of(folder, attack) for attack in ("clean", "mask"))
+    assert found and all(d < clean[pair] for pair, d in found.items())
+    assert (
+        "net-embed     mask " in out
+        and "net-embed mask: kept" in judge("net.py:embed", *flags, "own.png")[1]
+    )
+    picture.paste(255, (0, 0, 10, 10))
+    picture.save(home / "own.png")
+    status, _, errors = judge("net.py:embed", *flags, "own.png")
+    assert status == 2 and "mask (" in errors[0] and "--overwrite" in errors[0]
+
+
+def test_a_second_model_sees_the_patches_made_on_the_first(home, judge):
+    (home / "second.py").write_text(NET.replace("images, 4", "images, 8"))
+    flags = ("--attacks", "clean,eyeglasses", "--run", "judged", "--judge")
+    assert judge("net.py:embed", *flags, "net.py:embed")[2][0].count("give its file another name")
+    status, _, errors = judge("net.py:embed", *flags, "bad.py:detached")
+    assert status == 2 and "--judge bad.py:detached: no gradient" in errors[0]
+    assert not (home / "judged").exists()
+    status, out, _ = judge("net.py:embed", *flags, "second.py:embed")
+    assert status == 0 and "second-embed: clean AU-ROC 1.000" in out
+    assert "OK       transfer: does not beat the white box in second-embed" in out
+    folder = home / "judged/second-embed/attacks"
+    white, found = (pairs_of(folder, attack) for attack in ("eyeglasses", "transfer"))
+    assert {*white} == {*found} and sum(found.values()) > sum(white.values())
+    # the very images of the first model's rows, where both chose the same anchor, of 8 bits
+    second, first = sys.modules["of_user_second"].inner, home / "judged/net-embed/attacks"
+    with np.load(first / "eyeglasses.npz") as shown, np.load(folder / "transfer.npz") as seen:
+        for t, target in enumerate(shown["target"]):
+            if (shown["anchor"][t] == seen["anchor"][t]).all():
+                assert (shown["attacked"][t] == seen["attacked"][t]).all()
+            images, anchor = (
+                torch.from_numpy(seen[k][t]).float() / 255 for k in ("attacked", "anchor")
+            )
+            with torch.no_grad():
+                views = torch.stack([second(x) for x in (images, images.flip(3))])
+                d = (views - second(anchor[None])).square().sum(2).mean(0).sqrt()
+            for candidate, distance in zip(seen["candidate"][t], d):
+                told = found[str(target), str(candidate)]
+                assert told == pytest.approx(distance.item(), rel=1e-5), "not as a saved picture"
+    (home / "net2.py").write_text(NET + "\n")  # another source is another attack
+    status, _, errors = judge("net2.py:embed", *flags, "second.py:embed")
+    assert status == 2 and "source (" in errors[0]
+    status, _, errors = judge("net.py:embed", *flags[:2], "--run", "judged", "--judge", "")
+    assert status == 0
+
+
+def test_the_universal_patch_is_a_picture_to_print(home, judge):
+    flags = ("--attacks", "clean,eye_patch", "--patch-train", "4", "--patch-iterations", "3")
+    assert judge("net.py:embed", *flags, "--size", "64", "--run", "printed")[0] == 0
+    folder = home / "printed/net-embed/attacks"
+    with np.load(folder / "eye_patch.npz") as shown:
+        for t, target in enumerate(shown["target"]):
+            patch = np.asarray(Image.open(folder / f"eye_patch/{target}.png"))
+            mask = shown["mask"][t]
+            assert (patch[..., 3] == 255 * mask).all() and patch.shape == (64, 64, 4)
+            attacked = shown["attacked"][t].transpose(0, 2, 3, 1)
+            assert len(attacked) and (attacked[:, mask] == patch[mask][:, :3]).all()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_verify_asks_the_model_by_the_threshold_of_its_run(home, judge, distance, capsys):
+    shutil.copy(home / "net.py", home / "asked.py")
+    run = f"asked-{distance}"
+    flags = ("--attacks", "clean", "--size", "48", "--distance", distance, "--run", run)
+    assert judge("asked.py:embed", *flags)[0] == 0
+    held = json.loads((home / run / "asked-embed/result.json").read_text())
+
+    def verify(one, two, model="asked.py:embed", run=run):
+        capsys.readouterr()
+        status = embed.main(["--verify", one, two, "--model", model, "--run", run])
+        return status, *capsys.readouterr()
+
+    def features(path):
+        image = data.load_image(path, size=48).float()[None] / 255
+        both = sys.modules["of_user_asked"].inner(torch.cat([image, image.flip(3)]))
+        return torch.nn.functional.normalize(both) if distance == "cosine" else both
+
+    apart = {"p0": [], "p1": []}  # from p0/0.png
+    for person, found in apart.items():
+        for k in range(4):
+            status, out, _ = verify("people/p0/0.png", f"people/{person}/{k}.png")
+            assert status == 0 and ("NOT the same" in out) == (person == "p1")
+            told = f"threshold {held['threshold']:.3f} (5 % of the genuine pairs of 4 persons"
+            assert told in out
+            found.append(float(out.split()[1]))
+            views = features(f"people/{person}/{k}.png") - features("people/p0/0.png")[:1]
+            d = views.square().sum(1).mean().sqrt().item()
+            assert found[-1] == pytest.approx(d, abs=6e-4)
+    assert max(apart["p0"]) < held["threshold"] < min(apart["p1"])
+    for given, told in (
+        (("people/p0/0.png", "nowhere.png"), "nowhere.png"),
+        (("people/p0/0.png", "people/p1/0.png", "net.py:embed"), "net-embed/result.json: no such"),
+        (("people/p0/0.png", "people/p1/0.png", "asked.py:embed", "none"), "name its --run"),
+    ):
+        status, _, err = verify(*given)
+        assert status == 2 and told in err and err.count("\n") == 1, err
+    (home / "asked.py").write_text(NET.replace("tensor(2.0)", "tensor(3.0)"))
+    status, _, err = verify("people/p0/0.png", "people/p1/0.png")
+    assert status == 2 and "its file or weights are not those" in err
+    assert embed.main(["--model", "asked.py:embed"]) == 2
+    assert "--model: it is that of --verify" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no trained descriptor here")

@@ -187,6 +187,60 @@ def test_a_training_goes_on_bit_for_bit(tmp_path, capsys):
         train(tmp_path / "cut", n=2)
 
 
+def test_precision_is_low_where_that_is_fast(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    for found, wanted in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert run.precision("auto", cpu) == wanted
+        assert run.precision("float32", cpu) == "float32"
+        assert run.precision("bfloat16", cpu) == "bfloat16"
+    for capability, wanted in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert run.precision("auto", cuda) == wanted
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # an older torch
+    assert run.precision("auto", cpu) == "float32"
+
+
+def test_a_compiled_module_gives_the_same_numbers(monkeypatch):
+    """Its graph: what inductor makes of it takes a compiler, and a minute."""
+    layers = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2)
+    module, images = torch.nn.Sequential(*layers), torch.rand(4, 3, 8, 8, requires_grad=True)
+    names, plain = [*module.state_dict()], module(images)
+    (wanted,) = torch.autograd.grad(plain.sum(), images)
+    run.compile_(module, backend="aot_eager")
+    compiled = module(images)
+    (found,) = torch.autograd.grad(compiled.sum(), images)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(found, wanted)
+    assert [*module.state_dict()] == names and len(module(images[:3])) == 3
+
+    def fails(*_, **__):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(run.UsageError, match=r"--compile: .*\(no compiler here\)"):
+        run.compile_(module)
+
+
+def test_checkpoints_come_once_a_minute(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "CHECKPOINT_EVERY", 60.0)
+    _, whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", stop=5)  # lines at 2 and 4, the first with a checkpoint
+    _, resumed = train(tmp_path / "cut")
+    assert "goes on at step 2" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 61 * len(log.read_text().splitlines()))
+    log = tmp_path / "slow/log.jsonl"
+    log.parent.mkdir()
+    log.touch()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "slow", stop=5)
+    train(tmp_path / "slow")
+    assert "goes on at step 4" in capsys.readouterr().out
+
+
 def test_an_overwrite_that_is_killed_does_not_bring_the_old_result_back(
     tmp_path, monkeypatch, capsys
 ):

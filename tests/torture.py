@@ -37,6 +37,7 @@ import attacks
 import data.synthetic  # noqa: F401
 import embed
 import generator
+from data import run
 from tests.test_attacks import SMALL
 from tests.test_embed import FLAGS as EMBED_FLAGS
 from tests.test_generator import FLAGS as GENERATOR_FLAGS
@@ -245,6 +246,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
+    run.CHECKPOINT_EVERY = run.CHECKPOINT_EVERY if args.demo else 0.0
     scripts, disks = (["embed.py"], 0) if args.demo else (args.scripts.split(","), args.disks)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("undisturbed", "killed", "full"):
