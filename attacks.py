@@ -1881,9 +1881,10 @@ def attack_run(argv: Sequence[str] | None) -> int:
 
     config, args, trained = parse(argv)
     device, held = run.start(args.device), args.run / "people.json"
-    torch.backends.cudnn.allow_tf32 = False  # reported attacks are those of full float32
+    torch.backends.cudnn.allow_tf32 = False  # reported distances are those of full float32
     chunk = config.chunk or (128 if device.type == "cpu" else 2048)
-    config = dataclasses.replace(config, chunk=chunk)
+    precision = run.precision(config.precision, device)
+    config = dataclasses.replace(config, chunk=chunk, precision=precision)
     if config.model:
         return attack_model(config, args, device)
     there = sorted(path.parent.name for path in args.run.glob("*/embedding.pt"))

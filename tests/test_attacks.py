@@ -1519,7 +1519,7 @@ def test_iterations_in_bfloat16_and_distances_in_float32(kind):
     embed.head = lambda x: seen.append(head(x)) or seen[-1]  # patch-local passes end there too
     # out of reach: within a hundredth of the features' norm bfloat16 comes less near
     x, anchor, mask = faces(8), 3 * embed(faces(1, 5))[0].detach(), eyeglasses_mask()
-    effort, mean = Effort(40, 0.2, 1), []
+    effort, mean, clean = Effort(40, 0.2, 1), [], distances(embed, x, anchor).mean()
     for precision in ("float32", "bfloat16"):
         seen.clear()
         hard = effort._replace(precision=precision)
@@ -1536,7 +1536,9 @@ def test_iterations_in_bfloat16_and_distances_in_float32(kind):
         assert any(narrow) == (precision == "bfloat16")
         assert torch.equal(found.distance, distances(embed, found.images, anchor))
         mean.append(float(found.distance.mean()))
-    assert mean[1] == pytest.approx(mean[0], rel=0.01) and mean[0] != mean[1]
+    # another optimum: of a universal patch and of a place
+    assert mean[1] == pytest.approx(mean[0], rel=0.03) and mean[0] != mean[1]
+    assert max(mean) < 0.93 * clean
 
 
 def test_the_precision_is_the_commands_and_no_other_is_taken(small):
