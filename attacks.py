@@ -178,9 +178,9 @@ class Effort(NamedTuple):
     direction: str = "impersonate"  # lowers the distance to the anchor; evade raises it
     eot: Eot | None = None
     optimiser: str = "adam"  # App. C; sign takes neither lr nor decay
-    # or bfloat16: of the iterations, never of the distances found. On the demo's F the mean distance
-    # is within 0.2 % of float32's, as after another start; nearer to the anchor than 1 % of the
-    # features' norm it comes less near
+    # or bfloat16: of the iterations, never of the distances found. On the demo's F the mean
+    # distance is within 0.2 % of float32's, as after another start; nearer to the anchor than 1 %
+    # of the features' norm it comes less near
     precision: str = "float32"
 
     @property
@@ -1236,19 +1236,18 @@ def run_attack(
     images: Tensor,
     anchor: Tensor,
     generator: Rng,
-    training: Tensor | None = None,
-    virtual: Tensor | None = None,
-    mask: Tensor | None = None,
+    **given: Tensor,
 ) -> Attacked:
     """One attack of `ATTACKS`; ValueError for another name.
 
     images    (B, C, H, W): the intruders, or for evasion the target's own; anchor (D,)
-    training  the universal patch's intruders; mask: (H, W) bool, for `mask`
-    virtual   (D,): features of the autoencoded target, for `indirect`
+    given     what some attacks need: `training`, the universal patch's intruders; `mask` (H, W)
+              bool; `virtual` (D,), features of the autoencoded target, for `indirect`
     For the four of the rule embed is `Covered`, and anchor its own.
     """
     images, (_, C, H, W) = accepted(None, images, anchor)[0], images.shape
-    mask = mask_named(name, H, W) if mask is None else mask
+    training, virtual = given.get("training"), given.get("virtual")
+    mask = given["mask"] if "mask" in given else mask_named(name, H, W)
     effort, pattern, scorer = effort_of(name, config), None, embed
     if name.startswith("eot_"):
         effort = effort._replace(eot=draw_eot(effort.iterations, config, generator))
@@ -1269,8 +1268,8 @@ def run_attack(
     elif name == "grey_eye_patch":  # the control: what hiding the eyes does by itself
         pattern = images.new_full((C, int(mask.sum())), 0.5)
     elif name == "random_eyeglasses":
-        given = images, anchor, mask, config.patterns, generator, effort.chunk
-        result = random_patterns(embed, *given)
+        how_many = config.patterns, generator, effort.chunk
+        result = random_patterns(embed, images, anchor, mask, *how_many)
     elif name == "noise":
         result.images = uniform_noise(images, config.noise, generator)
     elif name == "indirect" and virtual is not None:

@@ -433,8 +433,8 @@ def quadruplets(
 ) -> Quadruplets:
     """x, y, t, u of Sec. 2; without `made` real pairs, eq. (6).
 
-    Not in the paper: positive `transfer` takes y = G(E_cl(x), E_co(x')), x' any other image; `mixed`
-    does so in one half of the batch and has real pairs in the other.
+    Not in the paper: positive `transfer` takes y = G(E_cl(x), E_co(x')), x' any other image;
+    `mixed` does so in one half of the batch and has real pairs in the other.
     """
     B, n, size = config.batch, config.mine, people.images.shape[-1]
     if made is not None and config.positive == "mixed":

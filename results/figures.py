@@ -313,7 +313,7 @@ def figure_places(one: Run) -> Any:
 
 
 def figure_certified(one: Run) -> Any:
-    """AU-ROC under the rule against the side of the patch that is certified against, 0: none; around
+    """AU-ROC under the rule against the side of the patch certified against, 0: none; around
     it the 95 % interval over targets."""
     figure, axes = canvas(1, 1, 5.2, 3.4)
     for method in names([one]):

@@ -3,7 +3,7 @@ step of every method, of an iteration of the attacks and of the certificate.
 
     python -m tests.count [--width 1] [--batch 128] [--chunk 2048]
 
-The product's own code runs on tensors that hold nothing and say they are on a GPU (meta tensors, not
+The code itself runs on tensors that hold nothing and say they are on a GPU (meta tensors, not
 FakeTensorMode: a torch built without CUDA cannot even slice a fake CUDA tensor). Counted: every
 operation that is not a view is a launch, a convolution with a bias two, its backward pass one for
 each gradient; each reads its inputs and writes its outputs once. Estimated, not measured: the time

@@ -165,7 +165,7 @@ def test_every_attack_covers_the_images_own_size(height, width):
             rule = attacks.cover_named(name, config, height, width)
             covered = attacks.Covered(embed, train[0], rule, torch.full_like(x[0], 0.5))
             given = covered, x, covered.anchor
-        found = run_attack(name, config, *given, seeded(), train, embed(train)[0])
+        found = run_attack(name, config, *given, seeded(), training=train, virtual=embed(train)[0])
         images = found.images if name == "distal" else x
         mask = found.mask.expand(len(images), -1, -1)[:, None].expand_as(images)
         assert mask.shape[2:] == (height, width) and found.images.shape[1:] == x.shape[1:]
@@ -934,7 +934,7 @@ def test_every_attack_runs_on_a_resnet_that_is_not_ours():
             rule = attacks.cover_named(name, config, 64, 64)
             covered = attacks.Covered(given[0], faces(1, 5)[0], rule, torch.full_like(x[0], 0.5))
             given = covered, x, covered.anchor
-        result = run_attack(name, config, *given, seeded(), train, virtual)
+        result = run_attack(name, config, *given, seeded(), training=train, virtual=virtual)
         images = result.images if name == "distal" else x
         mask = result.mask.expand(len(images), -1, -1)[:, None].expand_as(images)
         assert (
@@ -1504,8 +1504,9 @@ def test_the_nearest_of_both_optimisers_counts(small):
     assert nearest.gradients == 6 * 8 * 2
 
 
-def test_presets_attack_with_adam():
-    assert all(Config(**preset).optimiser == "adam" for preset in attacks.PRESETS.values())
+def test_presets_of_the_paper_attack_with_adam():
+    optimisers = {name: Config(**preset).optimiser for name, preset in attacks.PRESETS.items()}
+    assert optimisers == {**dict.fromkeys(("paper", "released", "demo"), "adam"), "model": "sign"}
     for name in attacks.ATTACKS:
         assert attacks.effort_of(name, Config()).optimiser == "adam"
         assert attacks.effort_of(name, Config(optimiser="sign")).optimiser == "sign"

@@ -822,7 +822,9 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     assert metrics.main(["--run", str(folder)]) == 0
     (lacking,) = [t for t in capsys.readouterr().out.splitlines() if "not made" in t]
     there = "<method>/attacks/rule.csv has no"
-    assert lacking == f"figures not made: places ({there} places); certified ({there} bounds)"
+    point = "point (no-at/attacks/eyeglasses.npz: no such file)"
+    told = f"figures not made: places ({there} places); certified ({there} bounds); {point}"
+    assert lacking == told
     text = (folder / "tables.md").read_text()
     assert (
         "Data: synthetic" in text
@@ -1138,6 +1140,7 @@ def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
         "3",
         "4",
         "5",
+        "point",
     ]
     made = {path.name for path in (folder / "figures").iterdir()}
     assert made == {
