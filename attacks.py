@@ -1482,6 +1482,17 @@ def judged(config: Config, folder: Path, about: dict) -> Judged:
     return Judged(faces, sorted(drawn[: config.targets]), near, far, rows)
 
 
+def asked(config: Config, people: Judged) -> str:
+    """The first line about --model: size, crop, persons, pairs, effort."""
+    faces, effort = people.faces, effort_of("eyeglasses", config)
+    n = faces.person.bincount()
+    pairs = sum(min(config.intruders, len(faces) - int(n[p])) for p in people.targets)
+    told = f"{config.size} x {config.size}, crop {faces.crop or 'none'}, {len(people.targets)} "
+    told += f"targets of {len(n)} persons, {pairs} pairs, preset {config.preset}: "
+    told += f"{effort.iterations} iterations x {effort.restarts}, {effort.optimiser}"
+    return f"{told}; nothing is known of the persons that it was trained on"
+
+
 def attack_model(config: Config, args: Any, device: torch.device) -> int:
     """`python attacks.py --model`: the attacks asked for on it, those of --judge on the second, the
     table, the checks."""
@@ -1493,15 +1504,10 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
     loaded = {flag: model.load_model(flag, text, device) for flag, text in flags.items()}
     with run.rank_0_first():
         people = judged(config, args.run, {})
-    faces, targets, name = people.faces, len(people.targets), model.model_name(config.model)
+    faces, name = people.faces, model.model_name(config.model)
     for flag, (embed, _) in loaded.items():
         model.check_model(flag, embed, to_float(faces.images[:4].to(device)))
-    effort, n = effort_of("eyeglasses", config), faces.person.bincount()
-    pairs = sum(min(config.intruders, len(faces) - int(n[p])) for p in people.targets)
-    told = f"{name}: {config.size} x {config.size}, crop {faces.crop or 'none'}, {targets} targets "
-    told += f"of {len(faces.names)} persons, {pairs} pairs, preset "
-    told += f"{config.preset}: {effort.iterations} iterations x {effort.restarts}"
-    print(f"{told}; nothing is known of the persons that it was trained on", flush=True)
+    print(f"{name}: {asked(config, people)}", flush=True)
     some = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
     index = [i for p in some for i in (faces.person == p).nonzero().flatten()[:4].tolist()]
     images, person = (x[index].to(device) for x in (faces.images, faces.person))
