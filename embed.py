@@ -528,11 +528,13 @@ def attacked(
         else:
             boxes = draw_boxes(2 * B, H, W, 1.0, config.area, config.cutout_aspect, rng)
         images = gaussian_cutout(images, fill=config.fill, generator=rng, boxes=boxes)[0]
-    chosen = (boxes[:, 2] > 0).nonzero()[:, 0]  # only what is erased is attacked
-    if len(chosen):
-        attack = functools.partial(inner_attack, steps=config.attack_steps)
-        parts = (v[chosen] for v in (images, anchors, sign * (alpha / 255), boxes))
-        images = images.index_copy(0, chosen, local_attack(attack, embed, *parts))
+    attack = functools.partial(inner_attack, steps=config.attack_steps)
+    parts = images, anchors, sign * (alpha / 255), boxes
+    if config.attack_share == "all":
+        images = local_attack(attack, embed, *parts)
+    elif len(chosen := (boxes[:, 2] > 0).nonzero()[:, 0]):  # only what is erased is attacked
+        found = local_attack(attack, embed, *(part[chosen] for part in parts))
+        images = images.index_copy(0, chosen, found)
     return images[:B], images[B:]
 
 

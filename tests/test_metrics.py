@@ -466,6 +466,19 @@ def test_detection_bootstrap_equals_a_loop_over_resampled_targets(evading, fpr):
     assert fast == pytest.approx(np.array(slow), abs=1e-12, nan_ok=True)
 
 
+def test_aupr_bootstrap_equals_a_loop_over_resampled_targets():
+    rng = np.random.default_rng(1)
+    g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)  # ties
+    i, it = rng.integers(2, 12, 90).astype(float), rng.integers(0, 6, 90)
+    fast, slow = metrics.aupr_bootstrap((g, gt), (i, it), n=60), []
+    for counts in np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), size=60):
+        both = np.repeat(g, counts[gt]), np.repeat(i, counts[it])
+        slow.append(metrics.aupr(*both) if all(map(len, both)) else NAN)
+    assert fast == pytest.approx(np.array(slow), abs=1e-12, nan_ok=True)
+    one = np.zeros(40), np.zeros(90)
+    assert np.isnan(metrics.aupr_bootstrap((g, one[0]), (i, one[1]), n=5)).all()
+
+
 def many(folder, n=100):
     """A run of one method with n clean intruders, half of them attacked."""
     clean = [("genuine", f"t{j % 2}", j, 0.5 + j) for j in range(40)]
