@@ -121,7 +121,7 @@ class Config:
     eot_brightness: float = 0.1  # not in the paper: 1 +- this
     rule_patch: tuple[int, ...] = (10,)  # not in the paper: side, or height and width, of 64
     rule_mask: tuple[int, ...] = (12,)  # not in the paper: of the masks that hide such a patch
-    rule_fill: str = "mean"  # not in the paper: what covers, mean (face) | noise
+    rule_fill: str = "around"  # not in the paper: what covers: around (the mask) | mean | noise
     rule_anchor: str = "whole"  # not in the paper: whole | masked, as the candidate
     rule_persons: int = 20  # not in the paper: validation persons who set the rule's threshold
     rule_intruders: int = 64  # not in the paper: intruders a target whose patch attacks the rule
@@ -1060,12 +1060,34 @@ def checked(rule: Cover) -> Cover:
     return rule
 
 
+def beside(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """masks (K, H, W) -> (K, 4, H * W) flat numbers of the pixels outside the mask that come next
+    to each pixel, up, left, down and right, itself if outside; and their weights, one over the
+    distance, of sum 1; 0 where the image ends before."""
+    (K, H, W), numbers, weights = masks.shape, [], []
+    each = torch.arange(H * W, device=masks.device).view(1, H, W).expand(K, H, W)
+    for back, side in itertools.product((False, True), (1, 2)):
+        turned = masks.flip(side) if back else masks
+        at = torch.arange(masks.shape[side], device=masks.device).unsqueeze(
+            2 - side
+        )  # (H, 1), (W,)
+        last = torch.where(turned, -1, at).cummax(side).values  # the last one outside so far
+        steps, weight = at - last, (last >= 0) / (at - last).clamp(min=1)
+        if back:
+            steps, weight = -steps.flip(side), weight.flip(side)
+        numbers.append((each - steps * (W if side == 1 else 1)).flatten(1).clamp(0, H * W - 1))
+        weights.append(weight.flatten(1))
+    weight = torch.stack(weights, 1)
+    return torch.stack(numbers, 1), weight / weight.sum(1, keepdim=True).clamp(min=1e-6)
+
+
 class Covered(nn.Module):
     """The rule: cover the image by each mask, judge it by the largest distance to the anchor.
 
     embed   any, mirrored or not: the mask comes before the mirror
     anchor  (C, H, W), the defender's own clean image; masked: it is covered as the candidate is
-    fill    (C, H, W), what covers: it must not depend on the candidate
+    fill    (C, H, W), what covers, the same for all; None: what stands around the mask, the mean of
+            the four pixels `beside`. It must not depend on what is covered
 
     Its features (N, D) of an image are those of the mask that decides, so that their squared
     distance to `self.anchor` (D,) is the squared score: every attack runs on it as on any
@@ -1073,29 +1095,48 @@ class Covered(nn.Module):
     """
 
     def __init__(
-        self, embed: Embed, anchor: Tensor, rule: Cover, fill: Tensor, masked: bool = False
+        self,
+        embed: Embed,
+        anchor: Tensor,
+        rule: Cover,
+        fill: Tensor | None = None,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         self.embed, self.views = embed, views_of(embed) * len(rule.masks)
-        self.rule = checked(rule)
-        self.masks, self.fill = rule.masks[:, None].to(anchor.device), fill.to(anchor)
-        self.patches = self.corners = None  # the fill under each mask (1, K, C, h, w), and where
-        if rule.corners is not None:
-            h, w = rule.mask
-            parts = [self.fill[:, r : r + h, c : c + w] for r, c in rule.corners.tolist()]
-            self.patches = torch.stack(parts)[None]
+        self.rule, self.fill = checked(rule), None if fill is None else fill.to(anchor)
+        masks = rule.masks.to(anchor.device)
+        self.pixels = torch.arange(masks[0].numel(), device=anchor.device).expand(len(masks), -1)
+        if rule.mask is not None:
+            self.pixels = masks.flatten(1).nonzero()[:, 1].view(len(masks), -1)  # (K, P)
             self.corners = rule.corners.to(anchor.device)
+        index = self.pixels[:, None].expand(-1, 4, -1)  # (K, 4, P)
+        self.beside, self.weight = (v.gather(2, index) for v in beside(masks))
+        self.masks = masks[:, None]  # (K, 1, H, W)
         plain = embed.embed if isinstance(embed, Mirrored) else embed
         self.anchor = extract(plain, anchor[None])[0]
         several = self.cover(anchor[None])[0] if masked else anchor[None]
         found = extract(plain, several)
         self.anchors = found.expand(len(rule.masks), -1)  # (K, D)
 
+    def hidden(self, image: Tensor, k: Tensor) -> Tensor:
+        """Of an image (C, H, W) what masks k (n,) show in place of the pixels (n, C, P)."""
+        if self.fill is None:
+            near = image.flatten(1)[:, self.beside[k]]  # (C, n, 4, P)
+            return (near * self.weight[k].to(image)).sum(2).transpose(0, 1)
+        filled = torch.where(self.masks[k], self.fill, image).flatten(2)  # (n, C, H * W)
+        return filled.gather(2, self.pixels[k][:, None].expand(-1, len(image), -1))
+
     def cover(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K, C, H, W)."""
-        if self.patches is None or images.dtype != torch.float32:
-            return torch.where(self.masks, self.fill, images[:, None])
-        return place_patches(images, self.patches, self.corners)
+        every = torch.arange(len(self.pixels), device=images.device)
+        values = [self.hidden(image, every) for image in images]  # (K, C, P) each
+        if self.rule.mask is None or images.dtype != torch.float32 or not values:
+            several = (x.expand(len(every), -1, -1, -1) for x in images)
+            covered = [paste(x, v, self.pixels) for x, v in zip(several, values)]
+            return torch.stack(covered) if covered else images[:, None]
+        patches = torch.stack(values).unflatten(3, self.rule.mask)
+        return place_patches(images, patches, self.corners)
 
     @torch.no_grad()
     def squared(self, images: Tensor, chunk: int = 256) -> Tensor:
@@ -1111,7 +1152,8 @@ class Covered(nn.Module):
 
     def under(self, images: Tensor, k: Tensor) -> Tensor:
         """Features (N, V * D) of each image under its mask k (N,)."""
-        features = self.embed(torch.where(self.masks[k], self.fill, images))
+        values = torch.cat([self.hidden(image, one[None]) for image, one in zip(images, k)])
+        features = self.embed(paste(images, values, self.pixels[k]))
         V = features.shape[1] // self.anchors.shape[1]
         moved = (self.anchor - self.anchors[k]) / math.sqrt(V)  # nothing, unless masked
         return features + torch.cat([moved] * V, 1)
@@ -1375,7 +1417,7 @@ def parse(argv: Sequence[str] | None):
     choices: dict[str, tuple] = {"attacks": tuple(ATTACKS), "defences": tuple(DEFENCES)}
     choices |= {"seed": (-1, largest), "min_images": (2, largest), "size": (32, 256)}
     choices |= dict.fromkeys(("chunk", "patch_batch", "target_images"), (0, largest))
-    choices |= {"rule_fill": ("mean", "noise"), "rule_anchor": ("whole", "masked")}
+    choices |= {"rule_fill": ("around", "mean", "noise"), "rule_anchor": ("whole", "masked")}
     choices |= {"optimiser": ("adam", "sign"), "precision": ("auto", "float32", "bfloat16")}
     choices |= {"person_folder": ("", "first", "last"), "distance": ("euclidean", "cosine")}
     told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C), or your own --model: its NAME "
@@ -1658,7 +1700,7 @@ def attack_target(
             part["rows"].append([*row, role, distance, *values])
     shown = {"anchor": load([own[best]])[0], "clean": images[:4], "attacked": result.images[:4]}
     shown |= {key: result.extra[key] for key in ("pattern",) if key in result.extra}
-    shown |= {"fill": fill} if name in RULES else {}
+    shown |= {"fill": fill} if name in RULES and fill is not None else {}
     arrays = {k: (v * 255).round().to(torch.uint8).cpu().numpy() for k, v in shown.items()}
     arrays |= {"candidate": candidates[:4], "distance": result.distance[:4].cpu().numpy()}
     arrays["mask"] = (mask if mask.dim() == 2 else mask[0]).cpu().numpy()
@@ -1666,10 +1708,12 @@ def attack_target(
     return part, arrays if name != "clean" and judged else {}
 
 
-def fill_of(name: str, people: Judged, like: Tensor) -> Tensor:
+def fill_of(name: str, people: Judged, like: Tensor) -> Tensor | None:
     """What the certificate's masks show, (C, H, W): the mean of up to 1,000 faces of persons that
-    are not targets, or noise as in App. A. It is fixed before any candidate is seen, in 255ths so
-    that it can be stored."""
+    are not targets, or noise as in App. A; None for what is around them. It is fixed before any
+    candidate is seen, in 255ths so that it can be stored."""
+    if name == "around":
+        return None
     if name == "noise":
         drawn = torch.randn(like.shape, generator=stable_generator("fill"))
         fill = (drawn * 0.25 + 0.5).clamp(0, 1)

@@ -35,7 +35,7 @@ def certified(
             raise ValueError("no validation persons, mirrored, to set the threshold")
         delta = embedding.smallest_delta(torch.tensor([float(r["distance"]) for r in rows]))
     with run.reading(folder / "rule.npz", advice), np.load(folder / "rule.npz") as arrays:
-        fill = attacks.to_float(torch.from_numpy(arrays["fill"][0]))
+        fill = attacks.to_float(torch.from_numpy(arrays["fill"][0])) if "fill" in arrays else None
         sides: dict[str, Any] = {k: tuple(held["config"][k]) for k in ("rule_patch", "rule_mask")}
         cover = attacks.cover_named("rule", attacks.Config(**sides), *target.shape[2:])
         masked = held["config"]["rule_anchor"] == "masked"

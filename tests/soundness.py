@@ -41,7 +41,9 @@ class Hunted(a.Covered):
             self.active = self.squared(images.detach()).topk(min(self.few, len(self.masks))).indices
             return self.under(images, self.active[:, 0])
         with torch.no_grad():
-            seen = torch.where(self.masks[self.active], self.fill, images[:, None]).flatten(0, 1)
+            several = images.repeat_interleave(self.active.shape[1], 0), self.active.flatten()
+            values = torch.cat([self.hidden(x, one[None]) for x, one in zip(*several)])
+            seen = a.paste(several[0], values, self.pixels[several[1]])
             d = a.squared_distance(self.embed(seen), self.anchors[self.active].flatten(0, 1))
         largest = d.view(len(images), -1).argmax(1, keepdim=True)
         return self.under(images, self.active.gather(1, largest)[:, 0])
@@ -93,7 +95,7 @@ def at_places(rule: a.Covered, images: Tensor, effort: a.Effort) -> dict[str, Te
 
 
 def hunt(
-    config: a.Config, embed: a.Embed, anchor: Tensor, fill: Tensor, images: Tensor
+    config: a.Config, embed: a.Embed, anchor: Tensor, fill: Tensor | None, images: Tensor
 ) -> dict[str, tuple[float, float, float]]:
     """{attack: (least of score / bound - 1, mean bound, mean score)} over the images (N, C, H, W)
     of intruders, under both threat models."""

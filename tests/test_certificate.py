@@ -150,13 +150,42 @@ def test_bound_of_smaller_patches_equals_brute_force(patch):
     assert torch.equal(smaller, known.bound) == (patch == (3, 2))
 
 
-def test_rectangles_by_the_kernel_and_any_mask_by_where_are_one():
-    found, fill, images = a.cover(64, 64, 10, 16), noise(64, 64), torch.rand(2, 3, 64, 64)
+@pytest.mark.parametrize("fill", [noise(64, 64), None], ids=["noise", "around"])
+def test_rectangles_by_the_kernel_and_any_mask_are_one(fill):
+    found, images = a.cover(64, 64, 10, 16), torch.rand(2, 3, 64, 64)
     by_kernel = a.Covered(small_f(), images[0], found, fill)
-    by_where = a.Covered(small_f(), images[0], found._replace(corners=None), fill)
-    assert torch.equal(by_kernel.cover(images), by_where.cover(images))
-    wanted = torch.where(found.masks[:, None], fill, images[:, None])
-    assert torch.equal(by_kernel.cover(images), wanted)
+    any_mask = a.Covered(small_f(), images[0], found._replace(corners=None, mask=None), fill)
+    covered = by_kernel.cover(images)
+    assert torch.allclose(covered, any_mask.cover(images), rtol=0, atol=1e-7)
+    outside = ~found.masks[:, None].expand_as(covered[0])
+    for image, several in zip(images, covered):
+        assert torch.equal(several[outside], image.expand_as(several)[outside])
+    if fill is not None:
+        wanted = torch.where(found.masks[:, None], fill, images[:, None])
+        assert torch.equal(covered, wanted)
+
+
+def test_what_is_around_a_mask_covers_it_by_the_nearest_in_four_directions():
+    image, mask = torch.rand(3, 7, 6, generator=rng(1)), torch.zeros(1, 7, 6, dtype=torch.bool)
+    mask[0, 2:5, 3:] = True  # no pixel to its right
+    mask[0, 1, 4] = True  # and no rectangle
+    rule = a.Covered(lambda x: x.flatten(1), image, a.cover_of(mask, mask))
+    covered = rule.cover(image[None])[0, 0]
+    assert torch.equal(covered[:, ~mask[0]], image[:, ~mask[0]])
+    above, below, left = image[:, 0, 4], image[:, 5, 4], image[:, 3, 2]  # of pixel (3, 4)
+    wanted = (above / 3 + below / 2 + left / 2) / (1 / 3 + 1 / 2 + 1 / 2)
+    assert torch.allclose(covered[:, 3, 4], wanted, atol=1e-6)
+    # nothing of it depends on what it covers, all of it on what is around
+    other = torch.where(mask, 1 - image, image)
+    assert torch.equal(rule.cover(other[None])[0, 0], covered)
+    moved = rule.cover((image / 2)[None])[0, 0]
+    assert torch.allclose(moved, covered / 2)
+
+
+def test_a_mask_over_all_of_the_image_leaves_nothing_of_it():
+    image, mask = torch.rand(3, 5, 5, generator=rng(1)), torch.ones(1, 5, 5, dtype=torch.bool)
+    rule = a.Covered(lambda x: x.flatten(1), image, a.cover_of(mask, mask))
+    assert (rule.cover(image[None]) == 0).all()
 
 
 def test_float32_is_near_float64():
@@ -242,11 +271,11 @@ MODELS = {"F": (small_f, 64, 10, 16), "norm": (normalised, 64, 10, 16), "linear"
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("masked", [False, True])
-def test_no_attack_on_the_rule_gets_below_the_bound(name, masked):
+@pytest.mark.parametrize("masked, around", [(False, True), (True, True), (True, False)])
+def test_no_attack_on_the_rule_gets_below_the_bound(name, masked, around):
     make, side, patch, mask = MODELS[name]
     embed = a.Mirrored(make() if make else linear(side, side))
-    found, fill = a.cover(side, side, patch, mask), noise(side, side)
+    found, fill = a.cover(side, side, patch, mask), None if around else noise(side, side)
     images = torch.rand(5, 3, side, side, generator=rng(5))
     rule = a.Covered(embed, images[4], found, fill, masked)
     score, bound, weakest, _ = a.certify(rule, images[:2])
@@ -382,7 +411,7 @@ def hunt(embed):
     config = a.Config(rule_mask=(30,), rule_iterations=1, rule_lr=0.3)
     images = torch.full((3, 3, 64, 64), 0.9) - 0.2 * torch.rand(3, 3, 64, 64, generator=rng(4))
     images[2] = 0.1
-    return soundness.hunt(config, a.Mirrored(embed), images[2], noise(64, 64), images[:2])
+    return soundness.hunt(config, a.Mirrored(embed), images[2], None, images[:2])
 
 
 def test_none_of_the_projects_attacks_on_the_rule_gets_below_the_bound(capsys):
