@@ -621,7 +621,12 @@ def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float =
         apart = torch.stack([torch.cdist(anchor, view, compute_mode=exact) for view in both])
         squared = apart.square().mean(0)  # (n, n)
         found.append(squared[~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)])
-    d = torch.cat(found).sqrt().sort().values
+    return smallest_delta(torch.cat(found).sqrt(), fpr)
+
+
+def smallest_delta(genuine: Tensor, fpr: float = 0.05) -> float:
+    """The smallest delta of eq. (1) that refuses at most `fpr` of the genuine distances (n,)."""
+    d = genuine.sort().values
     refused = math.floor(fpr * len(d) + 1e-9)
     return float(d[len(d) - 1 - refused].nextafter(d.new_tensor(math.inf)))
 
@@ -678,6 +683,7 @@ def parse(argv: Sequence[str] | None):
         "Train and judge the embedding F (Sec. 2-4).",
         CHOICES,
         verify={**photographs, "help": "are these two photographs of one person? (eq. 1)"},
+        certified={"action": "store_true", "help": "with --verify: what no patch could change"},
         model={"help": "of --verify: FILE.py:NAME, judged by attacks.py in --run, in place of F"},
         no_evaluation={"action": "store_true", "help": "train only"},
     )
@@ -690,6 +696,8 @@ def parse(argv: Sequence[str] | None):
         if low > high:
             flag = "--" + name.replace("_", "-")
             raise run.UsageError(f"{flag} {low},{high}: give two numbers, the lower first")
+    if args.certified and not args.verify:
+        raise run.UsageError("--certified: it is that of --verify A B")
     if args.model and not args.verify:
         raise run.UsageError("--model: it is that of --verify; attacks.py --model judges a model")
     if config.method == "doa" and config.attacked == "erased":
@@ -897,7 +905,7 @@ def evaluate(config: Config, args) -> int:
 def verify(config: Config, args, device: torch.device) -> int:
     """Eq. (1) for two photographs, with mirroring, by the run's F or by a model judged in it."""
     import data
-    from data import model, run
+    from data import certificate, model, run
 
     file = args.run / (model.model_name(args.model) if args.model else config.name) / "result.json"
     advice = "train to the end first, or name another --run"
@@ -924,6 +932,8 @@ def verify(config: Config, args, device: torch.device) -> int:
     distance = float(squared_distance(views, anchor).sqrt())
     answer = "NOT the same person" if bool(different(views, anchor, delta)) else "same person"
     print(f"distance {distance:.3f}  threshold {delta:.3f} (5 % of {told} refused)  {answer}")
+    if args.certified:
+        print(certificate.certified(file.parent / "attacks", embed, target, candidate))
     return 0
 
 

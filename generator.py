@@ -3,6 +3,7 @@
     python generator.py                                             # demo: rendered, two CPU cores
     python generator.py --preset paper --data celeba --root CELEBA  # the paper's sizes, one GPU
     python generator.py --preset demo --data folder --root PHOTOS   # a sub-folder a person
+    python generator.py --oracle FILE.py:NAME  # asks a face network about y and u; trains nothing
 
 In:  faces from `data/` (train persons only; nobody held out is ever seen by G, E_cl, E_co).
 Out: runs/<data>-<preset>-<seed>/ with people.json (who is in which part), generator.pt (weights),
@@ -24,6 +25,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -452,6 +454,24 @@ def report(lord: Lord, images: Tensor, person: Tensor) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def identity_kept(
+    oracle: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, t: Tensor, u: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """What a network that never saw a generated image says of y and u, (N, 3, 64, 64) as x and t:
+    mean distances, and shares (both 1/2 by chance) in which u lies nearer to x than to t, as it has
+    x's identity, and nearer to t than x does, as a hard negative. Also the distances (4, N) x-y,
+    x-u, t-u and t-x, of which Fig. 3 shows the last two."""
+    f = [torch.cat([oracle(part) for part in images.split(256)]) for images in (x, y, t, u)]
+    pairs = (f[0], f[1]), (f[0], f[3]), (f[2], f[3]), (f[2], f[0])
+    d = torch.stack([(a - b).square().sum(1).sqrt() for a, b in pairs])
+    told = dict(zip(("x_y", "x_u", "t_u", "t_x"), d.mean(1).tolist()))
+    told["y_nearer_to_x_than_t"] = float((d[0] < d[3]).float().mean())
+    told["u_nearer_to_x_than_to_t"] = float((d[1] < d[2]).float().mean())
+    told["u_nearer_to_t_than_x_is"] = float((d[2] < d[3]).float().mean())
+    return told, d
+
+
 # main
 
 CHOICES = {
@@ -470,7 +490,10 @@ def parse(argv: Sequence[str] | None):
 
     about = "Train the disentangled generator (Sec. 2, App. A)."
     told = "also write the weights alone, half precision, to this file"
-    return run.parse(Config, PRESETS, argv, about, CHOICES, export={"type": Path, "help": told})
+    oracle = {"default": "", "metavar": "FILE.py:NAME"}
+    oracle["help"] = "ask this face network about the run's y and u; its code is run"
+    more: dict[str, dict] = {"export": {"type": Path, "help": told}, "oracle": oracle}
+    return run.parse(Config, PRESETS, argv, about, CHOICES, **more)
 
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tuple[Lord, dict]:
@@ -556,6 +579,8 @@ def train(argv: Sequence[str] | None) -> None:
     config, args = parse(argv)
     device, finished = run.start(args.device), args.run / "generator.pt"
     config = dataclasses.replace(config, precision=run.precision(config.precision, device))
+    if args.oracle:
+        return ask(config, args, device)
     with run.rank_0_first():
         overwrite = args.overwrite and run.rank() == 0
         faces, split = data.open_run(config, args.run, overwrite=overwrite)
@@ -639,9 +664,7 @@ def evaluate(config: Config, folder: Path, lord: Lord, faces, split) -> dict:
     pick = torch.isin(faces.person, held_out).nonzero()[:, 0]
     images, person = faces.images[pick].to(device), faces.person[pick]
     result: dict = report(lord, images, person)
-    rng = torch.Generator().manual_seed(config.seed)
-    x, t = (torch.randint(len(pick), (512,), generator=rng) for _ in range(2))
-    x, t = x[person[x] != person[t]], t[person[x] != person[t]]
+    x, t = pairs_of(person, config.seed)
     if faces.identity is not None:
         result |= against_the_truth(lord, faces, split, pick, x, t)
     a, b = to_float(images[x[:24]]), to_float(images[t[:24]])
@@ -652,6 +675,49 @@ def evaluate(config: Config, folder: Path, lord: Lord, faces, split) -> dict:
     small = (rows * 255).round().to(torch.uint8).numpy()
     run.write(folder / "quadruplets.npz", lambda file: np.savez_compressed(file, quadruplets=small))
     return result
+
+
+def pairs_of(person: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Up to 512 pairs of indices x and t, images of different persons (N,)."""
+    rng = torch.Generator().manual_seed(seed)
+    x, t = (torch.randint(len(person), (512,), generator=rng) for _ in range(2))
+    return x[person[x] != person[t]], t[person[x] != person[t]]
+
+
+def ask(config: Config, args, device: torch.device) -> None:
+    """`--oracle`: Fig. 3 left, and the identity of y and u, on persons that G never saw."""
+    import json
+
+    import data
+    from data import model, run
+
+    shipped = Path(__file__).resolve().parent / "data" / "generator_demo.pt"
+    held, demo = args.run / "generator.pt", (config.preset, config.data) == ("demo", "synthetic")
+    file = shipped if demo and not held.exists() else held
+    flag = f"--oracle {args.oracle}"
+    oracle, _ = model.load_model(flag, args.oracle, device)
+    lord, content = load_generator(file, device)
+    faces, split = data.open_run(config, args.run)
+    index = torch.isin(faces.person, torch.tensor(split.validation + split.target))
+    pick = index.nonzero()[:, 0]
+    if seen := {faces.names[int(p)] for p in faces.person[pick]} & {*content["train"]}:
+        raise run.UsageError(f"{file}: trained on {min(seen)}, who is to judge it: name its --run")
+    x, t = (to_float(faces.images[pick[i]].to(device)) for i in pairs_of(faces.person[pick], 0))
+    with torch.no_grad():
+        y, u = (
+            torch.cat(v) for v in zip(*map(partial(quadruplets, lord), x.split(64), t.split(64)))
+        )
+    with model.of_the_user(flag, "fails on the photographs"):
+        told, d = identity_kept(oracle, x, y, t, u)
+    name = model.model_name(args.oracle)
+    result = {"generator": str(file.name), "images": len(x), **told, **run.record(device)}
+    run.write(args.run / "generator" / f"oracle-{name}.json", result)
+    rows = [("real-generated", v) for v in d[2].tolist()] + [
+        ("real-real", v) for v in d[3].tolist()
+    ]
+    lines = "".join(f"{kind},{v:.7g}\n" for kind, v in rows)
+    run.write(args.run / name / "attacks" / "figure3.csv", f"kind,distance\n{lines}")
+    print(json.dumps(result, indent=1))
 
 
 def against_the_truth(lord: Lord, faces, split, pick: Tensor, x: Tensor, t: Tensor) -> dict:

@@ -241,6 +241,25 @@ def bootstrap(
     return np.divide(won, met, out=np.full(n, math.nan), where=met > 0)
 
 
+def aupr_bootstrap(
+    genuine: Sample, intruders: Sample, n: int = 1000, among: Sequence[str] = ()
+) -> np.ndarray:
+    """`aupr` (n,) of resampled targets, as `bootstrap`; the cost grows with n."""
+    g, of_g, i, of_i, drawn = _resampled(genuine, intruders, n, 0, among)
+    T, found = drawn.shape[1], []
+    at, where = np.unique(np.concatenate([-g, -i]), return_inverse=True)  # the farthest first
+    held = np.zeros((2, T, len(at)))  # rows of each target at each distance
+    np.add.at(held[0], (of_g, where[: len(g)]), 1)
+    np.add.at(held[1], (of_i, where[len(g) :]), 1)
+    for some in np.array_split(drawn.astype(float), math.ceil(n * len(at) / 1e6)):
+        refused = (some @ held).cumsum(2)
+        with np.errstate(invalid="ignore"):
+            fpr, tpr = refused / refused[..., -1:] if T > 1 else refused * math.nan
+            share = np.where(tpr + fpr == 0, 0, tpr / (tpr + fpr))
+        found.append((np.diff(tpr, prepend=0) * share).sum(1))
+    return np.concatenate(found)
+
+
 def interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of resampled values (n,), nan left out; (nan, nan) without any."""
     values = np.asarray(replicates, dtype=np.float64)
@@ -410,10 +429,15 @@ def merits(attacks: Attacks, name: str) -> tuple[dict[str, Any], dict[str, list[
 
 
 def measure(
-    runs: Sequence[Run], method: str, name: str, mirroring: int = 1, selection: int = 1
+    runs: Sequence[Run],
+    method: str,
+    name: str,
+    mirroring: int = 1,
+    selection: int = 1,
+    pr: bool = False,
 ) -> dict[str, Any] | None:
     """The figures of one method under one attack, None without its rows or clean ones; ValueError
-    for a name that neither the paper nor the runs know.
+    for a name that neither the paper nor the runs know. pr: `aupr_interval` too, which takes time.
 
     Over several runs: means, distinct targets, pairs summed, `range` [lowest, highest] of each
     mean, `runs` how many had the rows; `interval` is then that of the mean AU-ROC, a target
@@ -454,11 +478,12 @@ def measure(
         means = np.mean([draw(s[a], s[b], among=everyone) for s in samples], 0)
         return [None if math.isnan(v) else v for v in interval(means)]
 
-    result["interval"] = result["detected_interval"] = [None, None]
-    if all(f["n_targets"] > 1 for f in found):
-        detection = functools.partial(detection_bootstrap, evading=evading)
-        result["interval"] = resampled(bootstrap, "genuine", "intruders")
-        result["detected_interval"] = resampled(detection, "real", "detected")
+    detection = functools.partial(detection_bootstrap, evading=evading)
+    asked: dict[str, tuple] = {"interval": (bootstrap, "genuine", "intruders")}
+    asked |= {"detected_interval": (detection, "real", "detected")}
+    asked |= {"aupr_interval": (aupr_bootstrap, "genuine", "intruders")} if pr else {}
+    several = all(f["n_targets"] > 1 for f in found)
+    result |= {k: resampled(*how) if several else [None, None] for k, how in asked.items()}
     if len(runs) > 1:
         known = [k for k in means if result[k] is not None and k != "clean_same_pairs"]
         result["range"] = {k: [f(m[k] for m in found) for f in (min, max)] for k in known}
@@ -493,13 +518,15 @@ def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     rates = [f"{key}_at_far_{far:g}" for key in ("tar", "asr") for far in FARS]
     asked = "".join(f"{key} at {far:.0%}".rjust(11) for key in ("TAR", "ASR") for far in FARS)
     head = f"{'method':<{first}}{'attack':<21}"
-    areas = [f"{head}{'AU-ROC':>9}  {'95 % interval':<15}{'AU-PR':>6}{'AP':>7}  {COUNTS}"]
-    lines = [f"{head}{'detected':>9}  {'95 % interval':<15}{'at FPR':>6}{'EER':>7}{asked}"]
+    spread = f"{{:>9}}  {'95 % interval':<15}"
+    areas = [f"{head}{spread.format('AU-ROC')}{spread.format('AU-PR')}{'AP':>5}  {COUNTS}"]
+    lines = [f"{head}{spread.format('detected')}{'at FPR':>6}{'EER':>7}{asked}"]
     for method, attacks in result.items():
         for name, m in attacks.items():
             named = f"{method:<{first}}{name:<21}"
-            spread = f"{told(m['auroc'], m['interval'], '.3f'):<26}{m['aupr']:>6.3f}"
-            areas.append(f"{named}{spread}{m['ap']:>7.3f}  {counts(m)}")
+            both = (("auroc", "interval"), ("aupr", "aupr_interval"))
+            spread = "".join(f"{told(m[a], m[b], '.3f'):<26}" for a, b in both)
+            areas.append(f"{named}{spread}{m['ap']:>5.3f}  {counts(m)}")
             if "range" in m:
                 low, high = m["range"]["auroc"]
                 areas[-1] += f", {m['runs']} runs: {low:.3f}-{high:.3f}"
@@ -714,7 +741,7 @@ def health_lines(checks: Sequence[Check]) -> str:
 # main
 
 
-FIGURES = [*map(str, range(1, 10)), "roc", "places", "certified"]  # of results/figures.py
+FIGURES = [*map(str, range(1, 10)), "roc", "places", "certified", "point"]  # of results/figures.py
 KINDS = get_type_hints(Row)
 LIMITS: dict[str, tuple[float, float]] = {"mirroring": (0, 1), "selection": (0, 1)}
 FAR_OFF = ("distance", "direct", "bound", "bound_2", "bound_4", "bound_6", "bound_8")
@@ -817,7 +844,7 @@ def summary(
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for method, attacks in names(runs).items():
         for name in attacks:
-            if figures := measure(runs, method, name, mirroring, selection):
+            if figures := measure(runs, method, name, mirroring, selection, pr=True):
                 result.setdefault(method, {})[name] = figures
     if not result:
         told = f"no clean rows with mirroring {mirroring} and selection {selection}"

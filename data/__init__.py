@@ -21,7 +21,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -574,40 +573,6 @@ def _write_cache(store: Path | None, signature: str, faces: Faces) -> None:
 def image_counts(faces: Faces) -> torch.Tensor:
     """How many images each person has, int64 (len(names),)."""
     return torch.bincount(faces.person, minlength=len(faces.names))
-
-
-def read_pairs(path: File, faces: Faces) -> tuple[torch.Tensor, torch.Tensor]:
-    """LFW's pairs.txt -> image indices int64 (P, 2), and whether of one person, bool (P,).
-
-    Lines "ann 1 4", two photographs of ann, or "ann 1 bob 2", by the number a file's name ends in;
-    a first line "10 300" or "3000": so many (the product) of each kind. Raises DataError.
-    """
-    where: dict[tuple[str, str], list[int]] = {}
-    for i, (file, p) in enumerate(zip(faces.files, faces.person.tolist())):
-        if number := re.search(r"([0-9]+)(\.\w+)?$", file):
-            where.setdefault((faces.names[p], number[1].lstrip("0")), []).append(i)
-    pairs, same, each, shown = [], [], None, _printable(os.fspath(path))
-    with run.reading(shown, "give a file like LFW's pairs.txt"):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    for at, line in enumerate(lines, start=1):
-        words = unicodedata.normalize("NFC", line).split("\t" if "\t" in line else None)
-        if at == 1 and re.fullmatch(r"[0-9]{1,9}(\s+[0-9]{1,9})?\s*", line):
-            each = math.prod(map(int, line.split()))
-        elif words:
-            same.append(len(words) == 3)
-            words[2:2] = words[:1] * same[-1]  # of one person: the name stands once
-            keys = [(_printable(a), n.strip().lstrip("0")) for a, n in zip(words[::2], words[1::2])]
-            found = [where.get(key, []) for key in keys]
-            fits = len(words) == 4 and (words[0] == words[2]) == same[-1] and found[0] != found[1]
-            if not fits or [*map(len, found)] != [1, 1]:
-                what = f"{_short(line)!r} is not two photographs of this data"
-                raise DataError(f"{shown}, line {at}: {what}; correct or remove the line")
-            pairs.append(found[0] + found[1])
-    one, two = same.count(True), same.count(False)
-    if 0 in (one, two) or each is not None and not one == two == each:
-        told = f"holds {one} pairs of one person and {two} of two"
-        raise _wrong(path, f"{told}; give both kinds, and as many of each as line 1 says")
-    return torch.tensor(pairs), torch.tensor(same)
 
 
 def split_persons(

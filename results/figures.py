@@ -26,6 +26,7 @@ from metrics import (
     columns,
     measure,
     names,
+    pairs,
     pick,
     roc,
     sides,
@@ -301,7 +302,7 @@ def figure_places(one: Run) -> Any:
         face = mean_face(one, method, "rule")
         patch = setting(one, method, "rule", "rule_patch", (10,))
         counts = np.zeros(face.shape[:2])
-        h, w = (scale(side, n) for side, n in zip(patch * 2, counts.shape))
+        h, w = (scale(side, n) for side, n in zip((patch[0], patch[-1]), face.shape[:2]))
         for r in rows:
             counts[r.row : r.row + h, r.col : r.col + w] += 1
         title = f"weakest places of {h} x {w} pixels,\n{len(rows)} intruders"
@@ -312,19 +313,19 @@ def figure_places(one: Run) -> Any:
 
 
 def figure_certified(one: Run) -> Any:
-    """AU-ROC under the rule against the side of the patch that is certified against, 0: none. Dots
-    at the sides in question, the 95 % interval over targets around them."""
+    """AU-ROC under the rule against the side of the patch that is certified against, 0: none; around
+    it the 95 % interval over targets."""
     figure, axes = canvas(1, 1, 5.2, 3.4)
     for method in names([one]):
-        rule = "rule" in one.methods[method]
-        patch = setting(one, method, "rule", "rule_patch", (10,)) if rule else ()
-        sides = {0: "rule", **{s: f"certified_{s}" for s in (2, 4, 6, 8)}}
-        sides |= {patch[0]: "certified"} if len({*patch}) == 1 else {}
-        found = {s: m for s, name in sides.items() if (m := measure([one], method, name))}
+        if "rule" not in one.methods[method]:
+            continue
+        patch = setting(one, method, "rule", "rule_patch", (10,))
+        attacks = {0: "rule", **{s: f"certified_{s}" for s in (2, 4, 6, 8)}, patch[0]: "certified"}
+        found = {s: m for s, name in attacks.items() if (m := measure([one], method, name))}
         if len(found) > 1:
             areas = [m["auroc"] for m in found.values()]
             (line,) = axes[0, 0].plot([*found], areas, "o-", label=LABELS.get(method, method))
-            low, high = zip(*(m["interval"] for m in found.values()))
+            low, high = ([m["interval"][k] for m in found.values()] for k in (0, 1))
             if None not in low:
                 axes[0, 0].fill_between([*found], low, high, alpha=0.12, color=line.get_color())
     if not axes[0, 0].lines:
@@ -365,6 +366,43 @@ def figure_roc(one: Run, across: int = 3) -> Any:
     for line in axes:
         line[0].set_ylabel("TAR: genuine images that pass")
     return figure
+
+
+def figure_point(one: Run, without: str = "no-at") -> Any:
+    """The point in one picture: an intruder that adversarial eyeglasses let pass F trained without
+    patches, and not F trained with them; distances beside the threshold of validation persons."""
+    best = [
+        m for m in ("ours-mixed-all", "ours-mixed", "ours-transfer", "ours") if m in one.methods
+    ]
+    shown: dict[str, dict] = {}
+    for method in (without, *best[:1]):
+        keys = "target", "anchor", "clean", "attacked", "candidate", "distance"
+        held = load_arrays(one.folder / method / "attacks" / "eyeglasses.npz", *keys)
+        result = run.read_json(one.folder / method / "result.json", RUN_FIRST)
+        whole = pairs(pick(under(one.methods[method], 1, 1), "clean", "intruder"))
+        shown[method] = {"threshold": float(result["threshold"])}
+        for target, anchor, *each in zip(*held):
+            for before, after, candidate, distance in zip(*each):
+                if (pair := (str(target), int(candidate))) in whole:
+                    seen = whole[pair].distance, float(distance)
+                    shown[method][pair] = seen, (anchor, before, after)
+    if len(shown) < 2:
+        raise run.UsageError(f"{one.folder}: only {without}: train another method")
+    weak, strong = shown.values()
+    common = [p for p in weak if p in strong and p != "threshold"]
+    fooled = [p for p in common if weak[p][0][1] < weak["threshold"] <= weak[p][0][0]]
+    held_off = [p for p in fooled if strong[p][0][1] >= strong["threshold"]]
+    if not held_off:
+        raise run.UsageError(f"{one.folder}: no pair shows it")
+    rows = []
+    for method, found in shown.items():
+        seen, images = found[held_off[0]]
+        delta, titles = found["threshold"], [f"{LABELS.get(method, method)}\ntarget"]
+        for name, d in zip(("intruder", "the same, eyeglasses"), seen):
+            told = "refused" if d >= delta else "ACCEPTED"
+            titles.append(f"{name}\n{d:.2f} {'>=' if d >= delta else '<'} {delta:.2f}: {told}")
+        rows.append([(picture(image), title) for image, title in zip(images, titles)])
+    return sheet(rows, 1.7)
 
 
 def draw(one: Run, folder: Path, wanted: Sequence[str] = FIGURES) -> list[str]:

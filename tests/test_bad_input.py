@@ -458,27 +458,6 @@ def test_damaged_identity_files(tmp_path):
     print(f"{150 * FUZZ} identity files, {read} read")
 
 
-def test_damaged_pairs(tmp_path):
-    rng, path, read = random.Random(6), tmp_path / "pairs.txt", 0
-    files = tuple(f"p{k}/p{k}_{i:04d}.jpg" for k in range(3) for i in range(4))
-    person = torch.arange(3).repeat_interleave(4)
-    faces = data.Faces(torch.zeros(12, 3, 64, 64), person, ("p0", "p1", "p2"), files)
-    whole = b"2 4\n" + b"".join(b"p%d\t1\t3\np0\t%d\tp2\t0\n" % (i % 3, i % 4) for i in range(8))
-    for _ in range(300 * FUZZ):
-        path.write_bytes(mutate(whole, rng.choice(WORDS) * 40, rng))
-        try:
-            pairs, same = data.read_pairs(path, faces)
-        except data.DataError as error:
-            one_line(error)
-            assert "pairs.txt" in str(error)
-        else:
-            assert pairs.shape == (len(same), 2) and (pairs[:, 0] != pairs[:, 1]).all()
-            assert torch.equal(person[pairs[:, 0]] == person[pairs[:, 1]], same)
-            read += 1
-    assert read
-    print(f"{300 * FUZZ} pair files, {read} read")
-
-
 def test_damaged_manifests(tmp_path):
     person = torch.arange(30).repeat_interleave(10)
     faces = data.Faces(

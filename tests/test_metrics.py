@@ -466,6 +466,19 @@ def test_detection_bootstrap_equals_a_loop_over_resampled_targets(evading, fpr):
     assert fast == pytest.approx(np.array(slow), abs=1e-12, nan_ok=True)
 
 
+def test_aupr_bootstrap_equals_a_loop_over_resampled_targets():
+    rng = np.random.default_rng(1)
+    g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)  # ties
+    i, it = rng.integers(2, 12, 90).astype(float), rng.integers(0, 6, 90)
+    fast, slow = metrics.aupr_bootstrap((g, gt), (i, it), n=60), []
+    for counts in np.random.default_rng(0).multinomial(6, np.full(6, 1 / 6), size=60):
+        both = np.repeat(g, counts[gt]), np.repeat(i, counts[it])
+        slow.append(metrics.aupr(*both) if all(map(len, both)) else NAN)
+    assert fast == pytest.approx(np.array(slow), abs=1e-12, nan_ok=True)
+    one = np.zeros(40), np.zeros(90)
+    assert np.isnan(metrics.aupr_bootstrap((g, one[0]), (i, one[1]), n=5)).all()
+
+
 def many(folder, n=100):
     """A run of one method with n clean intruders, half of them attacked."""
     clean = [("genuine", f"t{j % 2}", j, 0.5 + j) for j in range(40)]
@@ -1148,6 +1161,17 @@ def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
     side = {64: 5, 112: 9}[size]
     assert covered.shape == (size, size) and covered.sum() == 16 * min(9, side) * side
     assert covered[size - 9, 3] == 16 and covered[size - 10, 3] == covered[size - 9, 2] == 0
+
+
+def test_certified_figure_draws_the_bounds_by_size(tmp_path):
+    one = metrics.read_run(model_run(tmp_path, 64))
+    found = metrics.summary(one)["mine"]
+    (axis,) = figures.figure_certified(one).axes
+    (line,) = axis.lines
+    assert line.get_xydata().tolist() == [
+        [0, found["rule"]["auroc"]],
+        [5, found["certified"]["auroc"]],
+    ]
 
 
 def test_roc_figure_draws_the_rates_of_each_attack(tmp_path):

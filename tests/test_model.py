@@ -183,6 +183,36 @@ def test_a_module_what_makes_one_and_a_package_are_the_function(home, judge, nam
         assert one == two and len(one) > 1
 
 
+def test_a_module_normalises_for_itself(home, judge):
+    (home / "normal.py").write_text(
+        NET
+        + """
+class Normal(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.3, 0.5, 0.6]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.1, 0.2, 0.4]).view(3, 1, 1))
+
+    def forward(self, images):
+        return super().forward((images - self.mean) / self.std)
+"""
+    )
+    assert judge("normal.py:Normal", "--attacks", "clean", "--run", "normal")[0] == 0
+    faces = data.load("folder", "people", size=32)
+    images = faces.images.double() / 255 / torch.tensor([0.1, 0.2, 0.4]).view(3, 1, 1)
+
+    def features(images):
+        return 2 * torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+    rows = table(home / "normal/normal-Normal/attacks", "clean")
+    for row in rows:
+        anchor, candidate = (images[int(row[k])][None] for k in ("anchor", "candidate"))
+        views = features(torch.cat([candidate, candidate.flip(3)])) - features(anchor)
+        wanted = views.square().sum(1).mean().sqrt().item()
+        assert float(row["distance"]) == pytest.approx(wanted, rel=1e-5)
+    assert len(rows) == 14
+
+
 def test_a_class_of_torch_is_a_model_and_runs_go_by_photographs_and_name(home, judge):
     assert judge("torch.nn:Flatten", "--attacks", "clean", "--data", "folder")[0] == 0
     assert len(table(home / "runs/people-torch.nn-Flatten/torch.nn-Flatten/attacks", "clean")) == 14
