@@ -152,8 +152,8 @@ PRESETS["model"] = (
     PRESETS["demo"]
     | {"attacks": ("clean", "eyeglasses", "square", "evasion", "rule"), "target_images": 12}
     | {"targets": 10, "intruders": 10, "clean_intruders": 40, "rule_mask": (20,)}
-    | {"iterations": 30, "evasion_iterations": 30, "optimiser": "sign"}
-    | {"square_stride": 10, "square_search_iterations": 1, "precision": "float32"}
+    | {"iterations": 30, "evasion_iterations": 30, "optimiser": "sign", "precision": "float32"}
+    | {"square_stride": 10, "square_search_iterations": 1}
 )
 
 
