@@ -502,7 +502,7 @@ def lfw() -> str:
 
 
 FLOORS = {  # of an op: variant or a word of the case, how many times as fast was asked for
-    "pgd": {"loop as in ART": 2.0, "loop as in torchattacks": 1.25},
+    "pgd": {"loop as in ART": 3.0, "loop as in torchattacks": 2.0},
     "step": {"anchors cached": 1.5, "in the released code": 3.0},
     "doa": {"NumPy loop": 8.0},
     "gaussian_cutout": {"NumPy loop, noise inside": 3.0, "masks as images": 3.0},
@@ -511,7 +511,7 @@ FLOORS = {  # of an op: variant or a word of the case, how many times as fast wa
 
 
 def floor(op: str, case: str, variant: str) -> float | None:
-    if "one step" in case or (op == "doa" and "search, 1 " not in case):
+    if "one step" in case:
         return None
     return next((v for k, v in FLOORS.get(op, {}).items() if k in f"{case}, {variant}"), None)
 
@@ -526,6 +526,8 @@ def speed() -> str:
     for r in rows:
         case, ratio, asked = r["case"], float(r["ratio"]), floor(r["op"], r["case"], r["variant"])
         told = f"{asked}{', missed' * (ratio < asked)}" if asked else ""
+        if r["op"] == "gaussian_cutout" and told:
+            told += ": half of ours is a copy of the images, which the loop makes too"
         row = [f"`{r['op']}`, {case}", r["variant"], f"{ratio:.2f}", told, r["n"], r["commit"]]
         if r["variant"] != "op":
             body.append(row)

@@ -42,7 +42,7 @@ aten = torch.ops.aten
 WAIT = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select)
 NOTHING = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.detach)
 NOTHING += (aten.new_empty_strided, aten._unsafe_view, aten.alias, aten._reshape_alias)
-PEAK = {torch.bfloat16: 790e12, torch.float32: 395e12}  # an H100's; float32 products are TF32
+PEAK = {"bfloat16": 790e12, "TF32": 395e12, "float32": 60e12}  # FLOP a second, an H100's
 RATE = 3.0e12  # bytes a second
 REACHED = {"forward": 0.60, "input": 0.55, "weight": 0.45}  # of PEAK, by convolutions
 
@@ -55,11 +55,14 @@ class Rng(torch.Generator):
 
 class Recorder(TorchDispatchMode):
     """Counts operations; those that wait for the GPU by name, and answers them: a number is 1, none
-    of `any` is true, nonzero finds a share of all, two whole numbers are `size`."""
+    of `any` is true, nonzero finds a share of all, two whole numbers are `size`. full: products of
+    float32 are float32's, not TF32's."""
 
-    def __init__(self, share: float = 0.5, size: tuple[int, int] = (1, 1)) -> None:
+    def __init__(
+        self, share: float = 0.5, size: tuple[int, int] = (1, 1), full: bool = False
+    ) -> None:
         super().__init__()
-        self.share, self.size, self.none = share, size, list[Tensor]()
+        self.share, self.size, self.full, self.none = share, size, full, list[Tensor]()
         self.waits, self.kernels = list[str](), list[str]()
         self.launches = self.bytes = self.flop = self.seconds = self.floor = 0.0
 
@@ -110,7 +113,8 @@ class Recorder(TorchDispatchMode):
             self.bytes + moved,
             self.flop + flop,
         )
-        peak = PEAK[torch.bfloat16 if torch.bfloat16 in [x.dtype for x in given] else torch.float32]
+        narrow = torch.bfloat16 in [x.dtype for x in given]
+        peak = PEAK["bfloat16" if narrow else "float32" if self.full else "TF32"]
         self.floor += flop / peak
         took = sum(flop / len(reached) / peak / REACHED[k] for k in reached)
         self.seconds += max(took, moved / RATE)
@@ -210,7 +214,7 @@ def victim(width: float, images: int) -> tuple:
 def attack(effort: attacks.Effort, width: float, images: int) -> Recorder:
     """Each of the images attacked under eyeglasses."""
     given = victim(width, images)
-    with fake_gpu(share=107 / 4096, size=(16, 32)) as recorder:
+    with fake_gpu(share=107 / 4096, full=True, size=(16, 32)) as recorder:
         attacks.tanh_attack(*given, attacks.eyeglasses_mask(), effort)
     return recorder
 
@@ -218,7 +222,7 @@ def attack(effort: attacks.Effort, width: float, images: int) -> Recorder:
 def universal(effort: attacks.Effort, width: float, images: int) -> Recorder:
     """One eye patch for all images."""
     given = victim(width, images)
-    with fake_gpu(share=384 / 4096, size=(12, 32)) as recorder:
+    with fake_gpu(share=384 / 4096, full=True, size=(12, 32)) as recorder:
         attacks.universal_patch(*given, attacks.eye_patch_mask(), effort, torch.Generator())
     return recorder
 
@@ -226,7 +230,7 @@ def universal(effort: attacks.Effort, width: float, images: int) -> Recorder:
 def search(effort: attacks.Effort, width: float, images: int) -> Recorder:
     """The square tried at each of its places."""
     given, places = victim(width, images), attacks.square_positions()
-    with fake_gpu(share=100 / 4096, size=(12, 12)) as recorder:
+    with fake_gpu(share=100 / 4096, full=True, size=(12, 12)) as recorder:
         attacks.location_search(*given, places, effort, torch.Generator())
     return recorder
 
@@ -237,7 +241,7 @@ def certificate(width: float, images: int) -> Recorder:
     with fake_gpu() as recorder:
         fill = torch.empty(3, 64, 64, device=GPU)
         rule = attacks.Covered(embed, given[0], attacks.cover(64, 64), fill)
-    with fake_gpu() as recorder:
+    with fake_gpu(full=True) as recorder:
         rule.squared(given)
     return recorder
 
@@ -247,26 +251,27 @@ def iteration(of: Callable[[int], Recorder]) -> Recorder:
     few, many = of(2), of(12)
     for name in ("launches", "bytes", "flop", "seconds", "floor"):
         setattr(many, name, (getattr(many, name) - getattr(few, name)) / 10)
-    many.waits = many.waits[len(few.waits) :]
+    many.waits = many.waits[len(few.waits) :: 10]
     return many
 
 
 def rows(width: float, batch: int, chunk: int) -> Iterator[tuple[str, str, Recorder]]:
-    """What is counted, in which precision."""
-    for precision in ("float32", "bfloat16"):
+    """What is counted, in which products."""
+    for products in ("TF32", "bfloat16"):
+        how = {"width": width, "batch": batch}
+        how["precision"] = "float32" if products == "TF32" else products
         for method in embedding.CHOICES["method"]:
-            step = training_step(method, width=width, batch=batch, precision=precision)
-            yield f"training step, {method}", precision, step
+            yield f"training step, {method}", products, training_step(method, **how)
     eot = attacks.Eot(torch.rand(12, 4, 5), torch.rand(16, 5))
     efforts = {"Adam": {}, "sign": {"optimiser": "sign"}, "Adam, EOT": {"eot": eot}}
-    for precision in ("float32", "bfloat16"):
+    for products in ("float32", "bfloat16"):
         for name, settings in efforts.items():
 
-            def of(n: int, precision=precision, settings=settings) -> Recorder:
+            def of(n: int, precision=products, settings=settings) -> Recorder:
                 effort = attacks.Effort(n, 0.01, 1, chunk=chunk, precision=precision, **settings)
                 return attack(effort, width, chunk // 2)
 
-            yield f"iteration, {name}, {chunk // 2} images", precision, iteration(of)
+            yield f"iteration, {name}, {chunk // 2} images", products, iteration(of)
     yield "certificate, one image", "float32", certificate(width, 1)
 
 
@@ -279,11 +284,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = "what, products, launches, waits, TFLOP, GB, estimated ms, estimated share of peak"
     print("|", columns.replace(", ", " | "), "|")
     print("| --- " * (columns.count(",") + 1) + "|")
-    for name, precision, found in rows(a.width, a.batch, a.chunk):
+    for name, products, found in rows(a.width, a.batch, a.chunk):
         numbers = f"{found.launches:.0f} | {len(found.waits)} | {found.flop / 1e12:.2f} | "
         numbers += f"{found.bytes / 1e9:.1f} | {found.seconds * 1e3:.1f} | "
         share = f"{found.floor / found.seconds:.0%}"
-        products = "bfloat16" if precision == "bfloat16" else "TF32"
         print(f"| {name} | {products} | {numbers}{share} |", flush=True)
     return 0
 
