@@ -1236,8 +1236,8 @@ def effort_of(name: str, config: Config) -> Effort:
         own = config.distal_iterations, config.distal_lr, 1
     batch = config.patch_batch if name.endswith("eye_patch") else 0
     direction = "evade" if name == "evasion" else "impersonate"
-    how = config.decay, config.chunk or 256, batch, direction, None, config.optimiser
-    return Effort(*own, *how, config.precision)
+    effort = Effort(*own, config.decay, config.chunk or 256, batch, direction)
+    return effort._replace(optimiser=config.optimiser, precision=config.precision)
 
 
 def mask_named(name: str, height: int, width: int) -> Tensor:
@@ -1301,8 +1301,8 @@ def run_attack(
     elif name == "square":
         places = square_positions(config.square_stride, H, W)
         short = config.square_search_iterations, config.square_search_lr
-        how = {"optimiser": config.optimiser, "precision": config.precision}
-        search = Effort(*short, chunk=effort.chunk, **how)
+        search = Effort(*short, chunk=effort.chunk, optimiser=config.optimiser)
+        search = search._replace(precision=config.precision)
         result = square_attack(embed, images, anchor, places, effort, search, generator)
     elif name in ("eye_patch", "eot_eye_patch") and training is not None:
         pattern, result = universal_patch(embed, training, anchor, mask, effort, generator)

@@ -551,13 +551,12 @@ def train_step(
 
     Raises FloatingPointError(what, indices of the images) where loss or gradient is not finite.
     """
-    low = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
-    device = people.images.device.type
-    with torch.autocast(device, **low):
+    device, low = people.images.device.type, config.precision == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, low):
         q = quadruplets(config, embed, people, made, rng)
         x, t = attacked(config, embed, q, alpha, rng)
     # of its own: weights that were cast under no_grad would get no gradient
-    with torch.autocast(device, **low):
+    with torch.autocast(device, torch.bfloat16, low):
         if made is None:
             fx, fy, ft = embed(torch.cat([x, q.y, t])).float().chunk(3)
             fu = fy

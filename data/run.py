@@ -291,7 +291,7 @@ def precision(asked: str, device: torch.device) -> str:
         return asked
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    found: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     fast = found.get("avx512_bf16") or found.get("amx_bf16")
     return "bfloat16" if fast and device.type == "cpu" else "float32"
 
