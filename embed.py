@@ -433,8 +433,8 @@ def quadruplets(
 ) -> Quadruplets:
     """x, y, t, u of Sec. 2; without `made` real pairs, eq. (6).
 
-    Not in the paper: positive `transfer` takes y = G(E_cl(x), E_co(x')), x' any other image; `mixed`
-    does so in one half of the batch and has real pairs in the other.
+    Not in the paper: positive `transfer` takes y = G(E_cl(x), E_co(x')), x' any other image;
+    `mixed` does so in one half of the batch and has real pairs in the other.
     """
     B, n, size = config.batch, config.mine, people.images.shape[-1]
     if made is not None and config.positive == "mixed":
@@ -528,11 +528,13 @@ def attacked(
         else:
             boxes = draw_boxes(2 * B, H, W, 1.0, config.area, config.cutout_aspect, rng)
         images = gaussian_cutout(images, fill=config.fill, generator=rng, boxes=boxes)[0]
-    chosen = (boxes[:, 2] > 0).nonzero()[:, 0]  # only what is erased is attacked
-    if len(chosen):
-        attack = functools.partial(inner_attack, steps=config.attack_steps)
-        parts = (v[chosen] for v in (images, anchors, sign * (alpha / 255), boxes))
-        images = images.index_copy(0, chosen, local_attack(attack, embed, *parts))
+    attack = functools.partial(inner_attack, steps=config.attack_steps)
+    parts = images, anchors, sign * (alpha / 255), boxes
+    if config.attack_share == "all":
+        images = local_attack(attack, embed, *parts)
+    elif len(chosen := (boxes[:, 2] > 0).nonzero()[:, 0]):  # only what is erased is attacked
+        found = local_attack(attack, embed, *(part[chosen] for part in parts))
+        images = images.index_copy(0, chosen, found)
     return images[:B], images[B:]
 
 
@@ -549,13 +551,12 @@ def train_step(
 
     Raises FloatingPointError(what, indices of the images) where loss or gradient is not finite.
     """
-    low = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
-    device = people.images.device.type
-    with torch.autocast(device, **low):
+    device, low = people.images.device.type, config.precision == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, low):
         q = quadruplets(config, embed, people, made, rng)
         x, t = attacked(config, embed, q, alpha, rng)
     # of its own: weights that were cast under no_grad would get no gradient
-    with torch.autocast(device, **low):
+    with torch.autocast(device, torch.bfloat16, low):
         if made is None:
             fx, fy, ft = embed(torch.cat([x, q.y, t])).float().chunk(3)
             fu = fy
@@ -619,7 +620,12 @@ def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float =
         apart = torch.stack([torch.cdist(anchor, view, compute_mode=exact) for view in both])
         squared = apart.square().mean(0)  # (n, n)
         found.append(squared[~torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)])
-    d = torch.cat(found).sqrt().sort().values
+    return smallest_delta(torch.cat(found).sqrt(), fpr)
+
+
+def smallest_delta(genuine: Tensor, fpr: float = 0.05) -> float:
+    """The smallest delta of eq. (1) that refuses at most `fpr` of the genuine distances (n,)."""
+    d = genuine.sort().values
     refused = math.floor(fpr * len(d) + 1e-9)
     return float(d[len(d) - 1 - refused].nextafter(d.new_tensor(math.inf)))
 
@@ -676,6 +682,7 @@ def parse(argv: Sequence[str] | None):
         "Train and judge the embedding F (Sec. 2-4).",
         CHOICES,
         verify={**photographs, "help": "are these two photographs of one person? (eq. 1)"},
+        certified={"action": "store_true", "help": "with --verify: what no patch could change"},
         model={"help": "of --verify: FILE.py:NAME, judged by attacks.py in --run, in place of F"},
         no_evaluation={"action": "store_true", "help": "train only"},
     )
@@ -688,6 +695,8 @@ def parse(argv: Sequence[str] | None):
         if low > high:
             flag = "--" + name.replace("_", "-")
             raise run.UsageError(f"{flag} {low},{high}: give two numbers, the lower first")
+    if args.certified and not args.verify:
+        raise run.UsageError("--certified: it is that of --verify A B")
     if args.model and not args.verify:
         raise run.UsageError("--model: it is that of --verify; attacks.py --model judges a model")
     if config.method == "doa" and config.attacked == "erased":
@@ -895,7 +904,7 @@ def evaluate(config: Config, args) -> int:
 def verify(config: Config, args, device: torch.device) -> int:
     """Eq. (1) for two photographs, with mirroring, by the run's F or by a model judged in it."""
     import data
-    from data import model, run
+    from data import certificate, model, run
 
     file = args.run / (model.model_name(args.model) if args.model else config.name) / "result.json"
     advice = "train to the end first, or name another --run"
@@ -922,6 +931,8 @@ def verify(config: Config, args, device: torch.device) -> int:
     distance = float(squared_distance(views, anchor).sqrt())
     answer = "NOT the same person" if bool(different(views, anchor, delta)) else "same person"
     print(f"distance {distance:.3f}  threshold {delta:.3f} (5 % of {told} refused)  {answer}")
+    if args.certified:
+        print(certificate.certified(file.parent / "attacks", embed, target, candidate))
     return 0
 
 

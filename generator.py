@@ -492,8 +492,8 @@ def parse(argv: Sequence[str] | None):
     told = "also write the weights alone, half precision, to this file"
     oracle = {"default": "", "metavar": "FILE.py:NAME"}
     oracle["help"] = "ask this face network about the run's y and u; its code is run"
-    more: dict[str, dict] = {"export": {"type": Path, "help": told}, "oracle": oracle}
-    return run.parse(Config, PRESETS, argv, about, CHOICES, **more)
+    export = {"type": Path, "help": told}
+    return run.parse(Config, PRESETS, argv, about, CHOICES, export=export, oracle=oracle)
 
 
 def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tuple[Lord, dict]:

@@ -222,6 +222,8 @@ def adain_ref(
 ) -> Tensor:
     """Plain PyTorch of `adain`: one native batch normalisation of B * C channels, each with its own
     scale and offset."""
+    if not len(x):  # batch_norm wants a channel
+        return x + (scale + offset)[:, :, None, None].to(x.dtype)
     B, C, H, W = x.shape
     a = F.leaky_relu(x.float(), slope).reshape(1, B * C, H, W)
     scale, offset = scale.float().reshape(-1), offset.float().reshape(-1)

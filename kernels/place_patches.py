@@ -109,7 +109,7 @@ def place_patches(
     expect(op + "images", images, ("B", "C", "H", "W"))
     B, C, H, W = images.shape
     memory_format(op + "images", images)
-    P = positions.shape[-2] if isinstance(positions, Tensor) and positions.dim() > 1 else "P"
+    P: Any = positions.shape[-2] if isinstance(positions, Tensor) and positions.dim() > 1 else "P"
     shape = (P, 2) if positions.dim() == 2 else (B, P, 2)
     expect(op + "positions", positions, shape, INTS, images)
     if isinstance(patches, Tensor):

@@ -302,7 +302,7 @@ def figure_places(one: Run) -> Any:
         face = mean_face(one, method, "rule")
         patch = setting(one, method, "rule", "rule_patch", (10,))
         counts = np.zeros(face.shape[:2])
-        h, w = (scale(side, n) for side, n in zip(patch * 2, counts.shape))
+        h, w = (scale(side, n) for side, n in zip((patch[0], patch[-1]), face.shape[:2]))
         for r in rows:
             counts[r.row : r.row + h, r.col : r.col + w] += 1
         title = f"weakest places of {h} x {w} pixels,\n{len(rows)} intruders"
@@ -313,19 +313,19 @@ def figure_places(one: Run) -> Any:
 
 
 def figure_certified(one: Run) -> Any:
-    """AU-ROC under the rule against the side of the patch that is certified against, 0: none. Dots
-    at the sides in question, the 95 % interval over targets around them."""
+    """AU-ROC under the rule against the side of the patch certified against, 0: none; around
+    it the 95 % interval over targets."""
     figure, axes = canvas(1, 1, 5.2, 3.4)
     for method in names([one]):
-        rule = "rule" in one.methods[method]
-        patch = setting(one, method, "rule", "rule_patch", (10,)) if rule else ()
-        sides = {0: "rule", **{s: f"certified_{s}" for s in (2, 4, 6, 8)}}
-        sides |= {patch[0]: "certified"} if len({*patch}) == 1 else {}
-        found = {s: m for s, name in sides.items() if (m := measure([one], method, name))}
+        if "rule" not in one.methods[method]:
+            continue
+        patch = setting(one, method, "rule", "rule_patch", (10,))
+        attacks = {0: "rule", **{s: f"certified_{s}" for s in (2, 4, 6, 8)}, patch[0]: "certified"}
+        found = {s: m for s, name in attacks.items() if (m := measure([one], method, name))}
         if len(found) > 1:
             areas = [m["auroc"] for m in found.values()]
             (line,) = axes[0, 0].plot([*found], areas, "o-", label=LABELS.get(method, method))
-            low, high = zip(*(m["interval"] for m in found.values()))
+            low, high = ([m["interval"][k] for m in found.values()] for k in (0, 1))
             if None not in low:
                 axes[0, 0].fill_between([*found], low, high, alpha=0.12, color=line.get_color())
     if not axes[0, 0].lines:

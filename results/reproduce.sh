@@ -9,7 +9,7 @@ methods=("$@")
 [ $# -gt 0 ] || methods=(ours transfer no-at weak-at doa-4 doa-10 figure5)
 declare -A flags=([ours]="" [transfer]="--positive transfer" [no-at]="--method no-at" [weak-at]="--method weak-at"
   [doa-4]="--method doa --candidates 4" [doa-10]="--method doa --candidates 10")
-table1=clean,eyeglasses,square,eye_patch,evasion,grey_eye_patch
+table1=clean,eyeglasses,square,eye_patch,evasion,grey_eye_patch,rule,rule_places,rule_one
 for seed in ${SEEDS:-0}; do
   run=runs/synthetic-demo-$seed
   for method in "${methods[@]}"; do

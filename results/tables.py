@@ -227,8 +227,10 @@ def certificate(runs: Sequence[Run]) -> str:
     return f"""## Certificate
 
 A candidate is covered by each of {told("masks")} masks of {told("rule_mask")} of 64 in turn \
-(filled with: {told("fill")}; the anchor {told("anchor_seen")}), at
+(fill: {told("fill")}; the anchor {told("anchor_seen")}), at
 App. C's places by masks of their own; its score under the rule is the largest of the distances.
+Fill *around*: of each pixel the mean of the next outside the mask up, down, left and right, nearer \
+ones counting more.
 *Certified*: AU-ROC with each intruder at its bound: no patch of at most {told("rule_patch")}, \
 wherever it lies and whatever it
 shows, brings the score below (at App. C's places: no eyeglasses, eye patch or square of the 25).
@@ -545,7 +547,7 @@ def others() -> str:
 
 
 FLOORS = {  # of an op: variant or a word of the case, how many times as fast was asked for
-    "pgd": {"loop as in ART": 2.0, "loop as in torchattacks": 1.25},
+    "pgd": {"loop as in ART": 3.0, "loop as in torchattacks": 2.0},
     "step": {"anchors cached": 1.5, "in the released code": 3.0},
     "doa": {"NumPy loop": 8.0},
     "gaussian_cutout": {"NumPy loop, noise inside": 3.0, "masks as images": 3.0},
@@ -554,7 +556,7 @@ FLOORS = {  # of an op: variant or a word of the case, how many times as fast wa
 
 
 def floor(op: str, case: str, variant: str) -> float | None:
-    if "one step" in case or (op == "doa" and "search, 1 " not in case):
+    if "one step" in case:
         return None
     return next((v for k, v in FLOORS.get(op, {}).items() if k in f"{case}, {variant}"), None)
 
@@ -569,6 +571,8 @@ def speed() -> str:
     for r in rows:
         case, ratio, asked = r["case"], float(r["ratio"]), floor(r["op"], r["case"], r["variant"])
         told = f"{asked}{', missed' * (ratio < asked)}" if asked else ""
+        if r["op"] == "gaussian_cutout" and told:
+            told += ": half of ours is a copy of the images, which the loop makes too"
         row = [f"`{r['op']}`, {case}", r["variant"], f"{ratio:.2f}", told, r["n"], r["commit"]]
         if r["variant"] != "op":
             body.append(row)

@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 import embed as embedding
 import generator as lord
+from data import run
 from kernels.adain import adain, adain_ref
 from kernels.augment import augment, augment_ref
 from kernels.gaussian_cutout import gaussian_cutout, gaussian_cutout_ref
@@ -198,7 +199,7 @@ def cpu_cases(B: int) -> Iterator[Case]:
     pixels, one, moves = (images * 255).byte(), images.nbytes, (flips, shifts, boxes, noise)
     given = dict(zip(("flips", "shifts", "boxes", "noise"), moves))
     variants = {
-        "op": lambda: augment(pixels, **given, layout=torch.contiguous_format)[0],
+        "op": lambda: augment(pixels, **given)[0],
         "per-image loop": lambda: augment_loop(pixels, *moves),
     }
     yield Case("augment", f"B={B}, uint8", one // 4 + one, variants)
@@ -214,12 +215,15 @@ def cpu_cases(B: int) -> Iterator[Case]:
         yield Case("adain", name, 5 * x.nbytes, variants, 1e-2)
     yield from patch_local_cases(max(B // 4, 1))
     yield from pgd_cases(max(B // 4, 1))
-    yield from step_cases(max(B // 4, 2))
+    for precision in dict.fromkeys(("float32", run.precision("auto", torch.device("cpu")))):
+        yield from step_cases(max(B // 4, 2), precision)
 
 
 def patch_cases(B: int, images: Tensor, grad: Tensor) -> Iterator[Case]:
-    """What changes a rectangle of each image: cutout, DOA's search, the masked step, patches."""
+    """What changes a rectangle of each image: cutout, DOA's search, the masked step, patches. The
+    ops get channels_last, the layout of training, the loops the usual one."""
     rng, one = torch.Generator().manual_seed(1), images.nbytes
+    x, g = (v.contiguous(memory_format=torch.channels_last) for v in (images, grad))
 
     def erased(result: tuple) -> bool:
         out, boxes = result[:2]
@@ -231,7 +235,7 @@ def patch_cases(B: int, images: Tensor, grad: Tensor) -> Iterator[Case]:
         return whole and is_images(out) and bool(moments)
 
     variants = {
-        "op": lambda: gaussian_cutout(images, boxes=draw_boxes(B, rng)),
+        "op": lambda: gaussian_cutout(x, boxes=draw_boxes(B, rng)),
         "NumPy loop, noise inside": lambda: cutout_loop(images),
         "NumPy loop, masks as images": lambda: cutout_loop(images, masks=True),
         "NumPy loop, whole noise": lambda: cutout_loop(images, True),
@@ -243,29 +247,27 @@ def patch_cases(B: int, images: Tensor, grad: Tensor) -> Iterator[Case]:
     for C in (1, 4, 10):
         search = (images, grad, 20, 5, C)
         variants = {
-            "op": functools.partial(doa, *search),
+            "op": functools.partial(doa, x, g, 20, 5, C),
             "NumPy loop": functools.partial(doa_loop, *search),
             "NumPy loop, masks as images": functools.partial(doa_loop, *search, windows),
         }
         name = f"search, {C} in-painting{'s' * (C > 1)}, B={B}, 20x20, stride 5"
         yield Case("doa", name, (1 + 1 + C) * one, variants, 1e-5)
     variants = {
-        "op": lambda: window_energy(grad, 20, 20, 5),
+        "op": lambda: window_energy(g, 20, 20, 5),
         "average pooling": lambda: pooled(grad, 20, 5),
     }
     yield Case("window_energy", f"B={B}, 20x20, stride 5", one, variants, 1e-3)
     boxes, alpha = draw_boxes(B, rng), 16 / 255
     alphas, full = torch.full((B,), alpha), box_mask(boxes, 64, 64)
     variants = {
-        "op": lambda: masked_step(images, grad, alphas, boxes),
-        "whole images": lambda: torch.where(
-            full, (images + alpha * grad.sign()).clamp(0, 1), images
-        ),
+        "op": lambda: masked_step(x, g, alphas, boxes),
+        "whole images": lambda: torch.where(full, (x + alpha * g.sign()).clamp(0, 1), x),
     }
     yield Case("masked_step", f"B={B}", int(2.1 * one), variants)
     patch, some = torch.rand(1, 1, 3, 10, 10), positions(64, 64, 10, 10, 27)
     variants = {
-        "op": lambda: place_patches(images, patch, some),
+        "op": lambda: place_patches(x, patch, some),
         "slices": lambda: place_loop(images, patch, some),
     }
     name = f"B={B}, 10x10, P={len(some)}"
@@ -504,9 +506,10 @@ def plain_maker(generator: lord.Lord, images: Tensor) -> Callable:
     return made
 
 
-def step_cases(B: int) -> Iterator[Case]:
-    """Rate 0, the same random numbers: every run repeats the first."""
-    config = embedding.Config(width=0.25, batch=B, standardise=True, hinge="distance")
+def step_cases(B: int, precision: str) -> Iterator[Case]:
+    """Rate 0, the same random numbers: every run repeats the first. The others in float32."""
+    config = embedding.Config(width=0.25, batch=B, standardise=True, precision=precision)
+    plain = dataclasses.replace(config, precision="float32")
     torch.manual_seed(0)
     embed = embedding.Embedding(0.25, config.dim, True)
     images = torch.randint(0, 256, (8 * 8, 3, 64, 64), dtype=torch.uint8)
@@ -527,7 +530,7 @@ def step_cases(B: int) -> Iterator[Case]:
     def theirs(cached: bool, made=made) -> Callable:
         model = Plain(embed)
         adam = torch.optim.Adam(model.parameters(), lr=0.0)
-        step = (config, model, adam, people, made)
+        step = (plain, model, adam, people, made)
         return lambda: plain_step(*step, rng.manual_seed(1), cached)
 
     variants = {
@@ -536,7 +539,7 @@ def step_cases(B: int) -> Iterator[Case]:
         "as in the released code": theirs(False),
         "as in the released code, G too": theirs(False, plain_maker(generator, images)),
     }
-    name = f"ours, B={B} quadruplets, {config.attack_steps} inner steps"
+    name = f"ours, B={B} quadruplets, {config.attack_steps} inner steps, {precision}"
     yield Case("step", name, 0, variants, 0.02)
 
 
@@ -688,7 +691,6 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
     from torch.utils.flop_counter import flop_registry
 
     import data
-    from data import run
 
     class Count(TorchDispatchMode):  # FlopCounterMode hooks modules: torch.autograd.grad refuses
         flops = 0
@@ -712,9 +714,16 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
         embedding.new_embedding(config, device),
     )
     made = embedding.generated(config, file, faces, split, people) if file else None
-    adam = torch.optim.Adam(embed.parameters(), lr=config.lr, amsgrad=config.amsgrad)
+    if config.compile:
+        run.compile_(embed)
+    adam = torch.optim.Adam(
+        embed.parameters(), lr=config.lr, amsgrad=config.amsgrad, fused=device.type == "cuda"
+    )
     rng, alpha = torch.Generator(device).manual_seed(config.seed), config.attack_alpha
+    # as the convolutions: bfloat16 operands made beforehand, or TF32 where these may take it
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     factors = torch.randn(2, *[8192 if device.type == "cuda" else 1024] * 2, device=device)
+    factors = factors.to(getattr(torch, config.precision))
     spent: dict[str, list[float]] = {}
 
     def now() -> float:
@@ -736,8 +745,8 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
             spent = {name: [] for name in parts}
         for times in spent.values():
             times.append(0.0)
+        timed("product", torch.mm, *factors)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            timed("product", torch.mm, *factors)
             q = timed("batch", embedding.quadruplets, config, mine, people, generate, rng)
             timed("inner attack", embedding.attacked, config, embed, q, alpha, rng)
         timed("step", embedding.train_step, config, embed, adam, people, made, rng, alpha)
@@ -764,8 +773,6 @@ def profile(argv: Sequence[str], repeats: int = 5) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--profile" in argv:
-        from data import run
-
         return run.command("tests.bench", profile, [a for a in argv if a != "--profile"])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ops", nargs="*", help="only these")
@@ -778,6 +785,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rounds must be at least 5")
     os.environ["TRITON_INTERPRET"] = "0"
     torch.set_num_threads(a.threads)
+    run.keep_memory()  # for all, as in a training
     cuda = torch.cuda.is_available()
     shared, failed = about(a.rounds, cuda), False
     print(" ".join(f"{k}={v}" for k, v in shared.items()))

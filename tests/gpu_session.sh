@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What a machine with a GPU is for, in order: tests, bench, where a full-width step's time goes, the
-# experiments.
+# What a machine with a GPU is for, in order: every kernel against its reference, bench, estimates,
+# beside them a full-width step of every method in both precisions and compiled, the experiments.
 #     OUT=folder tests/gpu_session.sh [methods of results/reproduce.sh]
+#     DEVICE=cpu OUT=folder tests/gpu_session.sh     # tries this script: small, without experiments
 # A call stops at LIMIT seconds (default 540); a part that has ended leaves its mark in runs/gpu
 # (<part>.done or <part>.failed, remove it to run the part again): call again until it says done.
 # Tests that need no GPU are left to pytest. runs/gpu keeps logs and bench.csv; at the end of each
@@ -13,7 +14,8 @@ out=runs/gpu
 mkdir -p "$out" "$OUT"
 trap 'tar --exclude="*.ckpt" --exclude="*.pt" -czf "$OUT/gpu.tgz" runs' EXIT
 export PYTHONUNBUFFERED=1
-python3 -c 'import torch; assert torch.cuda.is_available(), "no GPU here"' || exit 2
+device=${DEVICE:-cuda}
+python3 -c "import torch; torch.zeros(1, device='$device')" || exit 2
 
 part() { # name, command: once; again only if the limit stopped it
   local name=$1 left=$((${LIMIT:-540} - SECONDS)) code
@@ -34,13 +36,20 @@ ops="masked_step gaussian_cutout augment window_energy place_patches tanh_pertur
 for name in $ops embed attacks generator; do
   part "test_$name" python3 -m pytest -q "tests/test_$name.py"
 done
-part bench python3 -m tests.bench --out "$out/bench.csv"
-full="--width 1 --batch 128 --attack-steps 10 --precision bfloat16" # F as in the paper; the demo's G
-for method in ours doa; do
-  # shellcheck disable=SC2086
-  part "profile-$method" \
-    python3 -m tests.bench --profile --method "$method" $full --run "$out/profile"
+full="--width 1 --batch 128 --attack-steps 10" small=() # F as in the paper; the demo's G
+if [ "$device" = cpu ]; then
+  full="--width 0.125 --batch 4 --attack-steps 2 --synthetic-persons 90 --synthetic-images 3"
+  small=(--ops masked_step doa step --batch 16 --rounds 5)
+fi
+part bench python3 -m tests.bench "${small[@]}" --out "$out/bench.csv"
+part estimates python3 -m tests.count
+for method in ours no-at weak-at doa; do
+  for how in "--precision float32" "--precision bfloat16" "--precision bfloat16 --compile"; do
+    # shellcheck disable=SC2086
+    part "profile-$method-${how//[^a-z0-9]/}" python3 -m tests.bench --profile --method "$method" \
+      $full $how --device "$device" --run "$out/profile"
+  done
 done
-part reproduce bash results/reproduce.sh "$@" # every command in it goes on by itself
+[ "$device" = cpu ] || part reproduce bash results/reproduce.sh "$@" # all goes on by itself
 cat "$out"/*.failed 2> /dev/null && { echo "done, but for these"; exit 1; }
 echo done

@@ -99,6 +99,13 @@ def test_the_reference_runs_outside_the_interpreter_and_for_an_empty_batch(launc
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     x, scale, offset, _ = data((2, 3, 8, 8), torch.float32, torch.contiguous_format, "cpu")
     assert torch.equal(adain(x, scale, offset), adain_ref(x, scale, offset)) and not launched
+    for dtype in (torch.float32, torch.bfloat16):
+        empty = x[:0].to(dtype), scale[:0], offset[:0]
+        leaves = [v.detach().requires_grad_() for v in empty]
+        y = adain(*leaves)
+        y.sum().backward()
+        assert y.shape == (0, 3, 8, 8) and y.dtype == dtype and not launched
+        assert [v.grad.shape for v in leaves] == [v.shape for v in leaves]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,19 @@
 its conditions is broken an attack does."""
 
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import attacks as a
 import embed as e
+from data import run
+from data.certificate import certified
+from tests import soundness
 
 # where the mask that decides hides the patch nothing is left to gain
 pytestmark = pytest.mark.filterwarnings("ignore:.* gradients. the attack could not follow")
@@ -145,13 +150,42 @@ def test_bound_of_smaller_patches_equals_brute_force(patch):
     assert torch.equal(smaller, known.bound) == (patch == (3, 2))
 
 
-def test_rectangles_by_the_kernel_and_any_mask_by_where_are_one():
-    found, fill, images = a.cover(64, 64, 10, 16), noise(64, 64), torch.rand(2, 3, 64, 64)
+@pytest.mark.parametrize("fill", [noise(64, 64), None], ids=["noise", "around"])
+def test_rectangles_by_the_kernel_and_any_mask_are_one(fill):
+    found, images = a.cover(64, 64, 10, 16), torch.rand(2, 3, 64, 64)
     by_kernel = a.Covered(small_f(), images[0], found, fill)
-    by_where = a.Covered(small_f(), images[0], found._replace(corners=None), fill)
-    assert torch.equal(by_kernel.cover(images), by_where.cover(images))
-    wanted = torch.where(found.masks[:, None], fill, images[:, None])
-    assert torch.equal(by_kernel.cover(images), wanted)
+    any_mask = a.Covered(small_f(), images[0], found._replace(corners=None, mask=None), fill)
+    covered = by_kernel.cover(images)
+    assert torch.allclose(covered, any_mask.cover(images), rtol=0, atol=1e-7)
+    outside = ~found.masks[:, None].expand_as(covered[0])
+    for image, several in zip(images, covered):
+        assert torch.equal(several[outside], image.expand_as(several)[outside])
+    if fill is not None:
+        wanted = torch.where(found.masks[:, None], fill, images[:, None])
+        assert torch.equal(covered, wanted)
+
+
+def test_what_is_around_a_mask_covers_it_by_the_nearest_in_four_directions():
+    image, mask = torch.rand(3, 7, 6, generator=rng(1)), torch.zeros(1, 7, 6, dtype=torch.bool)
+    mask[0, 2:5, 3:] = True  # no pixel to its right
+    mask[0, 1, 4] = True  # and no rectangle
+    rule = a.Covered(lambda x: x.flatten(1), image, a.cover_of(mask, mask))
+    covered = rule.cover(image[None])[0, 0]
+    assert torch.equal(covered[:, ~mask[0]], image[:, ~mask[0]])
+    above, below, left = image[:, 0, 4], image[:, 5, 4], image[:, 3, 2]  # of pixel (3, 4)
+    wanted = (above / 3 + below / 2 + left / 2) / (1 / 3 + 1 / 2 + 1 / 2)
+    assert torch.allclose(covered[:, 3, 4], wanted, atol=1e-6)
+    # nothing of it depends on what it covers, all of it on what is around
+    other = torch.where(mask, 1 - image, image)
+    assert torch.equal(rule.cover(other[None])[0, 0], covered)
+    moved = rule.cover((image / 2)[None])[0, 0]
+    assert torch.allclose(moved, covered / 2)
+
+
+def test_a_mask_over_all_of_the_image_leaves_nothing_of_it():
+    image, mask = torch.rand(3, 5, 5, generator=rng(1)), torch.ones(1, 5, 5, dtype=torch.bool)
+    rule = a.Covered(lambda x: x.flatten(1), image, a.cover_of(mask, mask))
+    assert (rule.cover(image[None]) == 0).all()
 
 
 def test_float32_is_near_float64():
@@ -186,6 +220,41 @@ def test_no_images_no_scores():
     assert [len(v) for v in a.certify(rule, torch.rand(0, 3, 16, 16))] == [0] * 4
 
 
+# embed.py --verify A B --certified
+
+
+def test_verify_says_what_no_patch_could_change(tmp_path):
+    """The threshold decides: above the score, between the bounds of two sizes, below all."""
+    weight = torch.randn(3 * 64 * 64, 8, generator=rng(1)) / 64
+    embed = lambda x: x.flatten(1) @ weight
+    target, candidate = (torch.rand(2, 1, 3, 64, 64, generator=rng(2)) * 255).byte()
+    fill = (noise(64, 64) * 255).byte()
+    np.savez(tmp_path / "rule.npz", fill=fill.numpy()[None])
+    config = {"rule_patch": [10], "rule_mask": [16], "rule_anchor": "whole"}
+    (tmp_path / "rule.json").write_text(json.dumps({"config": config}))
+    found, anchor = a.cover(64, 64, 10, 16), target[0].float() / 255
+    rule = a.Covered(a.Mirrored(embed), anchor, found, fill.float() / 255)
+    known = a.certify(rule, candidate.float() / 255)
+    by_size = {s: float(a.bound_of_smaller(rule, known.distance, (s, s))) for s in range(1, 11)}
+    assert by_size[10] < by_size[1] < known.score
+
+    def answer(delta, role="validation"):
+        lines = ["mirroring,role,distance", f"0,{role},99", "1,genuine,99", f"1,{role},{delta}"]
+        (tmp_path / "rule.csv").write_text("\n".join(lines))
+        return certified(tmp_path, embed, target, candidate)
+
+    assert " same person\n" in answer(float(known.score) * 1.01)
+    assert "nothing is certain" in answer((by_size[1] + float(known.score)) / 2)
+    sure = answer(by_size[10] * 0.99)
+    assert sure.endswith("NOT the same person, and no patch of 10 x 10 could change that")
+    between = (by_size[1] + by_size[10]) / 2
+    largest = max(s for s, bound in by_size.items() if bound > between)
+    wanted = f"no patch of {largest} x {largest} could change that; a larger one might"
+    assert answer(between).endswith(wanted) and 1 <= largest < 10
+    with pytest.raises(run.UsageError, match="no validation persons"):
+        answer(1, "genuine")
+
+
 # soundness
 
 
@@ -202,11 +271,11 @@ MODELS = {"F": (small_f, 64, 10, 16), "norm": (normalised, 64, 10, 16), "linear"
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("masked", [False, True])
-def test_no_attack_on_the_rule_gets_below_the_bound(name, masked):
+@pytest.mark.parametrize("masked, around", [(False, True), (True, True), (True, False)])
+def test_no_attack_on_the_rule_gets_below_the_bound(name, masked, around):
     make, side, patch, mask = MODELS[name]
     embed = a.Mirrored(make() if make else linear(side, side))
-    found, fill = a.cover(side, side, patch, mask), noise(side, side)
+    found, fill = a.cover(side, side, patch, mask), None if around else noise(side, side)
     images = torch.rand(5, 3, side, side, generator=rng(5))
     rule = a.Covered(embed, images[4], found, fill, masked)
     score, bound, weakest, _ = a.certify(rule, images[:2])
@@ -333,3 +402,42 @@ def test_batch_normalisation_in_train_mode_breaks_the_bound_and_is_refused(monke
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         a.certify(a.Covered(lambda x: norm(x).flatten(1), images[2], found, fill), images[:2])
+
+
+# tests/soundness.py, shortened
+
+
+def hunt(embed):
+    config = a.Config(rule_mask=(30,), rule_iterations=1, rule_lr=0.3)
+    images = torch.full((3, 3, 64, 64), 0.9) - 0.2 * torch.rand(3, 3, 64, 64, generator=rng(4))
+    images[2] = 0.1
+    return soundness.hunt(config, a.Mirrored(embed), images[2], None, images[:2])
+
+
+def test_none_of_the_projects_attacks_on_the_rule_gets_below_the_bound(capsys):
+    found = hunt(normalised())
+    assert len(found) == 10
+    assert soundness.told("F", [{"pairs": 2, "attacks": found}]) == 0
+    assert "2 pairs, 10 attacks, none below its bound" in capsys.readouterr().out
+    for name in ("steepest", "indirect", "sign"):
+        assert found[f"rule: {name}"][2] < found["rule: none"][2], name
+
+
+def test_of_a_cover_with_a_hole_they_do(monkeypatch, capsys):
+    """F reads a pixel that no mask hides, and its mirror image."""
+    right = a.cover_named
+
+    def wrong(name, *given):
+        found = right(name, *given)
+        if name != "rule":
+            return found
+        seen = ~(found.masks[:, 7, 7] | found.masks[:, 7, 56])
+        holds = found.holds[:, seen]
+        holds[~holds.any(1), 0] = True  # it says so
+        corners = found.corners[seen]
+        return found._replace(masks=found.masks[seen], holds=holds, corners=corners)
+
+    monkeypatch.setattr(a, "cover_named", wrong)
+    found = hunt(lambda x: x[:, :1, 7, 7])
+    assert soundness.told("F", [{"pairs": 2, "attacks": found}]) == 1
+    assert "BELOW" in capsys.readouterr().out and found["rule: steepest"][0] < -0.1

@@ -535,14 +535,14 @@ def test_float_images_are_no_pixels():
 @pytest.mark.parametrize("method", e.CHOICES["method"])
 def test_a_random_start_trains(method):
     images, person = faces(8, 6)
-    small = {"batch": 12, "width": 1 / 32, "candidates": 4, "attack_steps": 1, "attack_alpha": 8.0}
+    small = {"mine": 1, "width": 1 / 16, "candidates": 4, "attack_steps": 1, "attack_alpha": 8.0}
     config = e.Config(**{**TINY, "method": method, **small})
     torch.manual_seed(0)
     f = e.Embedding(config.width, config.dim, config.standardise)
-    adam = torch.optim.Adam(f.parameters(), lr=2e-3)
+    adam = torch.optim.Adam(f.parameters(), lr=8e-3)
     made = lambda identity, content, pixels=None: images[identity].float() / 255
     given = (config, f, adam, e.Sampler(images, person), made if config.generated else None)
-    losses = [e.train_step(*given, rng(i), config.alpha(i))["loss"] for i in range(25)]
+    losses = [e.train_step(*given, rng(i), config.alpha(i))["loss"] for i in range(30)]
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
@@ -739,6 +739,10 @@ def test_verify_answers_eq1(run_of, capsys):
     a, b = (found.images[i : i + 1].float() / 255 for i in (0, 1))
     d = torch.stack([e.squared_distance(embed(v), embed(a)) for v in (b, b.flip(3))]).mean().sqrt()
     assert float(out[1]) == pytest.approx(float(d), abs=1e-3)
+    assert e.main(["--verify", "0.png", "1.png", "--certified", *given]) == 2
+    assert "attacks.py --attacks clean,rule" in capsys.readouterr().err
+    assert e.main(["--certified", *given]) == 2
+    assert "--verify A B" in capsys.readouterr().err
     assert e.main(["--verify", "0.png", "absent.png", *given]) == 2
     assert "absent.png" in capsys.readouterr().err
     assert e.main(["--verify", "0.png", "1.png", "--run", "nowhere"]) == 2

@@ -822,7 +822,9 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     assert metrics.main(["--run", str(folder)]) == 0
     (lacking,) = [t for t in capsys.readouterr().out.splitlines() if "not made" in t]
     there = "<method>/attacks/rule.csv has no"
-    assert lacking == f"figures not made: places ({there} places); certified ({there} bounds)"
+    point = "point (no-at/attacks/eyeglasses.npz: no such file)"
+    told = f"figures not made: places ({there} places); certified ({there} bounds); {point}"
+    assert lacking == told
     text = (folder / "tables.md").read_text()
     assert (
         "Data: synthetic" in text
@@ -1138,6 +1140,7 @@ def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
         "3",
         "4",
         "5",
+        "point",
     ]
     made = {path.name for path in (folder / "figures").iterdir()}
     assert made == {
@@ -1161,6 +1164,17 @@ def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
     side = {64: 5, 112: 9}[size]
     assert covered.shape == (size, size) and covered.sum() == 16 * min(9, side) * side
     assert covered[size - 9, 3] == 16 and covered[size - 10, 3] == covered[size - 9, 2] == 0
+
+
+def test_certified_figure_draws_the_bounds_by_size(tmp_path):
+    one = metrics.read_run(model_run(tmp_path, 64))
+    found = metrics.summary(one)["mine"]
+    (axis,) = figures.figure_certified(one).axes
+    (line,) = axis.lines
+    assert line.get_xydata().tolist() == [
+        [0, found["rule"]["auroc"]],
+        [5, found["certified"]["auroc"]],
+    ]
 
 
 def test_roc_figure_draws_the_rates_of_each_attack(tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import os
+import platform
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,3 +257,25 @@ def test_an_overwrite_that_is_killed_does_not_bring_the_old_result_back(
     (tmp_path / "training.ckpt").write_bytes(b"damaged")
     with pytest.raises(run.UsageError, match="training.ckpt: cannot be read"):
         train(tmp_path, n=2)
+
+
+FAULTS = """
+import resource, sys, torch
+from data import run
+if sys.argv[1] == "start":
+    run.start("cpu")
+for n in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(6 * 2**20) for _ in range(4)]  # 96 MB
+    del held
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, how], cwd=run.HERE.parent))
+        for how in ("start", "")
+    ]
+    assert faults[0] < 50 < faults[1]

@@ -106,3 +106,40 @@ def test_the_command_without_triton_and_matplotlib_from_a_folder_with_spaces(tmp
     assert done.returncode == 0, done.stderr
     assert "wrote L\\xe4ufe/weak-at/embedding.pt" in done.stdout
     assert (folder / "Läufe/weak-at/attacks/eyeglasses.csv").exists()
+
+
+def test_every_command_of_reproduce_is_understood(tmp_path, monkeypatch):
+    """results/reproduce.sh with a `python` that writes down what it is asked for: each command
+    parses, and attacks and draws methods that one before it has trained."""
+    import attacks
+    import embed
+    from metrics import METHODS
+
+    run = "runs/synthetic-demo-0"
+    for name in ("results", "bin", run):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(ROOT / "results/reproduce.sh", tmp_path / "results")
+    (tmp_path / run / "run.json").write_text('{"data": "synthetic", "preset": "demo"}')
+    (tmp_path / run / "generator.pt").touch()
+    python = tmp_path / "bin/python"
+    python.write_text('#!/bin/sh\necho "$*" >>asked\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["bash", "results/reproduce.sh"], check=True)
+    trained, attacked, drawn = [], [], []
+    for script, *flags in map(str.split, Path("asked").read_text().splitlines()):
+        if script == "embed.py":
+            config, _ = embed.parse(flags)
+            assert str(config.run) == run
+            trained.append(config.name)
+        elif script == "attacks.py":
+            attacked += attacks.parse(flags)[0].method
+            assert attacked[-1] in trained
+        elif script == "-m":
+            assert flags[:2] == ["results.figures", run] and flags[2] in attacked
+            drawn.append(flags[2])
+        else:
+            assert [script, *flags] == ["metrics.py", "--run", run]
+    assert sorted(attacked) == sorted(METHODS) and drawn == ["weak-at", "doa-4", "doa-10"]
+    assert {*trained} - {*attacked} == {"weak-at-4", "weak-at-10", "weak-at-20"}

@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import sklearn.linear_model  # noqa: F401  imported here once instead of in every process
 import torch
+import torch._dynamo  # optimisers import it
 
 import attacks
 import data.synthetic  # noqa: F401
