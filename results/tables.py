@@ -229,8 +229,8 @@ def certificate(runs: Sequence[Run]) -> str:
 A candidate is covered by each of {told("masks")} masks of {told("rule_mask")} of 64 in turn \
 (fill: {told("fill")}; the anchor {told("anchor_seen")}), at
 App. C's places by masks of their own; its score under the rule is the largest of the distances.
-Fill *around*: of each pixel the mean of the next outside the mask up, down, left and right, nearer \
-ones counting more.
+Fill *around*: of each pixel the mean of the next outside the mask up, down, left and right, \
+nearer ones counting more.
 *Certified*: AU-ROC with each intruder at its bound: no patch of at most {told("rule_patch")}, \
 wherever it lies and whatever it
 shows, brings the score below (at App. C's places: no eyeglasses, eye patch or square of the 25).
