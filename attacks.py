@@ -1108,8 +1108,11 @@ class Covered(nn.Module):
         masks = rule.masks.to(anchor.device)
         self.pixels = torch.arange(masks[0].numel(), device=anchor.device).expand(len(masks), -1)
         if rule.mask is not None:
-            self.pixels = masks.flatten(1).nonzero()[:, 1].view(len(masks), -1)  # (K, P)
             self.corners = rule.corners.to(anchor.device)
+            top, left = self.corners[:, :, None, None].unbind(1)  # (K, 1, 1)
+            row, col = (torch.arange(n, device=anchor.device) for n in rule.mask)
+            pixels = (top + row[:, None]) * masks.shape[2] + left + col  # (K, h, w)
+            self.pixels = pixels.flatten(1)
         index = self.pixels[:, None].expand(-1, 4, -1)  # (K, 4, P)
         self.beside, self.weight = (v.gather(2, index) for v in beside(masks))
         self.masks = masks[:, None]  # (K, 1, H, W)
