@@ -1466,7 +1466,9 @@ def of_model(config: Config, args: Any) -> tuple[Config, Any]:
         raise run.UsageError(f"{flag}: give --data folder --root PHOTOS, a folder a person")
     if config.method != Config.method:
         raise run.UsageError(f"{flag} --method: the methods are those of a trained run")
-    if config.attacks == ATTACKS:
+    if not hasattr(args, "attacks"):
+        config = dataclasses.replace(config, attacks=PRESETS["model"]["attacks"])
+    elif config.attacks == ATTACKS:
         attacks = tuple(name for name in ATTACKS if name != "indirect")
         config = dataclasses.replace(config, attacks=attacks)
     names = [model.model_name(text) for text in (config.model, config.judge)]

@@ -229,8 +229,8 @@ def certificate(runs: Sequence[Run]) -> str:
 A candidate is covered by each of {told("masks")} masks of {told("rule_mask")} of 64 in turn \
 (fill: {told("fill")}; the anchor {told("anchor_seen")}), at
 App. C's places by masks of their own; its score under the rule is the largest of the distances.
-Fill *around*: of each pixel the mean of the next outside the mask up, down, left and right, nearer \
-ones counting more.
+Fill *around*: of each pixel the mean of the next outside the mask up, down, left and right, \
+nearer ones counting more.
 *Certified*: AU-ROC with each intruder at its bound: no patch of at most {told("rule_patch")}, \
 wherever it lies and whatever it
 shows, brings the score below (at App. C's places: no eyeglasses, eye patch or square of the 25).
@@ -501,6 +501,51 @@ def lfw() -> str:
     return "\n\n".join((side_by_side(lines), disentanglement(runs), costs(runs)))
 
 
+def models() -> str:
+    """README.md's row of a public descriptor, attacked by --model, beside F on the same data."""
+    body = []
+    lines = (
+        ("dlib's 128-d ResNet", "facenet128", "facenet128-embed"),
+        ("Ours", "lfw/seed-0", "ours"),
+        ("Without AT", "lfw/seed-0", "no-at"),
+    )
+    for label, folder, method in lines:
+        found = [measure(runs_of(folder), method, a) for a in ("clean", "eyeglasses", "square")]
+        shares = [f"{m['detected']:.0%}" if m else NOT_RUN for m in found]
+        body.append([label, *(cell(m, False) for m in found), ", ".join(shares)])
+    told = "detected at 5 % FPR: each"
+    return markdown(["LFW, AU-ROC", "clean", "eyeglasses", "square", told], body)
+
+
+def descriptor() -> str:
+    """Every attack on the public descriptor: areas, rates, counts."""
+    runs, method, body = runs_of("facenet128"), "facenet128-embed", []
+    for name in names(runs)[method]:
+        if not (m := measure(runs, method, name, pr=True)):
+            continue
+        spread = [
+            f"{m[k]:{form}} [{m[v][0]:{form}}, {m[v][1]:{form}}]"
+            for k, v, form in (
+                ("auroc", "interval", ".3f"),
+                ("aupr", "aupr_interval", ".3f"),
+                ("detected", "detected_interval", ".1%"),
+            )
+        ]
+        passing = (m[f"{k}_at_far_0.1"] for k in ("tar", "asr"))
+        rates = ("-" if v is None else f"{v:.1%}" for v in (m["eer"], *passing))
+        body.append([name.replace("_", " "), *spread, *rates, counts(m)])
+    header = ["", "AU-ROC", "AU-PR", "detected at 5 % FPR", "EER", "TAR at FAR 10 %", "ASR there"]
+    return markdown([*header, COUNTS], body)
+
+
+def others() -> str:
+    """The command's attack against what other libraries reach on the same pairs and passes."""
+    with open(HERE / "facenet128/others.csv", newline="") as file:
+        body = [[*row] for row in csv.reader(file)][1:]
+    header = ["model", "pairs", "passes", "attack", "lines", "mean distance", "CPU s", "rounds"]
+    return markdown(header, body)
+
+
 FLOORS = {  # of an op: variant or a word of the case, how many times as fast was asked for
     "pgd": {"loop as in ART": 3.0, "loop as in torchattacks": 2.0},
     "step": {"anchors cached": 1.5, "in the released code": 3.0},
@@ -537,8 +582,10 @@ def speed() -> str:
 
 
 BLOCKS = {
-    "README.md": {"results": overview},
-    "results/README.md": {f.__name__: f for f in (paper, longer, variants, strength, lfw, speed)},
+    "README.md": {"results": overview, "models": models},
+    "results/README.md": {
+        f.__name__: f for f in (paper, longer, variants, strength, lfw, descriptor, others, speed)
+    },
 }
 
 

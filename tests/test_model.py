@@ -487,3 +487,13 @@ def test_a_trained_descriptor_at_its_own_size(home, judge, size):
     status, out, _ = judge(model, *flags, "--targets", "1", root="lfw")
     given = next(line for line in out.splitlines() if line.startswith("clean AU-ROC"))
     assert status == 0 and float(given.split()[2].strip(",")) > 0.97 and "crop lfw" in out
+
+
+def test_which_attacks_a_model_meets():
+    def asked(*flags):
+        return attacks.parse(["--model=net.py:f", "--data=folder", "--root=.", *flags])[0].attacks
+
+    usual = ("clean", "eyeglasses", "square", "evasion", "rule")
+    assert asked() == asked("--preset", "paper") == usual
+    assert asked("--attacks", "clean,eyeglasses") == ("clean", "eyeglasses")
+    assert asked("--attacks", "all") == tuple(a for a in attacks.ATTACKS if a != "indirect")
