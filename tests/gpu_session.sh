@@ -38,7 +38,7 @@ for name in $ops embed attacks generator; do
 done
 full="--width 1 --batch 128 --attack-steps 10" small=() # F as in the paper; the demo's G
 if [ "$device" = cpu ]; then
-  full="--width 0.125 --batch 4 --attack-steps 2 --synthetic-persons 90 --synthetic-images 3"
+  full="--width 0.125 --batch 4 --attack-steps 2"
   small=(--ops masked_step doa step --batch 16 --rounds 5)
 fi
 part bench python3 -m tests.bench "${small[@]}" --out "$out/bench.csv"
