@@ -1589,7 +1589,8 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
         source = embed, settings["embedding"]
     if run.rank():
         return 0
-    drawn = {"7": "square", "places": "rule"}  # what needs rows of its own
+    # what needs rows of its own
+    drawn = {"intruders": "eyeglasses", "7": "square", "places": "rule"}
     there = {path.stem for path in (args.run / name / people.folder).glob("*.csv")}
     figures = ["6", "roc", *(k for k, attack in drawn.items() if attack in there)]
     return run.then("metrics", ["--run", str(args.run), "--figures", *figures])

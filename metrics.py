@@ -741,7 +741,7 @@ def health_lines(checks: Sequence[Check]) -> str:
 # main
 
 
-FIGURES = [*map(str, range(1, 10)), "roc", "places", "certified", "point"]  # of results/figures.py
+FIGURES = [*map(str, range(1, 10)), "roc", "places", "certified", "point", "intruders"]
 KINDS = get_type_hints(Row)
 LIMITS: dict[str, tuple[float, float]] = {"mirroring": (0, 1), "selection": (0, 1)}
 FAR_OFF = ("distance", "direct", "bound", "bound_2", "bound_4", "bound_6", "bound_8")

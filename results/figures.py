@@ -291,6 +291,19 @@ def figure_8(one: Run, down: int = 4, across: int = 5) -> Any:
     return sheet(rows)
 
 
+def figure_intruders(one: Run, down: int = 3) -> Any:
+    """Targets, and intruders as adversarial eyeglasses left them: distance, and eq. (1)'s answer at
+    the threshold in result.json."""
+    path = first(one, "eyeglasses")
+    targets, attacked, distance = load_arrays(path, "anchor", "attacked", "distance")
+    delta = float(run.read_json(path.parents[1] / "result.json", RUN_FIRST)["threshold"])
+    rows = []
+    for target, images, found in list(zip(targets, attacked, distance))[:down]:
+        told = [f"{d:.2f}, {'refused' if d >= delta else 'passes'}" for d in found]
+        rows.append([(picture(target), "target"), *zip(map(picture, images), told)])
+    return sheet(rows, 1.5)
+
+
 def figure_places(one: Run) -> Any:
     """Of each method, over the mean face: how many intruders' weakest place under the rule, where
     the bound is lowest, lies over a pixel."""

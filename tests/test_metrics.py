@@ -824,6 +824,7 @@ def test_tables_hold_every_row_beside_the_papers(tmp_path, capsys):
     there = "<method>/attacks/rule.csv has no"
     point = "point (no-at/attacks/eyeglasses.npz: no such file)"
     told = f"figures not made: places ({there} places); certified ({there} bounds); {point}"
+    told += "; intruders (ours/result.json: no such file)"
     assert lacking == told
     text = (folder / "tables.md").read_text()
     assert (
@@ -1126,6 +1127,7 @@ def model_run(folder, size):
     arrays |= {"mask": np.eye(size, dtype=bool), "pattern": faces[:, 0, :, :12, :32]}
     for name in ("eyeglasses", "square", "eye_patch", "rule"):
         np.savez(folder / f"mine/attacks/{name}.npz", **arrays)
+    (folder / "mine/result.json").write_text('{"threshold": 0.9}')
     return folder
 
 
@@ -1145,11 +1147,11 @@ def test_figures_of_a_run_of_ones_own_model(tmp_path, capsys, size):
     made = {path.name for path in (folder / "figures").iterdir()}
     assert made == {
         *(f"figure{n}.png" for n in (6, 7, 8)),
-        "certified.png",
-        "places.png",
-        "roc.png",
+        *("certified.png", "intruders.png", "places.png", "roc.png"),
     }
     one = metrics.read_run(folder)
+    told = [axis.get_title() for axis in figures.figure_intruders(one).axes]
+    assert told == ["target", "1.00, refused", "1.00, refused"] * 2
     # where the best squares fell: 12 of 16 at one place, the centre of that square of 10 of 64
     region, heat, _ = figures.figure_7(one).axes
     counts, (left, _, bottom, _) = heat.images[1].get_array(), heat.images[1].get_extent()
