@@ -1957,13 +1957,14 @@ def attack_run(argv: Sequence[str] | None) -> int:
     settings = settings_of(config, people)
     for method in methods:
         file = args.run / method / "embedding.pt"
-        embed = embedding.load_embedding(file, device)
+        embed, content = embedding.load_embedding(file, device), run.load(file, "embedding")
         persons = "" if config.data else run.read_json(held)["sha256"]
-        if persons and run.load(file, "embedding").get("people", persons) != persons:
+        if persons and content.get("people", persons) != persons:
             told = f"trained on other persons than {held} names: train it again with --overwrite"
             raise run.UsageError(f"{file}: {told}")
         settings["embedding"] = run.fingerprint(file)
         about = {"config": settings, "seed": config.seed, "data": people.faces.data}
+        about["trained_in"] = content["config"].get("precision", "float32")
         about |= run.record(device)
         out = args.run / method / people.folder
         attack_method(config, embed, people, out, about, args.overwrite, device)

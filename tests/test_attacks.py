@@ -1074,6 +1074,7 @@ def test_command_writes_rows_sidecar_and_images(trained, monkeypatch, capsys):
         found = rows(trained, name)
         assert len(found) == counts.get(name, 2 * 2 * 3), name
         about = json.loads((trained / "ours/attacks" / f"{name}.json").read_text())
+        assert about["trained_in"] == "float32"
         assert (
             about["n"] == len(found)
             and about["seed"] == 3
