@@ -132,8 +132,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {"amsgrad": True, "fill": "uniform", "generate_from": "erased"},
     "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
     | {"target_persons": 30, "persons": 0, "width": 0.125, "standardise": True}
-    | {"batch": 32, "steps": 300, "lr": 2e-3, "lr_end": 1e-4}
-    | {"attack_steps": 5, "attack_alpha": 32.0, "attack_warmup": 150},
+    | {"batch": 32, "steps": 450, "lr": 2e-3, "lr_end": 1e-4}
+    | {"attack_steps": 2, "attack_alpha": 64.0, "attack_warmup": 150},
 }
 
 
