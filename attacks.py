@@ -1,6 +1,7 @@
 """Every attack of Sec. 3, 4.3, 4.4 and App. B.2, C on any callable `embed(images) -> features`.
 
-    python attacks.py --run runs/synthetic-demo-0                             # two CPU cores
+    python attacks.py                                         # the F of data/, two CPU cores
+    python attacks.py --run runs/synthetic-demo-0                             # a trained one
     python attacks.py --run runs/celeba-paper-0 --attacks all --defences all  # the paper, one GPU
     python attacks.py --run RUN --data folder --root PERSONS --crop lfw       # on other persons
     python attacks.py --model FILE.py:NAME --data folder --root PHOTOS        # any model: yours
@@ -1400,10 +1401,14 @@ def parse(argv: Sequence[str] | None):
     def about(args: Any) -> dict:
         if getattr(args, "model", ""):
             return {"preset": "model", "seed": 0}
+        if not args.run:
+            import embed
+
+            args.run, _ = embed.shipped_run()
         folder = args.run
-        if not folder or not folder.is_dir():
+        if not folder.is_dir():
             told = "no such folder: give the folder that embed.py wrote, or --model"
-            raise run.UsageError(f"--run {folder or ''}: {told}")
+            raise run.UsageError(f"--run {folder}: {told}")
         held = run.read_json(folder / "run.json", "give the --run folder of a training")
         kinds = {"data": str, "root": str, "crop": str, "preset": str, "seed": int, "options": dict}
         for key, kind in kinds.items():

@@ -3,6 +3,7 @@
     python embed.py --method ours                                # demo, rendered, two CPU cores
     python embed.py --method ours --preset paper --data celeba --root CELEBA    # the paper, one GPU
     python embed.py --verify A.jpg B.jpg --run runs/synthetic-demo-0   # eq. (1), two photographs
+    python embed.py --verify A.jpg B.jpg                  # the same by the F of data/
 
 In:  faces from `data/`; for `ours` and `no-at` the run's generator.pt (the demo's is in `data/`).
 Out: runs/<data>-<preset>-<seed>/<method>/ with embedding.pt, log.jsonl, result.json, and in
@@ -132,7 +133,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {"amsgrad": True, "fill": "uniform", "generate_from": "erased"},
     "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
     | {"target_persons": 30, "persons": 0, "width": 0.125, "standardise": True}
-    | {"batch": 32, "steps": 450, "lr": 2e-3, "lr_end": 1e-4}
+    | {"batch": 32, "steps": 400, "lr": 2e-3, "lr_end": 1e-4}
     | {"attack_steps": 2, "attack_alpha": 64.0, "attack_warmup": 150},
 }
 
@@ -685,6 +686,7 @@ def parse(argv: Sequence[str] | None):
         certified={"action": "store_true", "help": "with --verify: what no patch could change"},
         model={"help": "of --verify: FILE.py:NAME, judged by attacks.py in --run, in place of F"},
         no_evaluation={"action": "store_true", "help": "train only"},
+        export={"type": Path, "help": "write the run's trained F to this file, half precision"},
     )
     for name in ("persons", "train_persons"):
         if getattr(config, name) == 1:
@@ -821,6 +823,8 @@ def train(argv: Sequence[str] | None) -> int:
     device, folder = run.start(args.device), args.run / config.name
     if args.verify:
         return verify(config, args, device)
+    if args.export:
+        return export(config, args, device)
     config = dataclasses.replace(config, precision=run.precision(config.precision, device))
     share = dataclasses.replace(config, batch=run.share("--batch", config.batch))
     with run.rank_0_first():
@@ -901,12 +905,51 @@ def evaluate(config: Config, args) -> int:
     return run.then("metrics", ["--run", str(args.run), "--figures", "2"])
 
 
+def export(config: Config, args, device: torch.device) -> int:
+    """Writes the run's F to a file of its own, in half precision, with its threshold."""
+    import data
+    from data import run
+
+    faces, split = data.open_run(config, args.run)
+    content = run.load(args.run / config.name / "embedding.pt", "embedding")
+    content["model"] = {k: v.half() for k, v in content["model"].items()}
+    run.save(args.export, content.pop("kind"), **content)
+    held_out = sampler_of(faces, images_of(faces, split.validation), device)
+    judged = load_embedding(args.export, device)
+    delta = genuine_threshold(judged, held_out.images, held_out.person)
+    run.save(args.export, "embedding", **content, threshold=delta)
+    print(f"wrote {args.export}, threshold {delta:.4g}")
+    return 0
+
+
+def shipped_run(folder: Path = Path("runs/shipped")) -> tuple[Path, str]:
+    """A run that holds the F of data/, for who has trained none: (folder, method)."""
+    import data
+    from data import run
+
+    path = Path(__file__).resolve().parent / "data" / "embedding_demo.pt"
+    content = run.load(path, "embedding")
+    config = Config(**content["config"])
+    told = "trained on rendered faces; train one by embed.py, or name another --run"
+    print(f"F: data/{path.name}, {config.name}, {told}", flush=True)
+    data.open_run(config, folder)
+    own = folder / config.name
+    run.write(own / "embedding.pt", path.read_bytes())
+    result = {"threshold": content["threshold"], "commit": content["commit"]}
+    run.write(own / "result.json", result | {"made_of": {"config": content["config"]}})
+    return folder, config.name
+
+
 def verify(config: Config, args, device: torch.device) -> int:
     """Eq. (1) for two photographs, with mirroring, by the run's F or by a model judged in it."""
     import data
     from data import certificate, model, run
 
-    file = args.run / (model.model_name(args.model) if args.model else config.name) / "result.json"
+    if args.run == config.run and not args.run.exists() and not args.model:
+        args.run, name = shipped_run()
+    else:
+        name = config.name
+    file = args.run / (model.model_name(args.model) if args.model else name) / "result.json"
     advice = "train to the end first, or name another --run"
     if args.model:
         advice = f"let attacks.py --model {args.model} judge it first, or name its --run"

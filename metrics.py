@@ -35,7 +35,7 @@ FARS, ERRORS = (0.1, 0.01), 10
 # validation: genuine pairs of persons who set the rule's threshold
 ROLES = ("genuine", "intruder", "validation")
 COUNTS = "targets / genuine / intruders"
-METHODS = ("ours", "ours-transfer", "weak-at", "doa-4", "doa-10", "no-at")
+METHODS = ("ours", "ours-transfer", "ours-mixed-all", "weak-at", "doa-4", "doa-10", "no-at")
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion")
 ATTACKS += ("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch")
 ATTACKS += ("mask", "transfer", "rule", "rule_places", "rule_one", "rule_attacked")
@@ -458,10 +458,7 @@ def measure(
         if merit := merits(attacks, name):
             found.append(merit[0])
             evading = merit[1]["detected"][0].role == "genuine"
-            # one manifest: the same name is the same person; without one they are others
-            people, held_rows = run.people.get("sha256", number), merit[1].items()
-            named = {k: [f"{people} {r.target}" for r in rows] for k, rows in held_rows}
-            samples.append({k: (columns(rows)[0], named[k]) for k, rows in held_rows})
+            samples.append(_samples(merit[1], run, number))
     if not found:
         return None
     result: dict[str, Any] = {k: sum(f[k] for f in found) for k in found[0]}
@@ -489,6 +486,31 @@ def measure(
         result["range"] = {k: [f(m[k] for m in found) for f in (min, max)] for k in known}
         result["runs"] = len(found)
     return result
+
+
+def _samples(rows: Mapping[str, list[Row]], run: Run, number: int) -> dict[str, Sample]:
+    # one manifest: the same name is the same person; without one they are others
+    people = run.people.get("sha256", number)
+    return {k: (columns(v)[0], [f"{people} {r.target}" for r in v]) for k, v in rows.items()}
+
+
+def difference(
+    runs: Sequence[Run], method: str, other: str, name: str
+) -> tuple[float, float, float] | None:
+    """AU-ROC of a method less that of another under an attack, with mirroring and selection, mean
+    over the runs, and its 95 % interval: a target is resampled for both at once, in every run that
+    attacks it. None unless each run has the rows of both."""
+    found, draws = [], []
+    for number, run in enumerate(runs):
+        both = [merits(under(run.methods.get(m, {}), 1, 1), name) for m in (method, other)]
+        if None in both:
+            return None
+        found.append(both[0][0]["auroc"] - both[1][0]["auroc"])
+        draws.append([_samples(merit[1], run, number) for merit in both])
+    sides = [(s["genuine"], s["intruders"]) for pair in draws for s in pair]
+    everyone = sorted({t for pair in sides for _, targets in pair for t in targets})
+    each = np.array([bootstrap(*pair, among=everyone) for pair in sides])  # (2 runs, n)
+    return float(np.mean(found)), *interval((each[::2] - each[1::2]).mean(0))
 
 
 def names(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -778,12 +800,14 @@ def _row(values: Mapping[str, str]) -> Row:
 def read_rows(path: Path) -> list[Row]:
     """Every row of one attack's file; raises run.UsageError naming file and line."""
     import csv
+    import gzip
 
     from data import run
 
     rows: dict[Any, Row] = {}
     line, again = 1, "run attacks.py for this attack again"
-    with run.reading(path, again), open(path, newline="", encoding="utf-8") as file:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with run.reading(path, again), opened(path, "rt", newline="", encoding="utf-8") as file:
         try:
             reader = csv.reader(file)
             header = next(reader, [])
@@ -803,7 +827,7 @@ def read_rows(path: Path) -> list[Row]:
                 rows[key] = row
             if not rows:
                 raise ValueError("no rows below the header")
-        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+        except (ValueError, csv.Error, EOFError) as error:  # UnicodeDecodeError is a ValueError
             raise run.UsageError(f"{path}:{line}: {error}; delete the file and {again}") from None
     return list(rows.values())
 
@@ -816,15 +840,24 @@ def read_run(folder: Path | str, rows: str = "attacks") -> Run:
     if not folder.is_dir():
         raise run.UsageError(f"--run {folder}: no such folder; give the folder that embed.py wrote")
     methods: dict[str, dict[str, Attack]] = {}
+
+    def add(path: Path, method: str, name: str, attack: Attack) -> None:
+        held, written = len(attack.rows), attack.sidecar.get("n")
+        if written is not None and held != written:
+            told = f"holds {held} rows of {name}, {written} were written"
+            again = "delete it and run attacks.py for this attack again"
+            raise run.UsageError(f"{path}: {told}; {again}")
+        methods.setdefault(method, {})[name] = attack
+
     for path in sorted(folder.glob(f"*/{rows}/*.csv")):
         if path.stem != "figure3":
             attack = Attack(read_rows(path), optional_json(path.with_suffix(".json")))
-            held, written = len(attack.rows), attack.sidecar.get("n")
-            if written is not None and held != written:
-                told = f"holds {held} rows, {written} were written"
-                again = "delete it and run attacks.py for this attack again"
-                raise run.UsageError(f"{path}: {told}; {again}")
-            methods.setdefault(path.parent.parent.name, {})[path.stem] = attack
+            add(path, path.parent.parent.name, path.stem, attack)
+    for path in sorted(folder.glob(f"*/{rows}.csv.gz")):  # all of a method's: results/pack.py
+        sidecars, every = optional_json(path.with_name(f"{rows}.json")), read_rows(path)
+        for name in dict.fromkeys(r.attack for r in every):
+            own = [r for r in every if r.attack == name]
+            add(path, path.parent.name, name, Attack(own, sidecars.get(name, {})))
     if not methods:
         told = f"holds no rows (<method>/{rows}/<attack>.csv); run attacks.py --run {folder}"
         raise run.UsageError(f"--run {folder}: {told}")
