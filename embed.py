@@ -644,6 +644,7 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 # main
 
+SHIPPED = Path(__file__).resolve().parent / "data" / "embedding_demo.pt"
 CHOICES = {
     "method": ("ours", "no-at", "weak-at", "doa"),
     "positive": ("reconstruct", "transfer", "mixed"),
@@ -927,14 +928,13 @@ def shipped_run(folder: Path = Path("runs/shipped")) -> tuple[Path, str]:
     import data
     from data import run
 
-    path = Path(__file__).resolve().parent / "data" / "embedding_demo.pt"
-    content = run.load(path, "embedding")
+    content = run.load(SHIPPED, "embedding")
     config = Config(**content["config"])
     told = "trained on rendered faces; train one by embed.py, or name another --run"
-    print(f"F: data/{path.name}, {config.name}, {told}", flush=True)
+    print(f"F: data/{SHIPPED.name}, {config.name}, {told}", flush=True)
     data.open_run(config, folder)
     own = folder / config.name
-    run.write(own / "embedding.pt", path.read_bytes())
+    run.write(own / "embedding.pt", SHIPPED.read_bytes())
     result = {"threshold": content["threshold"], "commit": content["commit"]}
     run.write(own / "result.json", result | {"made_of": {"config": content["config"]}})
     return folder, config.name

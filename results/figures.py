@@ -21,6 +21,7 @@ from data import run
 from metrics import (
     ERRORS,
     FIGURES,
+    METHODS,
     Row,
     Run,
     columns,
@@ -109,6 +110,8 @@ def curve(one: Run, method: str, key: str) -> tuple[np.ndarray, np.ndarray]:
 def smooth(values: np.ndarray) -> np.ndarray:
     """Means over a 25th of the curve."""
     window = np.ones(max(1, len(values) // 25))
+    if not len(values):
+        return values
     return np.convolve(values, window, "same") / np.convolve(values * 0 + 1, window, "same")
 
 
@@ -118,23 +121,28 @@ def limit(axis: Any, starts: Sequence[float]) -> None:
 
 
 def figure_2(one: Run) -> Any:
-    """Train and test loss of each method, one panel a method on one scale."""
-    doa = "doa-10" if len(curve(one, "doa-10", "loss")[0]) else "doa-4"
-    methods = ("ours", "ours-transfer", doa, "weak-at")
+    """Train and test loss of each method, below it the AU-ROC of the same pairs, one column a
+    method on one scale."""
+    methods = (*METHODS[:4], "doa-10" if curve(one, "doa-10", "loss")[0].size else "doa-4")
     found = {m: c for m in methods if len((c := curve(one, m, "val_loss"))[0])}
     if not found:
         raise run.UsageError(f"{one.folder}/<method>/log.jsonl with val_loss is missing")
-    figure, axes = canvas(1, len(found), 3.1 * len(found) + 0.4, 3.0, sharey=True)
-    for axis, (method, (steps, loss)) in zip(axes.flat, found.items()):
+    size = 2.8 * len(found) + 0.4, 4.6
+    figure, axes = canvas(2, len(found), *size, sharey="row", sharex=True)
+    for (above, below), (method, (steps, loss)) in zip(axes.T, found.items()):
         at, train = curve(one, method, "loss")
-        axis.plot(at, smooth(train), color=COLORS[0], label="train")
-        axis.plot(steps, loss, color=COLORS[1], alpha=0.3, linewidth=0.8)
-        axis.plot(steps, smooth(loss), color=COLORS[1], label="test, real pairs")
-        axis.set_title(LABELS.get(method, method), fontsize=10)
-        axis.set_xlabel("step")
+        above.plot(at, smooth(train), color=COLORS[0], label="train")
+        above.plot(steps, loss, color=COLORS[1], alpha=0.3, linewidth=0.8)
+        above.plot(steps, smooth(loss), color=COLORS[1], label="test, real pairs")
+        above.set_title(LABELS.get(method, method), fontsize=10)
+        at, area = curve(one, method, "val_auroc")
+        below.plot(at, area, color=COLORS[2], alpha=0.3, linewidth=0.8)
+        below.plot(at, smooth(area), color=COLORS[2])
+        below.set_xlabel("step")
     limit(axes[0, 0], [loss[0] for _, loss in found.values()])
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("AU-ROC, real pairs")
     axes[0, 0].legend(fontsize=8, frameon=False)
     return figure
 

@@ -1,31 +1,34 @@
 #!/usr/bin/env bash
 # Every method, attack, table and figure of the paper on the embedded data; what is finished is kept.
-#     results/reproduce.sh [method ...]     # ours transfer no-at weak-at doa-4 doa-10, figure5
-#     SEEDS="0 1 2" results/reproduce.sh ours weak-at
+#     results/reproduce.sh [method ...]     # ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10, figure5
+#     SEEDS="0 1 2" results/reproduce.sh ours-mixed-all weak-at
+#     RUN=runs/few FLAGS="--images 2 --steps 600" results/reproduce.sh ours-mixed-all weak-at    # few photographs
+#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 1500" results/reproduce.sh weak-at    # after generator.py
 # Plain commands, each of which goes on after a stop; on two cores start it twice with other methods.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 methods=("$@")
-[ $# -gt 0 ] || methods=(ours transfer no-at weak-at doa-4 doa-10 figure5)
-declare -A flags=([ours]="" [transfer]="--positive transfer" [no-at]="--method no-at" [weak-at]="--method weak-at"
+[ $# -gt 0 ] || methods=(ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10 figure5)
+declare -A flags=([ours]="" [ours-transfer]="--positive transfer" [ours-mixed-all]="--positive mixed --attacked all"
+  [no-at]="--method no-at" [weak-at]="--method weak-at"
   [doa-4]="--method doa --candidates 4" [doa-10]="--method doa --candidates 10")
 table1=clean,eyeglasses,square,eye_patch,evasion,grey_eye_patch,rule,rule_places,rule_one
+read -ra more <<<"${FLAGS:-}"
 for seed in ${SEEDS:-0}; do
-  run=runs/synthetic-demo-$seed
+  run=${RUN:-runs/synthetic-demo}-$seed
   for method in "${methods[@]}"; do
+    train=(python embed.py --run "$run" --seed "$seed" "${more[@]}" --no-evaluation)
     if [ "$method" = figure5 ]; then # App. A's step settings, halved as the demo's: steps and 255ths
       for pair in "4 52.5" "10 24" "20 12"; do
-        python embed.py --seed "$seed" --method weak-at --attack-steps "${pair% *}" --attack-alpha "${pair#* }" --no-evaluation
+        "${train[@]}" --method weak-at --attack-steps "${pair% *}" --attack-alpha "${pair#* }"
       done
       continue
     fi
     # shellcheck disable=SC2086
-    python embed.py --seed "$seed" ${flags[$method]} --no-evaluation
-    name=$method attacks=$table1 defences=both
-    [ "$method" != transfer ] || name=ours-transfer
-    case $method in ours | transfer) attacks=all ;; esac
-    [ "$method" != ours ] || defences=all
-    python attacks.py --run "$run" --method "$name" --attacks "$attacks" --defences "$defences"
+    "${train[@]}" ${flags[$method]}
+    attacks=$table1 defences=both
+    [ "$method" != ours ] || attacks=all defences=all
+    python attacks.py --run "$run" --method "$method" --attacks "$attacks" --defences "$defences"
     case $method in weak-at | doa-*) # Fig. 3, by networks that never saw a generated image
       [ ! -f "$run/generator.pt" ] || python -m results.figures "$run" "$method" ;;
     esac

@@ -695,7 +695,7 @@ def test_the_folder_of_each_method():
     assert name(*paper) == name(*paper, "--attack-steps", "10") == "weak-at"
     assert name(*paper, "--attack-steps", "7") == "weak-at-7"
     assert name(*weak, "--attack-steps", "10") == "weak-at-10"
-    assert name(*weak, "--attack-steps", "5") == "weak-at"
+    assert name(*weak, "--attack-steps", "2") == "weak-at"
     assert name("--attack-steps", "7") == "ours"
 
 
@@ -725,7 +725,7 @@ def test_verify_answers_eq1(run_of, capsys):
     import data
 
     folder = run_of("verify")
-    given = ["--run", str(folder), "--method", "weak-at", "--attack-steps", "2"]
+    given = ["--run", str(folder), "--method", "weak-at", "--attack-steps", "3"]
     assert e.main([*FLAGS, *given]) == 0
     found = data.load("synthetic", persons=14, images_per_person=10)
     for i in (0, 1):
@@ -735,7 +735,7 @@ def test_verify_answers_eq1(run_of, capsys):
     assert capsys.readouterr().out.rstrip().endswith("refused)  same person")
     assert e.main(["--verify", "0.png", "1.png", *given]) == 0
     out = capsys.readouterr().out.split()
-    embed = e.load_embedding(folder / "weak-at-2/embedding.pt")
+    embed = e.load_embedding(folder / "weak-at-3/embedding.pt")
     a, b = (found.images[i : i + 1].float() / 255 for i in (0, 1))
     d = torch.stack([e.squared_distance(embed(v), embed(a)) for v in (b, b.flip(3))]).mean().sqrt()
     assert float(out[1]) == pytest.approx(float(d), abs=1e-3)
@@ -747,12 +747,55 @@ def test_verify_answers_eq1(run_of, capsys):
     assert "absent.png" in capsys.readouterr().err
     assert e.main(["--verify", "0.png", "1.png", "--run", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
-    result = folder / "weak-at-2/result.json"
+    result = folder / "weak-at-3/result.json"
     for threshold in ("null", "NaN", "-1", "[]"):
         result.write_text(f'{{"threshold": {threshold}}}')
         assert e.main(["--verify", "0.png", "1.png", *given]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert str(result) in line and "train to the end first" in line
+
+
+def test_the_shipped_embedding_answers_and_is_attacked_without_a_run(
+    run_of, tmp_path, monkeypatch, capsys
+):
+    from PIL import Image
+
+    import attacks
+    import data
+    import metrics
+
+    folder = run_of("export").resolve()
+    given = ["--run", str(folder), "--method", "weak-at", "--attack-steps", "3"]
+    assert e.main([*FLAGS, *given]) == 0
+    assert e.main([*FLAGS, *given, "--export", str(tmp_path / "F.pt")]) == 0
+    monkeypatch.setattr(e, "SHIPPED", tmp_path / "F.pt")
+    monkeypatch.chdir(tmp_path)
+    whole, half = (e.load_embedding(p) for p in (folder / "weak-at-3/embedding.pt", e.SHIPPED))
+    assert (tmp_path / "F.pt").stat().st_size < 0.6 * (
+        folder / "weak-at-3/embedding.pt"
+    ).stat().st_size
+    found = data.load("synthetic", persons=14, images_per_person=10)
+    one, other = (f(found.images[:9].float() / 255) for f in (whole, half))
+    assert not torch.equal(one, other) and torch.allclose(one, other, rtol=5e-3, atol=5e-3)
+    for i in (0, 1):
+        Image.fromarray(found.images[i].permute(1, 2, 0).numpy()).save(f"{i}.png")
+    capsys.readouterr()
+    assert e.main(["--verify", "0.png", "1.png"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("F: data/F.pt, weak-at-3, trained on rendered faces")
+    a, b = (found.images[i : i + 1].float() / 255 for i in (0, 1))
+    d = torch.stack([e.squared_distance(half(v), half(a)) for v in (b, b.flip(3))]).mean().sqrt()
+    assert float(second.split()[1]) == pytest.approx(float(d), abs=1e-3)
+    assert attacks.main(["--attacks", "clean"]) == 0
+    assert metrics.read_run("runs/shipped").methods["weak-at-3"]["clean"].rows
+    capsys.readouterr()
+    # a run of one's own is asked, not this one
+    Path("runs/synthetic-demo-0").mkdir()
+    assert e.main(["--verify", "0.png", "1.png"]) == 2
+    assert "train to the end first" in capsys.readouterr().err
+    e.SHIPPED.unlink()
+    assert attacks.main(["--attacks", "clean"]) == 2
+    assert "F.pt" in capsys.readouterr().err
 
 
 def test_a_generator_that_saw_the_test_persons_is_refused(run_of, capsys):

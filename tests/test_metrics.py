@@ -381,7 +381,7 @@ def test_rows_cut_short_are_one_line(run, capsys, kept, status):
     assert metrics.main(["--run", str(run), "--json"]) == status
     told = capsys.readouterr()
     if status:
-        assert told.err.startswith(f"metrics.py: {path}: holds {kept} rows, 8 were written")
+        assert told.err.startswith(f"metrics.py: {path}: holds {kept} rows of clean, 8 were written")
         assert told.err.count("\n") == 1 and not told.out
     else:
         assert not told.err and json.loads(told.out)["ours"]["clean"]["n_genuine"] == 4
@@ -401,6 +401,50 @@ def test_bad_folders_bytes_and_json_are_one_line_and_exit_2(tmp_path, capsys):
         assert metrics.main(["--run", str(tmp_path / name)]) == 2
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and why in captured.err and not captured.out
+
+
+def test_the_difference_of_two_methods_is_paired(tmp_path):
+    """Both draw the same targets: noise that they share leaves no width."""
+    rng = np.random.default_rng(1)
+    for k in range(2):
+        rows = [("genuine", f"t{t}", j, rng.uniform(0, 2)) for t in range(8) for j in range(5)]
+        far = [("intruder", f"t{t}", 50 + j, rng.uniform(1, 3)) for t in range(8) for j in range(7)]
+        write(tmp_path / str(k), "ours", "clean", rows + far)
+        write(tmp_path / str(k), "no-at", "clean", [(*r[:3], r[3] * 2) for r in rows + far])
+        near = [(*r[:3], r[3] - 0.5 * (r[2] % 2)) for r in far]
+        write(tmp_path / str(k), "weak-at", "clean", rows + near)
+    runs = [metrics.read_run(tmp_path / str(k)) for k in range(2)]
+    assert metrics.difference(runs, "ours", "no-at", "clean") == (0, 0, 0)
+    mean, low, high = metrics.difference(runs, "ours", "weak-at", "clean")
+    each = [metrics.measure(runs, m, "clean") for m in ("ours", "weak-at")]
+    assert mean == pytest.approx(each[0]["auroc"] - each[1]["auroc"]) and low < mean < high
+    apart = [m["interval"][1] - m["interval"][0] for m in each]
+    assert high - low < min(apart)
+    again = metrics.difference(runs, "weak-at", "ours", "clean")
+    assert again == pytest.approx((-mean, -high, -low))
+    assert metrics.difference(runs, "ours", "doa-4", "clean") is None
+
+
+def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
+    from results import pack
+
+    Path(run / "ours/log.jsonl").write_text('{"step": 1}\n')
+    found = metrics.summary(run)
+    out = tmp_path / "packed"
+    pack.pack(run, out)
+    # those of photographs: persons became numbers, nothing else
+    assert metrics.summary(out) == found and (out / "ours/log.jsonl").exists()
+    named = {r.target for a in metrics.read_run(out).methods["ours"].values() for r in a.rows}
+    assert named == {"person-0", "person-1"}
+    assert not (out / "ours/attacks").exists()
+    before = (out / "ours/attacks.csv.gz").read_bytes()
+    pack.pack(run, out)
+    assert (out / "ours/attacks.csv.gz").read_bytes() == before
+    for broken in (before[:-20], b"no gzip"):
+        (out / "ours/attacks.csv.gz").write_bytes(broken)
+        assert metrics.main(["--run", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "attacks.csv.gz" in line
 
 
 def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
