@@ -729,12 +729,6 @@ def sampler_of(faces, index: Tensor, device: torch.device) -> Sampler:
     return Sampler(faces.images[index].to(device), person.to(device))
 
 
-def images_of(faces, persons: Sequence[int], most: int = 0) -> Tensor:
-    """Indices of these persons' images, of each the first `most`; 0: all."""
-    own = [(faces.person == p).nonzero()[: most or None, 0] for p in persons]
-    return torch.cat(own).sort().values
-
-
 def generator_file(config: Config, folder: Path) -> Path | None:
     """The run's generator; for the demo on rendered faces the one in data/. None for real pairs."""
     import generator
@@ -786,12 +780,13 @@ def generated(config: Config, path: Path, faces, split, people: Sampler) -> Gene
 
 def trained_on(config: Config, faces, split) -> Tensor:
     """Indices of the images that F is trained on."""
+    import data
     from data import run
 
     if config.persons > len(split.train):
         told = f"--persons {config.persons}: there are only {len(split.train)} train persons"
         raise run.UsageError(f"{told}: ask for fewer")
-    index = images_of(faces, split.train[: config.persons or None], config.images)
+    index = data.images_of(faces, split.train[: config.persons or None], config.images)
     real = "--positive mixed" if config.positive == "mixed" else ""
     real = real if config.generated else f"--method {config.method}"
     if real and int(faces.person[index].bincount().max()) < 2:
@@ -832,7 +827,7 @@ def train(argv: Sequence[str] | None) -> int:
         faces, split = data.open_run(config, args.run)
     index = trained_on(config, faces, split)
     people = sampler_of(faces, index, device)
-    held_out = sampler_of(faces, images_of(faces, split.validation), device)
+    held_out = sampler_of(faces, data.images_of(faces, split.validation), device)
     embed, file = new_embedding(config, device), generator_file(config, args.run)
     adam = torch.optim.Adam(
         embed.parameters(), lr=config.lr, amsgrad=config.amsgrad, fused=device.type == "cuda"
@@ -915,7 +910,7 @@ def export(config: Config, args, device: torch.device) -> int:
     content = run.load(args.run / config.name / "embedding.pt", "embedding")
     content["model"] = {k: v.half() for k, v in content["model"].items()}
     run.save(args.export, content.pop("kind"), **content)
-    held_out = sampler_of(faces, images_of(faces, split.validation), device)
+    held_out = sampler_of(faces, data.images_of(faces, split.validation), device)
     judged = load_embedding(args.export, device)
     delta = genuine_threshold(judged, held_out.images, held_out.person)
     run.save(args.export, "embedding", **content, threshold=delta)

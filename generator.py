@@ -51,6 +51,7 @@ class Config:
     target_persons: int = 30  # Sec. 4.2: 30 drawn
     synthetic_persons: int = 370  # not in the paper: size of the rendered set
     synthetic_images: int = 12  # not in the paper: images of each rendered person
+    images: int = 0  # not in the paper: of each train person the first, that G may see; 0: all
     class_dim: int = 256  # App. A (LORD): class code, one a person
     content_dim: int = 128  # App. A (LORD): content code, one an image
     hidden: tuple[int, ...] = (512, 1024)  # LORD: 4*4*32 and 4*4*64
@@ -479,7 +480,7 @@ CHOICES = {
     "person_folder": ("", "first", "last"),
     "loss": ("vgg", "pyramid"),
     "precision": ("auto", "float32", "bfloat16"),
-    **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons")},
+    **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons", "images")},
     **{k: (1e-12, 1e9) for k in ("lr", "encoder_lr")},
 }
 
@@ -584,7 +585,7 @@ def train(argv: Sequence[str] | None) -> None:
     with run.rank_0_first():
         overwrite = args.overwrite and run.rank() == 0
         faces, split = data.open_run(config, args.run, overwrite=overwrite)
-    pick = torch.isin(faces.person, torch.tensor(split.train))
+    pick = data.images_of(faces, split.train, config.images)
     images, person = faces.images[pick].to(device), faces.person[pick]
     person = person.unique(return_inverse=True)[1].to(device)
     batch = min(config.batch, len(images))
@@ -643,7 +644,7 @@ def fit(config: Config, training, trainer: Trainer, faces, split, pick: Tensor) 
             found = trainer.epoch(training.step, seed, steps)
         except FloatingPointError as error:
             what, index = error.args
-            left = training.left_by(index, faces.files, pick.nonzero()[:, 0])
+            left = training.left_by(index, faces.files, pick)
             told = f"epoch {training.step + 1}, {what}; {left}"
             raise FloatingPointError(told) from None
         training.count()
@@ -722,6 +723,7 @@ def ask(config: Config, args, device: torch.device) -> None:
 
 def against_the_truth(lord: Lord, faces, split, pick: Tensor, x: Tensor, t: Tensor) -> dict:
     """Rendered faces: u of images x and t (n,) of the picked beside the true one, factors read."""
+    import data
     from data import synthetic
 
     device = next(lord.parameters()).device
@@ -731,7 +733,7 @@ def against_the_truth(lord: Lord, faces, split, pick: Tensor, x: Tensor, t: Tens
     made = decode(lord, class_code[x], content_code[t])
     result: dict = {"psnr_true_u": psnr(made, to_float(truth))}
     # the probes learn from train persons
-    seen = torch.isin(faces.person, torch.tensor(split.train)).nonzero()[:, 0]
+    seen = data.images_of(faces, split.train)
     seen_codes = encode(lord, faces.images[seen].to(device))
     for name, known, code in zip(("class", "content"), seen_codes, (class_code, content_code)):
         r2 = factor_probe(known, faces.content[seen], code, content)

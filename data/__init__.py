@@ -575,6 +575,12 @@ def image_counts(faces: Faces) -> torch.Tensor:
     return torch.bincount(faces.person, minlength=len(faces.names))
 
 
+def images_of(faces: Faces, persons: Sequence[int], most: int = 0) -> torch.Tensor:
+    """Indices of these persons' images in order, of each the first `most`; 0: all."""
+    own = [(faces.person == p).nonzero()[: most or None, 0] for p in persons]
+    return torch.cat(own).sort().values
+
+
 def split_persons(
     faces: Faces,
     train: int | None = None,

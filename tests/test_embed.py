@@ -433,8 +433,8 @@ def test_mixed_is_half_real_pairs_half_transfer():
 
 def test_how_many_images_of_a_person_f_may_see():
     held = type("Faces", (), {"person": torch.tensor([2, 0, 1, 0, 2, 2, 0])})
-    assert e.images_of(held, (0, 2)).tolist() == [0, 1, 3, 4, 5, 6]
-    assert e.images_of(held, (0, 2), 2).tolist() == [0, 1, 3, 4]
+    assert data.images_of(held, (0, 2)).tolist() == [0, 1, 3, 4, 5, 6]
+    assert data.images_of(held, (0, 2), 2).tolist() == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize("method", ["ours", "weak-at"])

@@ -445,3 +445,11 @@ def test_the_shipped_generator_is_at_most_four_megabytes():
     shipped = Path(g.__file__).parent / "data" / "generator_demo.pt"
     assert shipped.stat().st_size <= 4_000_000
     assert {v.dtype for v in g.load_generator(shipped)[1]["lord"].values()} == {torch.float16}
+
+
+def test_how_many_images_of_a_person_g_may_see(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--synthetic-persons 9 --synthetic-images 10 --validation-persons 2 --target-persons 3"
+    flags += " --epochs 1 --encoder-epochs 1 --batch 4 --images 2 --channels 4,4,4,4 --hidden 8,8"
+    assert g.main(flags.split()) == 0
+    assert "generator: 8 images of 4 persons" in capsys.readouterr().out

@@ -381,7 +381,9 @@ def test_rows_cut_short_are_one_line(run, capsys, kept, status):
     assert metrics.main(["--run", str(run), "--json"]) == status
     told = capsys.readouterr()
     if status:
-        assert told.err.startswith(f"metrics.py: {path}: holds {kept} rows of clean, 8 were written")
+        assert told.err.startswith(
+            f"metrics.py: {path}: holds {kept} rows of clean, 8 were written"
+        )
         assert told.err.count("\n") == 1 and not told.out
     else:
         assert not told.err and json.loads(told.out)["ours"]["clean"]["n_genuine"] == 4
