@@ -20,6 +20,7 @@ from pathlib import Path
 import metrics
 from data import run
 
+OF_RUN = ("people.json", "generator/log.jsonl", "generator/result.json")
 FILES = ("log.jsonl", "result.json", "attacks/figure3.csv", "attacks/soundness.jsonl")
 
 
@@ -56,7 +57,7 @@ def pack(folder: Path, out: Path) -> None:
         run.write(out / method / "attacks.csv.gz", text)
         # without indentation: a tenth of what is committed
         run.write(out / method / "attacks.json", json.dumps(beside) + "\n")
-    for name in (*(f"{m}/{f}" for m in before.methods for f in FILES), "people.json"):
+    for name in (*(f"{m}/{f}" for m in before.methods for f in FILES), *OF_RUN):
         if (folder / name).exists() and not (number and name == "people.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)
