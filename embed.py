@@ -133,7 +133,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {"amsgrad": True, "fill": "uniform", "generate_from": "erased"},
     "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40}
     | {"target_persons": 30, "persons": 0, "width": 0.125, "standardise": True}
-    | {"batch": 32, "steps": 400, "lr": 2e-3, "lr_end": 1e-4}
+    | {"batch": 24, "steps": 400, "lr": 2e-3, "lr_end": 1e-4}
     | {"attack_steps": 2, "attack_alpha": 64.0, "attack_warmup": 150},
 }
 
