@@ -482,6 +482,19 @@ def few() -> str:
     return "\n\n".join((*both, costs(runs)))
 
 
+def preset() -> str:
+    """What the demo's preset was chosen by: validation persons, seed 0."""
+    lines = []
+    for name in ("300x32x5", "400x32x2", "600x16x2", "400x24x2"):
+        (one,) = runs_of(f"preset/{name}")
+        for m in names([one]):
+            made = settings_of(one.folder / m)
+            inner = f"{made['attack_steps']} of {made['attack_alpha']:g}/255"
+            told = f"{made['steps']} steps of {made['batch']}, inner {inner}"
+            lines.append((f"{LABELS[m]}, {told}", [one], m))
+    return side_by_side(lines, PATCHES[:2])
+
+
 def strength() -> str:
     """Eyeglasses at the demo's and at the paper's strength, on the pairs that met both."""
     lines = []
@@ -588,7 +601,8 @@ def speed() -> str:
 BLOCKS = {
     "README.md": {"results": overview, "models": models},
     "results/README.md": {
-        f.__name__: f for f in (paper, margins, few, strength, lfw, descriptor, others, speed)
+        f.__name__: f
+        for f in (paper, margins, few, preset, strength, lfw, descriptor, others, speed)
     },
 }
 
