@@ -35,6 +35,8 @@ def packed(folder: Path, number: dict[str, str]) -> tuple[bytes, dict]:
                 rows += csv.DictReader(file)
             beside[path.stem] = metrics.optional_json(path.with_suffix(".json"))
             beside[path.stem].get("config", {}).pop("root", None)
+            if "model" in beside[path.stem]:
+                beside[path.stem]["model"] = Path(beside[path.stem]["model"]).name
     for row in rows:
         row |= {k: number.get(row[k], row[k]) for k in ("target", "person")}
     text = io.StringIO()
@@ -51,13 +53,14 @@ def pack(folder: Path, out: Path) -> None:
     every = [r for v in before.methods.values() for a in v.values() for r in a.rows]
     if before.people.get("data") != "synthetic":
         names = sorted({name for r in every for name in (r.target, r.person)})
-        number = {name: f"person-{k}" for k, name in enumerate(names)}
+        number = {name: f"person-{k:04}" for k, name in enumerate(names)}
     for method in before.methods:
         text, beside = packed(folder / method / "attacks", number)
         run.write(out / method / "attacks.csv.gz", text)
         # without indentation: a tenth of what is committed
         run.write(out / method / "attacks.json", json.dumps(beside) + "\n")
-    for name in (*(f"{m}/{f}" for m in before.methods for f in FILES), *OF_RUN):
+    asked = [f"generator/{path.name}" for path in folder.glob("generator/oracle-*.json")]
+    for name in (*(f"{m}/{f}" for m in before.methods for f in FILES), *OF_RUN, *asked):
         if (folder / name).exists() and not (number and name == "people.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)

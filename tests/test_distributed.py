@@ -28,7 +28,7 @@ SIZES = (
     "--device cpu"
 ).split()
 TRAIN = (
-    "--width 0.03125 --dim 16 --batch 6 --steps 6 --validate-every 2 --attack-steps 2 "
+    "--width 0.03125 --dim 16 --batch 6 --steps 6 --validate-every 2 --attack-steps 3 "
     "--attack-warmup 0"
 ).split()
 TRAIN = [*SIZES, *TRAIN, "--run", "runs/two"]
@@ -167,7 +167,7 @@ def test_weights_stay_equal_and_gradients_are_the_mean(two):
     assert weak == again == {k: v + (3 if k == "compared" else 6) for k, v in ours.items()}
 
 
-@pytest.mark.parametrize("name", ["ours", "weak-at-2"])
+@pytest.mark.parametrize("name", ["ours", "weak-at-3"])
 def test_the_training_is_whole(two, name):
     folder = two[0] / "runs/two" / name
     assert [line["step"] for line in log_of(folder)] == [2, 4, 6]
@@ -183,8 +183,8 @@ def test_only_one_process_speaks(two):
         told = f"{script}: --batch 7: must divide by torchrun's 2 processes"
         assert err.count(told) == 1
     assert out.count("step 6/6") == 2 and out.count("is trained already") == 1
-    assert out.count("the table --run") == 1 and out.count("weak-at-2 eyeglasses:") >= 1
-    assert len(re.findall("^weak-at-2 eyeglasses: .*AU", out, re.MULTILINE)) <= 1
+    assert out.count("the table --run") == 1 and out.count("weak-at-3 eyeglasses:") >= 1
+    assert len(re.findall("^weak-at-3 eyeglasses: .*AU", out, re.MULTILINE)) <= 1
     left = [path.name for path in two[0].rglob("*")]
     assert not [n for n in left if n.endswith((".ckpt", ".tmp", ".partial"))]
 
@@ -193,10 +193,10 @@ def test_the_rows_of_two_processes_are_those_of_one(two, monkeypatch):
     monkeypatch.chdir(two[0])
     monkeypatch.setitem(attacks.PRESETS, "demo", {**attacks.PRESETS["demo"], **SMALL})
     shutil.copytree("runs/two", "runs/one", ignore=shutil.ignore_patterns("attacks"))
-    flags = ["--run=runs/one", "--method=weak-at-2", "--attacks=clean,eyeglasses"]
+    flags = ["--run=runs/one", "--method=weak-at-3", "--attacks=clean,eyeglasses"]
     assert attacks.main([*flags, "--device=cpu"]) == 0
     for name in ("clean", "eyeglasses"):
-        one, both = (Path("runs", n, "weak-at-2/attacks", f"{name}.csv") for n in ("one", "two"))
+        one, both = (Path("runs", n, "weak-at-3/attacks", f"{name}.csv") for n in ("one", "two"))
         assert one.read_bytes() == both.read_bytes() and one.read_text().count("\n") > 3
 
 
@@ -214,7 +214,7 @@ def test_what_torchrun_is_refused(monkeypatch, tmp_path, capsys, flags, named):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_process_ends_the_run_with_one_line(two):
-    log = two[0] / "runs/killed/weak-at-2/log.jsonl"
+    log = two[0] / "runs/killed/weak-at-3/log.jsonl"
     flags = [*TRAIN, *WEAK, "--run=runs/killed", "--steps=1000000"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with torchrun(ROOT / "embed.py", *flags, cwd=two[0], **pipes) as started:

@@ -437,7 +437,7 @@ def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
     # those of photographs: persons became numbers, nothing else
     assert metrics.summary(out) == found and (out / "ours/log.jsonl").exists()
     named = {r.target for a in metrics.read_run(out).methods["ours"].values() for r in a.rows}
-    assert named == {"person-0", "person-1"}
+    assert named == {"person-0000", "person-0001"}
     assert not (out / "ours/attacks").exists()
     before = (out / "ours/attacks.csv.gz").read_bytes()
     pack.pack(run, out)
