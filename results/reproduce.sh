@@ -2,8 +2,10 @@
 # Every method, attack, table and figure of the paper on the embedded data; what is finished is kept.
 #     results/reproduce.sh [method ...]     # ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10, figure5
 #     SEEDS="0 1 2" results/reproduce.sh ours-mixed-all weak-at
-#     RUN=runs/few FLAGS="--images 2 --steps 600" results/reproduce.sh ours-mixed-all weak-at    # few photographs
-#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 1500" results/reproduce.sh weak-at    # after generator.py
+# After `generator.py --images 2 --epochs 300 --encoder-epochs 100 --run runs/few-0`, else G is the demo's, of all images:
+#     RUN=runs/few FLAGS="--images 2 --steps 600" results/reproduce.sh ours-mixed-all weak-at
+# After `generator.py --data folder --root LFW --run runs/lfw-0`:
+#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 2000" results/reproduce.sh ours-mixed-all weak-at
 # Plain commands, each of which goes on after a stop; on two cores start it twice with other methods.
 set -euo pipefail
 cd "$(dirname "$0")/.."

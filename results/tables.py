@@ -419,13 +419,12 @@ def overview() -> str:
     runs, body = runs_of(*seeds("demo")), []
     every = {m for one in runs for m in one.methods}
     runs = [one for one in runs if every <= {*one.methods}]  # on the same pairs
-    for _, method, m, s, paper in (*TABLE_1[3:], NO_AT):
-        row = [LABELS[method]]
-        for n, name in enumerate(("clean", *PATCHES[:2], "certified")):
-            theirs = f" ({paper[n][0]:.3f})" if n < len(paper) else ""
+    for _, method, m, s, figures in (line for line in (*TABLE_1[3:], NO_AT) if line[1] in every):
+        paper, row = dict(zip(("clean", *PATCHES), figures)), [LABELS[method]]
+        for name in ("clean", *PATCHES[:2], "certified"):
+            theirs = f" ({paper[name][0]:.3f})" if name in paper else ""
             row.append(cell(measure(runs, method, name, m, s), False, False) + theirs)
-        if method in every:
-            body.append(row)
+        body.append(row)
     named = ", ".join(one.folder.name.replace("-", " ") for one in runs)
     told = f"AU-ROC on rendered faces, not CelebA: {named}, the same pairs for every method"
     told += " [95 % interval over persons] (the paper's, CelebA)."
@@ -453,10 +452,11 @@ def compared(
     body = []
     for other in others:
         both = [one for one in runs if {method, other} <= {*one.methods}]
-        found = [metrics.difference(both, method, other, a) for a in attacks] if both else []
+        if not both:
+            continue
+        found = [metrics.difference(both, method, other, a) for a in attacks]
         cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*d) if d else NOT_RUN for d in found]
-        if both:
-            body.append([f"{LABELS[method]}, less {LABELS[other]}", *cells, str(len(both))])
+        body.append([f"{LABELS[method]}, less {LABELS[other]}", *cells, str(len(both))])
     return markdown(["AU-ROC", *(a.replace("_", " ") for a in attacks), "runs"], body)
 
 
