@@ -906,14 +906,13 @@ def export(config: Config, args, device: torch.device) -> int:
     import data
     from data import run
 
+    file = args.run / config.name / "embedding.pt"
+    content, judged = run.load(file, "embedding"), load_embedding(file, device).half().float()
     faces, split = data.open_run(config, args.run)
-    content = run.load(args.run / config.name / "embedding.pt", "embedding")
-    content["model"] = {k: v.half() for k, v in content["model"].items()}
-    run.save(args.export, content.pop("kind"), **content)
     held_out = sampler_of(faces, data.images_of(faces, split.validation), device)
-    judged = load_embedding(args.export, device)
     delta = genuine_threshold(judged, held_out.images, held_out.person)
-    run.save(args.export, "embedding", **content, threshold=delta)
+    content["model"] = {k: v.half() for k, v in content["model"].items()}
+    run.save(args.export, **content, threshold=delta)
     print(f"wrote {args.export}, threshold {delta:.4g}")
     return 0
 
@@ -940,11 +939,10 @@ def verify(config: Config, args, device: torch.device) -> int:
     import data
     from data import certificate, model, run
 
+    name = model.model_name(args.model) if args.model else config.name
     if args.run == config.run and not args.run.exists() and not args.model:
         args.run, name = shipped_run()
-    else:
-        name = config.name
-    file = args.run / (model.model_name(args.model) if args.model else name) / "result.json"
+    file = args.run / name / "result.json"
     advice = "train to the end first, or name another --run"
     if args.model:
         advice = f"let attacks.py --model {args.model} judge it first, or name its --run"

@@ -577,8 +577,13 @@ def image_counts(faces: Faces) -> torch.Tensor:
 
 def images_of(faces: Faces, persons: Sequence[int], most: int = 0) -> torch.Tensor:
     """Indices of these persons' images in order, of each the first `most`; 0: all."""
-    own = [(faces.person == p).nonzero()[: most or None, 0] for p in persons]
-    return torch.cat(own).sort().values
+    index = torch.isin(faces.person, torch.tensor(persons)).nonzero()[:, 0]
+    if not most:
+        return index
+    order = faces.person[index].argsort(stable=True)
+    count = faces.person[index][order].unique_consecutive(return_counts=True)[1]
+    nth = torch.arange(len(order)) - (count.cumsum(0) - count).repeat_interleave(count)
+    return index[order[nth < most]].sort().values
 
 
 def split_persons(

@@ -768,6 +768,8 @@ def test_the_shipped_embedding_answers_and_is_attacked_without_a_run(
     given = ["--run", str(folder), "--method", "weak-at", "--attack-steps", "3"]
     assert e.main([*FLAGS, *given]) == 0
     assert e.main([*FLAGS, *given, "--export", str(tmp_path / "F.pt")]) == 0
+    assert e.main([*FLAGS, "--run", "nowhere", "--export", str(tmp_path / "none.pt")]) == 2
+    assert not Path("nowhere").exists() and not (tmp_path / "none.pt").exists()
     monkeypatch.setattr(e, "SHIPPED", tmp_path / "F.pt")
     monkeypatch.chdir(tmp_path)
     whole, half = (e.load_embedding(p) for p in (folder / "weak-at-3/embedding.pt", e.SHIPPED))
