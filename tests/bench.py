@@ -345,8 +345,15 @@ def torchattacks_pgd(
 
 
 def installed_art(
-    plain: Plain, anchors: Tensor, images: Tensor, masks: Tensor, steps: int, alpha: float
+    plain: torch.nn.Module,
+    anchors: Tensor,
+    images: Tensor,
+    masks: Tensor,
+    steps: int,
+    alpha: float,
+    targeted: bool = False,
 ) -> Callable | None:
+    """ART's own attack: away from the anchors, or towards them if targeted."""
     if not importlib.util.find_spec("art"):
         return None
     from art.attacks.evasion import ProjectedGradientDescent
@@ -361,7 +368,8 @@ def installed_art(
     classifier.reduce_labels = lambda y: y  # features stand where ART expects labels
     classifier._reduce_labels = False
     how = {"eps": 1.0, "eps_step": alpha, "max_iter": steps, "batch_size": len(images)}
-    attack = ProjectedGradientDescent(classifier, **how, verbose=False)
+    how |= {"targeted": targeted, "verbose": False}
+    attack = ProjectedGradientDescent(classifier, **how)
     x, y, mask = images.numpy(), anchors.numpy(), masks.numpy().astype(np.float32)
     return lambda: torch.from_numpy(attack.generate(x, y=y, mask=mask))
 

@@ -25,6 +25,8 @@ import data
 import embed as e
 from data import model
 
+from .bench import installed_art
+
 STEPS = (4 / 255, 8 / 255, 16 / 255)
 
 
@@ -34,33 +36,14 @@ def ours(optimiser: str, passes: int, embed: Callable, x: Tensor, anchor: Tensor
 
 
 def by_art(step: float, passes: int, embed: Callable, x: Tensor, anchor: Tensor, mask: Tensor):
-    """What a user of ART 1.20 writes."""
-    from art.attacks.evasion import ProjectedGradientDescent
-    from art.estimators.classification import PyTorchClassifier
+    """What a user of ART 1.20 writes: `installed_art`, and the model as a Module."""
 
     class Model(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return embed(images)
 
-    def loss(features: Tensor, target: Tensor) -> Tensor:
-        return (features - target).square().sum()
-
-    classifier = PyTorchClassifier(
-        Model(), loss, x.shape[1:], anchor.shape[1], clip_values=(0, 1), device_type="cpu"
-    )
-    classifier.reduce_labels = lambda y: y  # features stand where ART expects labels
-    classifier._reduce_labels = False
-    attack = ProjectedGradientDescent(
-        classifier,
-        eps=1.0,
-        eps_step=step,
-        max_iter=passes,
-        targeted=True,
-        batch_size=len(x),
-        verbose=False,
-    )
-    where = mask.expand(len(x), 3, -1, -1).numpy().astype("float32")
-    return torch.from_numpy(attack.generate(x.numpy(), y=anchor.numpy(), mask=where))
+    masks = mask.expand(len(x), 3, -1, -1)
+    return installed_art(Model(), anchor, x, masks, passes, step, targeted=True)()
 
 
 def by_torchattacks(
