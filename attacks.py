@@ -69,6 +69,7 @@ DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (
 COLUMNS = tuple("attack mirroring selection seed target anchor candidate person".split())
 COLUMNS += ("role", "distance")
 SMALLER = (2, 4, 6, 8)  # patches, of 64, whose bounds stand beside that of rule_patch
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")  # auto, of the command: where fast
 COUNTERS = ("zero_gradients", "nonfinite", "gradients")
 
 
@@ -129,7 +130,7 @@ class Config:
     rule_iterations: int = 200  # not in the paper: of that attack
     rule_lr: float = 0.05  # not in the paper: of that attack
     chunk: int = 0  # not in the paper: images in one pass; 0: 128 on a CPU, 2048 on a GPU
-    precision: str = "auto"  # not in the paper: of iterations, float32 | bfloat16, where fast
+    precision: str = "auto"  # not in the paper: of iterations: float32 | tf32 | bfloat16
 
 
 PRESETS: dict[str, dict] = {
@@ -166,6 +167,20 @@ class Eot(NamedTuple):
     validation: Tensor  # (T, 5)
 
 
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """A GPU multiplies float32 as TF32 in here."""
+    places: Any = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = True
+        yield
+    finally:
+        for place, allowed in zip(places, before):
+            place.allow_tf32 = allowed
+
+
 class Effort(NamedTuple):
     """What an attack tries, and how hard. Raises ValueError for another direction, optimiser or
     precision."""
@@ -179,9 +194,9 @@ class Effort(NamedTuple):
     direction: str = "impersonate"  # lowers the distance to the anchor; evade raises it
     eot: Eot | None = None
     optimiser: str = "adam"  # App. C; sign takes neither lr nor decay
-    # or bfloat16: of the iterations, never of the distances found. On the demo's F the mean
-    # distance is within 0.2 % of float32's, as after another start; nearer to the anchor than 1 %
-    # of the features' norm it comes less near
+    # tf32 (GPU) or bfloat16: of the iterations, never of the distances found. In bfloat16 on the
+    # demo's F the mean distance is within 0.2 % of float32's, as after another start; nearer to
+    # the anchor than 1 % of the features' norm it comes less near
     precision: str = "float32"
 
     @property
@@ -201,12 +216,15 @@ class Effort(NamedTuple):
     @contextlib.contextmanager
     def iterating(self, embed: Embed, device: torch.device) -> Iterator[None]:
         """Embed frozen, and its products in the precision of the iterations."""
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, not {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            told = "float32, tf32 or bfloat16"
+            raise ValueError(f"precision must be {told}, not {self.precision!r}")
         with contextlib.ExitStack() as stack:
             stack.enter_context(frozen(embed))
             if self.precision == "bfloat16":  # auto, which the command decides, is float32 here
                 stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if self.precision == "tf32":
+                stack.enter_context(tf32_products())
             yield
 
     def rows(self, embed: Embed) -> int:
@@ -1127,7 +1145,8 @@ class Covered(nn.Module):
         """Of an image (C, H, W) what masks k (n,) show in place of the pixels (n, C, P)."""
         if self.fill is None:
             near = image.flatten(1)[:, self.beside[k]]  # (C, n, 4, P)
-            return (near * self.weight[k].to(image)).sum(2).transpose(0, 1)
+            mean = (near * self.weight[k].to(image)).sum(2).clamp(0, 1)  # 1 + 1e-7 is rounding
+            return mean.transpose(0, 1)
         filled = torch.where(self.masks[k], self.fill, image).flatten(2)  # (n, C, H * W)
         return filled.gather(2, self.pixels[k][:, None].expand(-1, len(image), -1))
 
@@ -1426,7 +1445,7 @@ def parse(argv: Sequence[str] | None):
     choices |= {"seed": (-1, largest), "min_images": (2, largest), "size": (32, 256)}
     choices |= dict.fromkeys(("chunk", "patch_batch", "target_images"), (0, largest))
     choices |= {"rule_fill": ("around", "mean", "noise"), "rule_anchor": ("whole", "masked")}
-    choices |= {"optimiser": ("adam", "sign"), "precision": ("auto", "float32", "bfloat16")}
+    choices |= {"optimiser": ("adam", "sign"), "precision": PRECISIONS}
     choices |= {"person_folder": ("", "first", "last"), "distance": ("euclidean", "cosine")}
     told = "Attack a trained embedding (Sec. 3, 4, App. B.2, C), or your own --model: its NAME "
     told += "takes images, float (N, 3, size, size) in [0, 1], and gives features (N, D) - a "
@@ -1945,7 +1964,7 @@ def attack_run(argv: Sequence[str] | None) -> int:
 
     config, args, trained = parse(argv)
     device, held = run.start(args.device), args.run / "people.json"
-    torch.backends.cudnn.allow_tf32 = False  # reported distances are those of full float32
+    run.tf32(False)  # reported distances are those of full float32
     chunk = config.chunk or (128 if device.type == "cpu" else 2048)
     precision = run.precision(config.precision, device)
     config = dataclasses.replace(config, chunk=chunk, precision=precision)

@@ -82,7 +82,7 @@ class Config:
     doa_stride: int = 5  # App. A: between the places searched, pixels
     validate_every: int = 50  # released: steps
     select: str = "auto"  # weights judged, last | best; App. B.3: best for weak AT only
-    precision: str = "auto"  # not in the paper: float32 | bfloat16; auto: where that is fast
+    precision: str = "auto"  # not in the paper: float32 | tf32 | bfloat16, where fast
     compile: bool = False  # not in the paper: F and G by torch.compile
 
     @property
@@ -655,7 +655,7 @@ CHOICES = {
     "generate_from": ("clean", "erased"),
     "attacked": ("auto", "erased", "all"),
     "select": ("auto", "last", "best"),
-    "precision": ("auto", "float32", "bfloat16"),
+    "precision": ("auto", "float32", "tf32", "bfloat16"),
     **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons", "persons", "images")},
     "attack_warmup": (0, 2**31 - 1),
     "validation_persons": (2, 2**31 - 1),
@@ -822,6 +822,7 @@ def train(argv: Sequence[str] | None) -> int:
     if args.export:
         return export(config, args, device)
     config = dataclasses.replace(config, precision=run.precision(config.precision, device))
+    run.tf32(config.precision == "tf32")
     share = dataclasses.replace(config, batch=run.share("--batch", config.batch))
     with run.rank_0_first():
         faces, split = data.open_run(config, args.run)

@@ -76,7 +76,7 @@ class Config:
     # holds no more than it must
     swap: bool = False  # not in the paper: stage 2 takes class codes of another image of the person
     encoder_penalty: float = 0.0  # not in the paper: lambda of stage 2, with swap
-    precision: str = "auto"  # not in the paper: float32 | bfloat16; auto: where that is fast
+    precision: str = "auto"  # not in the paper: float32 | tf32 | bfloat16, where fast
     compile: bool = False  # not in the paper: G and the encoders by torch.compile
 
     @property
@@ -479,7 +479,7 @@ CHOICES = {
     "data": ("synthetic", "folder", "celeba"),
     "person_folder": ("", "first", "last"),
     "loss": ("vgg", "pyramid"),
-    "precision": ("auto", "float32", "bfloat16"),
+    "precision": ("auto", "float32", "tf32", "bfloat16"),
     **{k: (0, 2**31 - 1) for k in ("seed", "split_seed", "train_persons", "images")},
     **{k: (1e-12, 1e9) for k in ("lr", "encoder_lr")},
 }
@@ -580,6 +580,7 @@ def train(argv: Sequence[str] | None) -> None:
     config, args = parse(argv)
     device, finished = run.start(args.device), args.run / "generator.pt"
     config = dataclasses.replace(config, precision=run.precision(config.precision, device))
+    run.tf32(config.precision == "tf32")
     if args.oracle:
         return ask(config, args, device)
     with run.rank_0_first():

@@ -286,14 +286,24 @@ def start(device: str = "") -> torch.device:
 
 
 def precision(asked: str, device: torch.device) -> str:
-    """float32 or bfloat16; auto: bfloat16 where the device multiplies it faster."""
+    """float32, tf32 or bfloat16; auto: bfloat16 where the device multiplies it faster. Raises
+    UsageError for tf32 where there is none."""
+    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if asked == "tf32" and not ampere:
+        told = f"{device.type} has none, NVIDIA GPUs from compute capability 8.0 have"
+        raise UsageError(f"--precision tf32: {told}: give float32 or bfloat16")
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+        return "bfloat16" if ampere else "float32"
     found: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     fast = found.get("avx512_bf16") or found.get("amx_bf16")
     return "bfloat16" if fast and device.type == "cpu" else "float32"
+
+
+def tf32(allowed: bool) -> None:
+    """Whether a GPU may take TF32 for products of float32, from here on."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def compile_(*modules: torch.nn.Module, backend: str = "inductor") -> None:

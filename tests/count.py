@@ -258,8 +258,7 @@ def iteration(of: Callable[[int], Recorder]) -> Recorder:
 def rows(width: float, batch: int, chunk: int) -> Iterator[tuple[str, str, Recorder]]:
     """What is counted, in which products."""
     for products in ("TF32", "bfloat16"):
-        how = {"width": width, "batch": batch}
-        how["precision"] = "float32" if products == "TF32" else products
+        how = {"width": width, "batch": batch, "precision": products.lower()}
         for method in embedding.CHOICES["method"]:
             yield f"training step, {method}", products, training_step(method, **how)
     eot = attacks.Eot(torch.rand(12, 4, 5), torch.rand(16, 5))

@@ -28,6 +28,7 @@ from attacks import (
     run_attack,
     square_mask,
 )
+from data import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -1514,15 +1515,18 @@ def test_presets_of_the_paper_attack_with_adam():
 
 
 @pytest.mark.parametrize("kind", ("tanh", "universal", "square"))
-def test_iterations_in_bfloat16_and_distances_in_float32(kind):
+def test_iterations_are_in_the_precision_asked_for_and_distances_in_float32(kind):
     torch.manual_seed(0)
     embed, seen = embedding.Embedding(1 / 16, 16, True), []
-    head = embed.head
-    embed.head = lambda x: seen.append(head(x)) or seen[-1]  # patch-local passes end there too
+    head, (dnn, blas) = embed.head, (torch.backends.cudnn, torch.backends.cuda.matmul)
+    allowed = lambda: (dnn.allow_tf32, blas.allow_tf32)
+    run.tf32(False)
+    # patch-local passes end there too
+    embed.head = lambda x: seen.append((head(x), allowed())) or seen[-1][0]
     # out of reach: within a hundredth of the features' norm bfloat16 comes less near
     x, anchor, mask = faces(8), 3 * embed(faces(1, 5))[0].detach(), eyeglasses_mask()
     effort, mean, clean = Effort(40, 0.2, 1), [], distances(embed, x, anchor).mean()
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", "tf32", "bfloat16"):
         seen.clear()
         hard = effort._replace(precision=precision)
         given = Mirrored(embed), x, anchor
@@ -1533,19 +1537,25 @@ def test_iterations_in_bfloat16_and_distances_in_float32(kind):
         else:
             places, short = [(15, 15), (35, 30)], hard._replace(iterations=2)
             found = attacks.square_attack(*given, places, hard, short, seeded())
-        narrow = [features.dtype == torch.bfloat16 for features in seen]
+        narrow = [features.dtype == torch.bfloat16 for features, _ in seen]
         assert not narrow[0] and not narrow[-1]  # `accepted` before, the distances afterwards
         assert any(narrow) == (precision == "bfloat16")
+        faster = [of_gpu == (True, True) for _, of_gpu in seen]
+        assert not faster[0] and not faster[-1] and any(faster) == (precision == "tf32")
         assert torch.equal(found.distance, distances(embed, found.images, anchor))
         mean.append(float(found.distance.mean()))
+    assert mean[0] == mean[1]  # a CPU has no TF32
     # another optimum: of a universal patch and of a place
-    assert mean[1] == pytest.approx(mean[0], rel=0.03) and mean[0] != mean[1]
+    assert mean[2] == pytest.approx(mean[0], rel=0.03) and mean[0] != mean[2]
     assert max(mean) < 0.93 * clean
 
 
 def test_the_precision_is_the_commands_and_no_other_is_taken(small):
-    with pytest.raises(ValueError, match=r"^precision must be float32 or bfloat16, not 'half'$"):
+    with pytest.raises(
+        ValueError, match=r"^precision must be float32, tf32 or bfloat16, not 'half'$"
+    ):
         tanh_attack(small, faces(2), torch.ones(8), eyeglasses_mask(), precision="half")
     for name in attacks.ATTACKS:
+        assert attacks.effort_of(name, Config(precision="tf32")).precision == "tf32"
         assert attacks.effort_of(name, Config(precision="bfloat16")).precision == "bfloat16"
     assert Config(**attacks.PRESETS["model"]).precision == "float32"  # a stranger's

@@ -285,6 +285,16 @@ def test_no_attack_on_the_rule_gets_below_the_bound(name, masked, around):
         assert b * (1 - 1e-5) <= reached <= s * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_mean_of_pixels_at_the_end_of_their_range_stays_in_it(level):
+    """Weights sum to 1 up to rounding; an anchor above 1 was refused."""
+    found, image = a.cover(24, 24, 5, 9), torch.full((3, 24, 24), level)
+    rule = a.Covered(linear(24, 24), image, found, masked=True)
+    shown = rule.cover(image[None])
+    assert 0 <= float(shown.min()) and float(shown.max()) <= 1
+    torch.testing.assert_close(shown, image.expand_as(shown))
+
+
 def test_the_bound_is_reached_where_a_patch_decides_alone():
     """An F that reads one pixel's brightness: the attacker's best place gives the bound itself."""
     side, patch, mask = 12, 3, 5

@@ -200,6 +200,10 @@ def test_precision_is_low_where_that_is_fast(monkeypatch):
     for capability, wanted in (((7, 5), "float32"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert run.precision("auto", cuda) == wanted
+        if wanted == "bfloat16":
+            assert run.precision("tf32", cuda) == "tf32"
+    with pytest.raises(run.UsageError, match="--precision tf32: cpu has none"):
+        run.precision("tf32", cpu)
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # an older torch
     assert run.precision("auto", cpu) == "float32"
 
