@@ -77,6 +77,8 @@ class Config:
     attack_warmup: int = 0  # not in the paper: steps over which alpha grows from 0
     attacked: str = "auto"  # App. A: erased for ours, all for the others; or one of them
     weak_area: tuple[float, ...] = (0.02, 0.1)  # App. A: weak AT's rectangles
+    masks: int = 0  # not in the paper: an image that has no patch is hidden by the worst of so many
+    mask: int = 14  # not in the paper: side of these, pixels, as of attacks.py's certificate
     candidates: int = 10  # Sec. 4: C of DOA, 4 or 10
     doa_size: int = 20  # App. A: side of DOA's square, pixels
     doa_stride: int = 5  # App. A: between the places searched, pixels
@@ -93,14 +95,15 @@ class Config:
     def name(self) -> str:
         """Folder of this method in the run."""
         usual = PRESETS.get(self.preset, {}).get("attack_steps", Config.attack_steps)
+        masked = "-masked" * (self.masks > 0)
         if self.method == "doa":
             return f"doa-{self.candidates}"
         if self.method == "weak-at" and self.attack_steps != usual:  # Fig. 5
-            return f"weak-at-{self.attack_steps}"
+            return f"weak-at-{self.attack_steps}{masked}"
         if not self.generated:
-            return self.method
+            return self.method + masked
         positive = f"-{self.positive}" * (self.positive != "reconstruct")
-        return self.method + positive + "-all" * (self.attacked == "all")
+        return self.method + positive + "-all" * (self.attacked == "all") + masked
 
     @property
     def generated(self) -> bool:
@@ -513,29 +516,75 @@ def doa_boxes(
     return torch.cat([winner, torch.full_like(winner, size)], 1)
 
 
+def around(images: Tensor, boxes: Tensor) -> Tensor:
+    """Images (B, C, H, W) with, inside boxes (B, 4), the mean of the next pixels outside, up, down,
+    left and right, each over its distance: as the masks of attacks.py's certificate are filled."""
+    (B, _, H, W), device = images.shape, images.device
+    top, left, h, w = boxes[:, :, None, None].unbind(1)  # (B, 1, 1)
+    row, col = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)
+    batch, pixels = torch.arange(B, device=device)[:, None, None], images.permute(0, 2, 3, 1)
+    total = weights = torch.zeros(B, H, W, 1, device=device)
+    for r, c in ((top - 1, col), (top + h, col), (row, left - 1), (row, left + w)):
+        inside = (r >= 0) & (r < H) & (c >= 0) & (c < W)
+        weight = (inside / ((r - row).abs() + (c - col).abs()).clamp(min=1))[..., None]
+        near = pixels[batch, r.clamp(0, H - 1), c.clamp(0, W - 1)]
+        total, weights = total + weight * near, weights + weight
+    filled = (total / weights.clamp(min=1e-6)).permute(0, 3, 1, 2).to(images.dtype)
+    return torch.where(box_mask(boxes, H, W), filled, images)
+
+
+@torch.no_grad()
+def hidden(
+    config: Config,
+    embed: Embed,
+    images: Tensor,
+    anchors: Tensor,
+    sign: Tensor,
+    rng: torch.Generator,
+) -> Tensor:
+    """Not in the paper: images (N, 3, H, W), each under the mask, of `masks` random ones, that moves
+    it farthest from its anchor where sign (N,) is +1, nearest where -1: greedy cutout (Saha et al.
+    2023), for what the certificate will ask."""
+    worst, reached, side = images, torch.full_like(sign, -math.inf), config.mask
+    ends = [n - side + 1 for n in images.shape[2:]]
+    for _ in range(config.masks):
+        drawn = torch.rand(2, len(images), generator=rng, device=rng.device)
+        corner = torch.stack([(u * end).long() for u, end in zip(drawn, ends)], 1)
+        tried = around(images, torch.cat([corner, torch.full_like(corner, side)], 1))
+        d = squared_distance(embed(tried), anchors) * sign
+        worst = torch.where((d > reached)[:, None, None, None], tried, worst)
+        reached = torch.maximum(d, reached)
+    return worst
+
+
 def attacked(
     config: Config, embed: Embed, q: Quadruplets, alpha: float, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """x and t of the batch after the inner attack of the method (Sec. 2.3, 3.1, App. A)."""
-    if config.method == "no-at":
+    if config.method == "no-at" and not config.masks:
         return q.x, q.t
     (B, _, H, W), images = q.x.shape, torch.cat([q.x, q.t])
     anchors, boxes = torch.cat([q.fy, q.fu]), torch.cat([q.x_boxes, q.t_boxes])
     sign = torch.ones(2 * B, device=images.device)
     sign[B:] = -1.0  # x away from y, t towards u
+    attack = functools.partial(inner_attack, steps=config.attack_steps)
     if config.attack_share == "all":
         if config.method == "doa":
             boxes = doa_boxes(config, embed, images, anchors, sign)
         else:
             boxes = draw_boxes(2 * B, H, W, 1.0, config.area, config.cutout_aspect, rng)
         images = gaussian_cutout(images, fill=config.fill, generator=rng, boxes=boxes)[0]
-    attack = functools.partial(inner_attack, steps=config.attack_steps)
-    parts = images, anchors, sign * (alpha / 255), boxes
-    if config.attack_share == "all":
-        images = local_attack(attack, embed, *parts)
-    elif len(chosen := (boxes[:, 2] > 0).nonzero()[:, 0]):  # only what is erased is attacked
+        images = local_attack(attack, embed, images, anchors, sign * (alpha / 255), boxes)
+        return images[:B], images[B:]
+    erased = boxes[:, 2] > 0  # only what is erased is attacked
+    if len(chosen := erased.nonzero()[:, 0]) and config.method != "no-at":
+        parts = images, anchors, sign * (alpha / 255), boxes
         found = local_attack(attack, embed, *(part[chosen] for part in parts))
         images = images.index_copy(0, chosen, found)
+    if config.masks and len(chosen) < 2 * B:  # the others, found without another wait
+        bare = erased.argsort(stable=True)[: 2 * B - len(chosen)]
+        found = hidden(config, embed, images[bare], anchors[bare], sign[bare], rng)
+        images = images.index_copy(0, bare, found)
     return images[:B], images[B:]
 
 
@@ -661,6 +710,8 @@ CHOICES = {
     "validation_persons": (2, 2**31 - 1),
     "shift": (0, 63),
     "doa_size": (1, 64),
+    "mask": (1, 64),
+    "masks": (0, 1000),
     "width": (0.001, 16),
     "cutout": (0, 1),
     "cutout_area": (0.0001, 1),
@@ -702,6 +753,8 @@ def parse(argv: Sequence[str] | None):
         raise run.UsageError("--certified: it is that of --verify A B")
     if args.model and not args.verify:
         raise run.UsageError("--model: it is that of --verify; attacks.py --model judges a model")
+    if config.masks and config.attack_share == "all":
+        raise run.UsageError("--masks: no image is left without a patch: add --attacked erased")
     if config.method == "doa" and config.attacked == "erased":
         raise run.UsageError("--attacked erased: DOA searches a place in every image: leave it out")
     return config, args

@@ -35,7 +35,8 @@ FARS, ERRORS = (0.1, 0.01), 10
 # validation: genuine pairs of persons who set the rule's threshold
 ROLES = ("genuine", "intruder", "validation")
 COUNTS = "targets / genuine / intruders"
-METHODS = ("ours", "ours-transfer", "ours-mixed-all", "weak-at", "doa-4", "doa-10", "no-at")
+METHODS = ("ours", "ours-transfer", "ours-transfer-masked", "ours-mixed-all")
+METHODS += ("weak-at", "weak-at-masked", "doa-4", "doa-10", "no-at")
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion")
 ATTACKS += ("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch")
 ATTACKS += ("mask", "transfer", "rule", "rule_places", "rule_one", "rule_attacked")

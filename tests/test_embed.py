@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import attacks
 import data
 import embed as e
 import generator as g
@@ -390,6 +391,51 @@ def test_what_each_method_attacks():
             assert float(moved.max()) <= 400 / 4096 and float(moved.min()) > 0.08
 
 
+@pytest.mark.parametrize("box", [(0, 0, 14, 14), (50, 7, 14, 14), (20, 31, 14, 14), (3, 0, 14, 64)])
+def test_a_training_mask_shows_what_the_certificates_does(box):
+    images = torch.rand(2, 3, 64, 64, generator=rng())
+    boxes = torch.tensor([box, (9, 9, 14, 14)])
+    shown = e.around(images, boxes)
+    mask = e.box_mask(boxes, 64, 64)[:, 0]
+    for image, hides, seen in zip(images, mask, shown):
+        cover = attacks.cover_of(hides[None], hides[None])
+        rule = attacks.Covered(linear(), image, cover)
+        torch.testing.assert_close(seen, rule.cover(image[None])[0, 0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(e.around(images, 0 * boxes), images)  # an empty box hides nothing
+    changed = torch.where(mask[:, None], 1 - images, images)
+    assert torch.equal(e.around(changed, boxes), shown)  # nothing of what is hidden enters
+
+
+def test_images_without_a_patch_are_hidden_by_the_worst_mask():
+    images, person = faces()
+    sampler, embed = e.Sampler(images, person), linear()
+    made = lambda identity, content, pixels=None: images[content].float() / 255
+    for method, seen in (("ours", 1.0), ("no-at", 0.5), ("weak-at", 1.0)):
+        settings = {"method": method, "batch": 32, "attacked": "erased", "masks": 3}
+        config = e.Config(**{**TINY, **settings})
+        given = made if config.generated else None
+        q = e.quadruplets(config, embed, sampler, given, rng())
+        both, boxes = torch.cat([q.x, q.t]), torch.cat([q.x_boxes, q.t_boxes])
+        plain = torch.cat(
+            e.attacked(e.Config(**{**TINY, **settings, "masks": 0}), embed, q, 8.0, rng(1))
+        )
+        found = torch.cat(e.attacked(config, embed, q, 8.0, rng(1)))
+        bare = boxes[:, 2] == 0
+        assert 0.3 < bare.float().mean() < 0.7
+        assert torch.equal(found[~bare], plain[~bare]) and torch.equal(plain[bare], both[bare])
+        changed = (found != both).any(1)
+        assert changed[bare].flatten(1).sum(1).le(14 * 14).all() and changed[bare].any((1, 2)).all()
+        assert changed.any((1, 2)).float().mean() > seen - 0.2
+    anchors, sign = torch.cat([q.fy, q.fu]), torch.ones(64)
+    sign[32:] = -1
+    gain = []
+    for masks in (1, 8):  # of more masks the worst is worse, of the first it is the first
+        config = e.Config(**{**TINY, "masks": masks})
+        worst = e.hidden(config, embed, both, anchors, sign, rng(2))
+        gain.append(e.squared_distance(embed(worst), anchors) * sign)
+    assert (gain[1] >= gain[0]).all() and (gain[1] > gain[0]).float().mean() > 0.5
+
+
 def test_the_inner_step_grows_over_the_warmup():
     config = e.Config(attack_alpha=32.0, attack_warmup=4)
     assert [config.alpha(step) for step in (0, 1, 3, 4, 9)] == [0.0, 8.0, 24.0, 32.0, 32.0]
@@ -689,6 +735,11 @@ def test_the_folder_of_each_method():
     assert name("--positive", "transfer") == "ours-transfer"
     assert name("--method", "no-at", "--positive", "transfer") == "no-at-transfer"
     assert name("--positive", "mixed", "--attacked", "all") == "ours-mixed-all"
+    assert name("--positive", "transfer", "--masks", "4") == "ours-transfer-masked"
+    weak = "--method", "weak-at", "--masks", "4"
+    assert name(*weak, "--attacked", "erased") == "weak-at-masked"
+    with pytest.raises(run.UsageError, match="--masks: no image is left"):
+        name(*weak)
     assert name(*weak, "--positive", "mixed", "--attacked", "all") == "weak-at"
     assert name("--method", "doa") == "doa-10"
     assert name("--method", "doa", "--candidates", "4") == "doa-4"

@@ -31,6 +31,14 @@ def test_a_step_waits_for_the_loss_and_for_the_erased_rows_where_not_all_are_att
     assert set(found.kernels) == LAUNCHED[method]
 
 
+def test_the_search_of_the_worst_mask_waits_for_nothing():
+    for settings in ({"method": "ours"}, {"method": "weak-at", "attacked": "erased"}):
+        plain, few, many = (step(**settings, masks=n) for n in (0, 1, 4))
+        assert plain.waits == few.waits == many.waits == [ROWS, LOSS]
+        assert plain.launches < few.launches < many.launches
+    assert step("no-at", masks=4).waits == [ROWS, LOSS]
+
+
 def test_more_inner_steps_wait_for_nothing():
     few, many = (step("doa", attack_steps=n) for n in (1, 4))
     assert few.waits == many.waits and few.launches < many.launches
