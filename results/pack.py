@@ -54,6 +54,10 @@ def pack(folder: Path, out: Path) -> None:
     if before.people.get("data") != "synthetic":
         names = sorted({name for r in every for name in (r.target, r.person)})
         number = {name: f"person-{k:04}" for k, name in enumerate(names)}
+    others = {path.parent.name for path in out.glob("*/attacks.json")} - {*before.methods}
+    if number and others:
+        told = f"its {', '.join(sorted(others))} may number other persons: give an empty folder"
+        raise run.UsageError(f"{out}: {told}")
     for method in before.methods:
         text, beside = packed(folder / method / "attacks", number)
         run.write(out / method / "attacks.csv.gz", text)
@@ -64,7 +68,9 @@ def pack(folder: Path, out: Path) -> None:
         if (folder / name).exists() and not (number and name == "people.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)
-    if metrics.summary(metrics.read_run(out)) != metrics.summary(before):
+    copied = metrics.read_run(out)
+    own = {m: copied.methods[m] for m in before.methods}
+    if metrics.summary(metrics.Run(out, own, copied.people)) != metrics.summary(before):
         raise run.UsageError(f"{out}: reads otherwise than {folder}")
 
 

@@ -449,6 +449,22 @@ def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
         assert "attacks.csv.gz" in line
 
 
+def test_methods_of_another_run_are_packed_beside_where_persons_have_names(run, tmp_path):
+    from results import pack
+
+    out, other = tmp_path / "packed", tmp_path / "other"
+    write(other, "weak-at", "clean", CLEAN + INTRUDERS)
+    pack.pack(run, out)
+    with pytest.raises(Exception, match="its ours may number other persons: give an empty"):
+        pack.pack(other, out)
+    shutil.rmtree(out)
+    for folder in (run, other):
+        (folder / "people.json").write_text('{"data": "synthetic"}')
+        pack.pack(folder, out)
+    found, each = metrics.summary(out), (metrics.summary(run), metrics.summary(other))
+    assert found == {**each[0], **each[1]}
+
+
 def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
     rng = np.random.default_rng(0)
     runs = []
