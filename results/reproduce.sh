@@ -2,6 +2,7 @@
 # Every method, attack, table and figure of the paper on the embedded data; what is finished is kept.
 #     results/reproduce.sh [method ...]     # ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10, figure5
 #     SEEDS="0 1 2" results/reproduce.sh ours-mixed-all weak-at
+#     RUN=runs/thousand FLAGS="--steps 1000" results/reproduce.sh ours-transfer-masked weak-at doa-10
 # After `generator.py --images 2 --epochs 300 --encoder-epochs 100 --run runs/few-0`, else G is the demo's, of all images:
 #     RUN=runs/few FLAGS="--images 2 --steps 600" results/reproduce.sh ours-mixed-all weak-at
 # After `generator.py --data folder --root LFW --run runs/lfw-0`:
@@ -12,6 +13,8 @@ cd "$(dirname "$0")/.."
 methods=("$@")
 [ $# -gt 0 ] || methods=(ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10 figure5)
 declare -A flags=([ours]="" [ours-transfer]="--positive transfer" [ours-mixed-all]="--positive mixed --attacked all"
+  [ours-transfer-masked]="--positive transfer --masks 4"
+  [weak-at-masked]="--method weak-at --attacked erased --masks 4"
   [no-at]="--method no-at" [weak-at]="--method weak-at"
   [doa-4]="--method doa --candidates 4" [doa-10]="--method doa --candidates 10")
 table1=clean,eyeglasses,square,eye_patch,evasion,grey_eye_patch,rule,rule_places,rule_one
@@ -31,7 +34,7 @@ for seed in ${SEEDS:-0}; do
     attacks=$table1 defences=both
     [ "$method" != ours ] || attacks=all defences=all
     python attacks.py --run "$run" --method "$method" --attacks "$attacks" --defences "$defences"
-    case $method in weak-at | doa-*) # Fig. 3, by networks that never saw a generated image
+    case $method in weak-at* | doa-*) # Fig. 3, by networks that never saw a generated image
       [ ! -f "$run/generator.pt" ] || python -m results.figures "$run" "$method" ;;
     esac
   done

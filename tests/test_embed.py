@@ -736,10 +736,10 @@ def test_the_folder_of_each_method():
     assert name("--method", "no-at", "--positive", "transfer") == "no-at-transfer"
     assert name("--positive", "mixed", "--attacked", "all") == "ours-mixed-all"
     assert name("--positive", "transfer", "--masks", "4") == "ours-transfer-masked"
-    weak = "--method", "weak-at", "--masks", "4"
-    assert name(*weak, "--attacked", "erased") == "weak-at-masked"
+    masked = "--method", "weak-at", "--masks", "4"
+    assert name(*masked, "--attacked", "erased") == "weak-at-masked"
     with pytest.raises(run.UsageError, match="--masks: no image is left"):
-        name(*weak)
+        name(*masked)
     assert name(*weak, "--positive", "mixed", "--attacked", "all") == "weak-at"
     assert name("--method", "doa") == "doa-10"
     assert name("--method", "doa", "--candidates", "4") == "doa-4"
