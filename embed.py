@@ -542,9 +542,9 @@ def hidden(
     sign: Tensor,
     rng: torch.Generator,
 ) -> Tensor:
-    """Not in the paper: images (N, 3, H, W), each under the mask, of `masks` random ones, that moves
-    it farthest from its anchor where sign (N,) is +1, nearest where -1: greedy cutout (Saha et al.
-    2023), for what the certificate will ask."""
+    """Not in the paper: images (N, 3, H, W), each under the mask, of `masks` random ones, that
+    moves it farthest from its anchor where sign (N,) is +1, nearest where -1: greedy cutout (Saha
+    et al. 2023), for what the certificate will ask."""
     worst, reached, side = images, torch.full_like(sign, -math.inf), config.mask
     ends = [n - side + 1 for n in images.shape[2:]]
     for _ in range(config.masks):

@@ -21,7 +21,7 @@ import metrics
 from data import run
 
 OF_RUN = ("people.json", "generator/log.jsonl", "generator/result.json")
-FILES = ("log.jsonl", "result.json", "attacks/figure3.csv", "attacks/soundness.jsonl")
+FILES = ("log.jsonl", "result.json", "attacks/figure3.csv", "soundness.jsonl")
 
 
 def packed(folder: Path, number: dict[str, str]) -> tuple[bytes, dict]:

@@ -6,7 +6,7 @@
 The flags are those of attacks.py. Each intruder's patch is trained on the rule, by the gradient of
 the mask that decides, with ten times the iterations of the preset: at the place where the bound is
 lowest, and where the gradient is largest of all windows; and, against App. C's own places, as
-eyeglasses and squares. A line a target in soundness.jsonl beside the method's attacks; the same
+eyeglasses and squares. A line a target in soundness.jsonl in the method's folder; the same
 command goes on. Exit status 1 where an attack got below a bound by more than 1e-5 of it.
 """
 
@@ -28,8 +28,8 @@ TOLERANCE = 1e-5
 
 
 class Hunted(a.Covered):
-    """The rule for an attacker in a hurry: every fortieth time all masks are looked at, every fourth
-    the eight that then gave the largest distances, in between the one that gave it last."""
+    """The rule for an attacker in a hurry: every fortieth time all masks are looked at, every
+    fourth the eight that then gave the largest distances, in between the one that decided last."""
 
     calls, few, last = 0, 8, None
 

@@ -66,7 +66,7 @@ def test_the_evidence_is_small():
 
 
 def test_the_papers_figures_stand_under_their_own_attack_alone():
-    """It has no certificate; ours, weak AT, DOA and no AT of its Tables 1 and 2 under the others."""
+    """It has no certificate; ours, weak AT, DOA and no AT of Tables 1 and 2 under the others."""
     lines = [line.split(" | ") for line in tables.overview().splitlines() if line.startswith("| ")]
     head, told = lines[0], {row[0][2:]: row[1:] for row in lines[2:]}
     assert head[-1].startswith("certified") and not any("(" in row[-1] for row in told.values())
