@@ -57,6 +57,7 @@ THREATS = (  # where the patch of at most that size may be; its rule, its bound,
 )
 BEST = "ours-mixed-all"  # of the methods with generated companions, by validation persons
 LABELS = {m: label.removesuffix(", both") for label, m, *_ in (*TABLE_1, *TABLE_2)}
+MODELS = {**LABELS, "facenet128-embed": "dlib's 128-d ResNet"}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -526,7 +527,7 @@ def covers() -> str:
             told = [patch, f"{held['masks']} of {mask}", held["fill"], held["anchor_seen"]]
             found = [measure([one], method, a) for a in ("clean", "rule", "certified")]
             last = found[-1]
-            row = [LABELS.get(method, method), *told, *(cell(m, False) for m in found)]
+            row = [MODELS.get(method, method), *told, *(cell(m, False) for m in found)]
             body.append([*row, f"{last['detected']:.1%}", f"{last['fpr']:.1%}", counts(last)])
     header = ["F", "patch", "masks", "fill", "anchor", "clean, F itself", "clean, under the rule"]
     return markdown([*header, "certified", "certain rejection", "at FRR", COUNTS], body)
@@ -597,7 +598,7 @@ def models() -> str:
     """README.md's row of a public descriptor, attacked by --model, beside F on the same data."""
     body = []
     lines = (
-        ("dlib's 128-d ResNet", "facenet128", "facenet128-embed"),
+        (MODELS["facenet128-embed"], "facenet128", "facenet128-embed"),
         (f"F, {LABELS['weak-at']}", "lfw/seed-0", "weak-at"),
     )
     for label, folder, method in lines:
