@@ -150,8 +150,10 @@ def _checked(config: Any, name: str, known: tuple | None) -> Any:
                 raise UsageError(f"{flag} {word}: choose all or some of {', '.join(known)}")
         return value
     told = ",".join(map(str, several))
-    if isinstance(value, tuple) and len(value) != len(default):
-        raise UsageError(f"{flag} {told}: give {len(default)} numbers")
+    if isinstance(value, tuple):
+        counts = (1, 2) if len(default) == 1 else (len(default),)  # a side, or height and width
+        if len(value) not in counts:
+            raise UsageError(f"{flag} {told}: give {' or '.join(map(str, counts))} numbers")
     if isinstance(value, (bool, str)):
         return value
     whole = isinstance(default[0] if isinstance(default, tuple) else default, int)

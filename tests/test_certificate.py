@@ -451,3 +451,17 @@ def test_of_a_cover_with_a_hole_they_do(monkeypatch, capsys):
     found = hunt(lambda x: x[:, :1, 7, 7])
     assert soundness.told("F", [{"pairs": 2, "attacks": found}]) == 1
     assert "BELOW" in capsys.readouterr().out and found["rule: steepest"][0] < -0.1
+
+
+def test_a_patch_of_the_command_may_have_a_height_and_a_width(tmp_path):
+    (tmp_path / "run.json").write_text('{"data": "synthetic", "preset": "demo"}')
+    flags = ["--run", str(tmp_path), "--rule-patch", "16,32"]
+    config = a.parse([*flags, "--rule-mask", "22,38"])[0]
+    found = a.cover_named("rule", config, 64, 64)
+    assert found.patch == (16, 32) and found.mask == (22, 38) and len(found.masks) == 35
+    for mask, told in (
+        ("1,2,3", "give 1 or 2 numbers"),
+        ("22,32", "must be larger than the patch"),
+    ):
+        with pytest.raises(run.UsageError, match=told):
+            a.parse([*flags, "--rule-mask", mask])
