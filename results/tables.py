@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,11 @@ def rule_attacked(one: Run) -> Run:
     )
 
 
+def sides(given: Sequence[int]) -> str:
+    """Of a patch or mask, height x width, of one side or both."""
+    return " x ".join(map(str, ([*given] * 2)[:2]))
+
+
 def certificate(runs: Sequence[Run]) -> str:
     """The section on the rule of attacks.py's `certify`, "" without its rows: what no patch can
     reach, beside what the attack on it reached."""
@@ -226,10 +231,7 @@ def certificate(runs: Sequence[Run]) -> str:
 
     def told(key: str) -> str:
         found = [{**(s.get("config") or {}), **s}.get(key, "unknown") for s in rules]
-        sides = (
-            v if isinstance(v, str | int) else " x ".join(map(str, (v * 2)[:2])) for v in found
-        )
-        return ", ".join(sorted({*map(str, sides)}))
+        return ", ".join(sorted({str(v) if isinstance(v, str | int) else sides(v) for v in found}))
 
     return f"""## Certificate
 
@@ -417,14 +419,20 @@ def seeds(folder: str, method: str = "") -> list[str]:
     )
 
 
+def complete(runs: Sequence[Run], methods: Iterable[str], attacks: Sequence[str]) -> list[Run]:
+    """The runs in which each of the methods met each of the attacks."""
+    asked = [(m, a) for m in methods for a in attacks]
+    return [one for one in runs if all(measure([one], m, a) for m, a in asked)]
+
+
 def overview() -> str:
     """README.md's table; the universal patch, the weakest, is in the other."""
     runs, body = runs_of(*seeds("demo")), []
-    every = {m for one in runs for m in one.methods}
-    runs = [one for one in runs if every <= {*one.methods}]  # on the same pairs
+    every, shown = {m for one in runs for m in one.methods}, ("clean", *PATCHES[:2], "certified")
+    runs = complete(runs, every, shown)  # on the same pairs, in every column
     for _, method, m, s, figures in (line for line in (*TABLE_1[3:], NO_AT) if line[1] in every):
         paper, row = dict(zip(("clean", *PATCHES), figures)), [LABELS[method]]
-        for name in ("clean", *PATCHES[:2], "certified"):
+        for name in shown:
             theirs = f" ({paper[name][0]:.3f})" if name in paper else ""
             row.append(cell(measure(runs, method, name, m, s), False, False) + theirs)
         body.append(row)
@@ -523,7 +531,7 @@ def covers() -> str:
         (one,) = runs_of(f"covers/{folder.name}")
         for method in names([one]):
             held = one.methods[method]["rule"].sidecar
-            patch, mask = (" x ".join(map(str, (held["config"][k] * 2)[:2])) for k in sizes)
+            patch, mask = (sides(held["config"][k]) for k in sizes)
             told = [patch, f"{held['masks']} of {mask}", held["fill"], held["anchor_seen"]]
             found = [measure([one], method, a) for a in ("clean", "rule", "certified")]
             last = found[-1]

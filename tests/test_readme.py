@@ -74,6 +74,16 @@ def test_the_papers_figures_stand_under_their_own_attack_alone():
         assert [cell.split("(")[1][:5] for cell in told[method][:3]] == figures.split()
 
 
+def test_a_column_of_the_overview_rests_on_the_same_runs_for_every_method():
+    runs, attacks = tables.runs_of(*tables.seeds("demo")), ("clean", "certified")
+    both = {"weak-at", "ours-transfer"}
+    assert len(tables.complete(runs, both, attacks)) == len(runs) == 3
+    (one,) = tables.complete(runs, {"ours", *both}, attacks)  # of ours one seed met the rule
+    assert one.folder.name == "seed-0"
+    told = tables.overview()
+    assert "not CelebA: seed 0, the same pairs" in told and "not run" not in told
+
+
 def test_every_floor_is_one_of_a_row():
     text = tables.speed()
     assert all(f"`{op}`" in text for op in tables.FLOORS)
