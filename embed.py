@@ -51,7 +51,7 @@ class Config:
     validation_persons: int = 100  # Sec. 4: of F, not trained on
     target_persons: int = 30  # Sec. 4.2: 30 drawn
     persons: int = 2000  # Sec. 4: of the train persons, those F is trained on; 0: all
-    images: int = 0  # not in the paper: of each of them the first, that F may see; 0: all
+    images: int = 0  # not in the paper: of each the first, that F may see; 0: all; 1: real y is x
     synthetic_persons: int = 370  # not in the paper: size of the rendered set
     synthetic_images: int = 12  # not in the paper: images of each rendered person
     width: float = 1.0  # Sec. 4: VGG16; less, not in the paper: a fraction of its channels
@@ -360,7 +360,8 @@ class Sampler:
         starts = self.count.cumsum(0) - self.count
         column = torch.arange(len(person), device=images.device) - starts[person[order]]
         self.table[person[order], column] = order
-        self.several = (self.count > 1).nonzero()[:, 0]  # who can give a real positive pair
+        several = (self.count > 1).nonzero()[:, 0]  # who can give a real positive pair
+        self.several = several if len(several) else self.count.nonzero()[:, 0]
 
     def image_of(self, person: Tensor, rng: torch.Generator) -> Tensor:
         """One image index of each person (B,)."""
@@ -372,7 +373,8 @@ class Sampler:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Image indices x (B,), a companion (B,) and candidates t (B, mine) of other persons.
 
-        The companion is another image of x's person if `pairs` (eq. 6), else any other image.
+        The companion is another image of x's person if `pairs` (eq. 6), x itself where nobody has
+        two; else any other image.
         """
         device, P = self.images.device, len(self.count)
         r = torch.rand(batch, generator=rng, device=device)
@@ -842,9 +844,9 @@ def trained_on(config: Config, faces, split) -> Tensor:
     index = data.images_of(faces, split.train[: config.persons or None], config.images)
     real = "--positive mixed" if config.positive == "mixed" else ""
     real = real if config.generated else f"--method {config.method}"
-    if real and int(faces.person[index].bincount().max()) < 2:
-        told = "needs train persons with two images or more, there is none"
-        raise run.UsageError(f"{real}: {told}: give more photographs")
+    if real and config.images != 1 and int(faces.person[index].bincount().max()) < 2:
+        told = "needs train persons with two images or more, there is none: give more photographs"
+        raise run.UsageError(f"{real}: {told}, or --images 1: y is x, moved otherwise")
     return index
 
 
