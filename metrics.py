@@ -854,11 +854,18 @@ def read_run(folder: Path | str, rows: str = "attacks") -> Run:
         if path.stem != "figure3":
             attack = Attack(read_rows(path), optional_json(path.with_suffix(".json")))
             add(path, path.parent.parent.name, path.stem, attack)
-    for path in sorted(folder.glob(f"*/{rows}.csv.gz")):  # all of a method's: results/pack.py
-        sidecars, every = optional_json(path.with_name(f"{rows}.json")), read_rows(path)
-        for name in dict.fromkeys(r.attack for r in every):
-            own = [r for r in every if r.attack == name]
-            add(path, path.parent.name, name, Attack(own, sidecars.get(name, {})))
+    packed, every = folder / f"{rows}.csv.gz", dict[str, list[Row]]()  # by results/pack.py
+    for row in read_rows(packed) if packed.exists() else ():
+        every.setdefault(row.attack, []).append(row)
+    sidecars = optional_json(packed.with_name(f"{rows}.json"))
+    for key, own in every.items():
+        method, _, name = key.partition("/")
+        add(
+            packed,
+            method,
+            name,
+            Attack([r._replace(attack=name) for r in own], sidecars.get(key, {})),
+        )
     if not methods:
         told = f"holds no rows (<method>/{rows}/<attack>.csv); run attacks.py --run {folder}"
         raise run.UsageError(f"--run {folder}: {told}")

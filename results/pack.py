@@ -1,9 +1,9 @@
-"""A run's evidence, to be committed: of each method its rows in one file, its log, its result.
+"""A run's evidence, to be committed: the rows of all methods in one file, their logs and results.
 
     python -m results.pack runs/synthetic-demo-0 results/demo/seed-0
 
-Out: <method>/attacks.csv.gz and attacks.json, which metrics.py reads as it does single files. Of
-photographs the persons become numbers, and no machine's path stays.
+Out: attacks.csv.gz and attacks.json, which metrics.py reads as it does single files; methods that
+stand there stay. Of photographs the persons become numbers, and no machine's path stays.
 """
 
 from __future__ import annotations
@@ -24,27 +24,33 @@ OF_RUN = ("people.json", "generator/log.jsonl", "generator/result.json")
 FILES = ("log.jsonl", "result.json", "attacks/figure3.csv", "soundness.jsonl")
 
 
-def packed(folder: Path, number: dict[str, str]) -> tuple[bytes, dict]:
-    """The rows of <attack>.csv in a folder, compressed, the same bytes for the same rows; and what
-    stands beside each, by the attack. number: what persons are called instead."""
+def packed(folder: Path, method: str, number: dict[str, str]) -> tuple[list[dict], dict]:
+    """The rows of a method's <attack>.csv in a folder, and what stands beside each, both by
+    <method>/<attack>. number: what persons are called instead."""
     rows: list[dict] = []
     beside = {}
     for path in sorted(folder.glob("*.csv")):
         if path.stem != "figure3":
+            key = f"{method}/{path.stem}"
             with open(path, newline="", encoding="utf-8") as file:
-                rows += csv.DictReader(file)
-            beside[path.stem] = metrics.optional_json(path.with_suffix(".json"))
-            beside[path.stem].get("config", {}).pop("root", None)
-            if "model" in beside[path.stem]:
-                beside[path.stem]["model"] = Path(beside[path.stem]["model"]).name
+                rows += [{**row, "attack": key} for row in csv.DictReader(file)]
+            beside[key] = metrics.optional_json(path.with_suffix(".json"))
+            beside[key].get("config", {}).pop("root", None)
+            if "model" in beside[key]:
+                beside[key]["model"] = Path(beside[key]["model"]).name
     for row in rows:
         row |= {k: number.get(row[k], row[k]) for k in ("target", "person")}
+    return rows, beside
+
+
+def written(rows: list[dict]) -> bytes:
+    """As a compressed table, the same bytes for the same rows."""
     text = io.StringIO()
     fields = dict.fromkeys(k for row in rows for k in row)
     writer = csv.DictWriter(text, [*fields], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return gzip.compress(text.getvalue().encode(), mtime=0), beside
+    return gzip.compress(text.getvalue().encode(), mtime=0)
 
 
 def pack(folder: Path, out: Path) -> None:
@@ -54,15 +60,22 @@ def pack(folder: Path, out: Path) -> None:
     if before.people.get("data") != "synthetic":
         names = sorted({name for r in every for name in (r.target, r.person)})
         number = {name: f"person-{k:04}" for k, name in enumerate(names)}
-    others = {path.parent.name for path in out.glob("*/attacks.json")} - {*before.methods}
-    if number and others:
-        told = f"its {', '.join(sorted(others))} may number other persons: give an empty folder"
+    table, beside = out / "attacks.csv.gz", metrics.optional_json(out / "attacks.json")
+    stay = {k: v for k, v in beside.items() if k.partition("/")[0] not in before.methods}
+    if number and stay:
+        told = f"its {', '.join(stay)} may number other persons: give an empty folder"
         raise run.UsageError(f"{out}: {told}")
+    rows: list[dict] = []
+    if stay:
+        with gzip.open(table, "rt", newline="", encoding="utf-8") as file:
+            rows += [row for row in csv.DictReader(file) if row["attack"] in stay]
     for method in before.methods:
-        text, beside = packed(folder / method / "attacks", number)
-        run.write(out / method / "attacks.csv.gz", text)
-        # without indentation: a tenth of what is committed
-        run.write(out / method / "attacks.json", json.dumps(beside) + "\n")
+        more, told_of = packed(folder / method / "attacks", method, number)
+        rows += more
+        stay |= told_of
+    run.write(table, written(rows))
+    # without indentation: a tenth of what is committed
+    run.write(out / "attacks.json", json.dumps(stay) + "\n")
     asked = [f"generator/{path.name}" for path in folder.glob("generator/oracle-*.json")]
     for name in (*(f"{m}/{f}" for m in before.methods for f in FILES), *OF_RUN, *asked):
         if (folder / name).exists() and not (number and name == "people.json"):

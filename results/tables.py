@@ -412,11 +412,9 @@ def runs_of(*folders: str) -> list[Run]:
     return [metrics.read_run(HERE / folder) for folder in folders]
 
 
-def seeds(folder: str, method: str = "") -> list[str]:
-    """The folders seed-0, seed-1, ... that hold the method."""
-    return sorted(
-        f"{folder}/{p.name}" for p in (HERE / folder).glob("seed-*") if (p / method).exists()
-    )
+def seeds(folder: str) -> list[str]:
+    """The folders seed-0, seed-1, ..."""
+    return sorted(f"{folder}/{p.name}" for p in (HERE / folder).glob("seed-*"))
 
 
 def complete(runs: Sequence[Run], methods: Iterable[str], attacks: Sequence[str]) -> list[Run]:

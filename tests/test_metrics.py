@@ -439,11 +439,11 @@ def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
     named = {r.target for a in metrics.read_run(out).methods["ours"].values() for r in a.rows}
     assert named == {"person-0000", "person-0001"}
     assert not (out / "ours/attacks").exists()
-    before = (out / "ours/attacks.csv.gz").read_bytes()
+    before = (out / "attacks.csv.gz").read_bytes()
     pack.pack(run, out)
-    assert (out / "ours/attacks.csv.gz").read_bytes() == before
+    assert (out / "attacks.csv.gz").read_bytes() == before
     for broken in (before[:-20], b"no gzip"):
-        (out / "ours/attacks.csv.gz").write_bytes(broken)
+        (out / "attacks.csv.gz").write_bytes(broken)
         assert metrics.main(["--run", str(out)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "attacks.csv.gz" in line
@@ -455,7 +455,7 @@ def test_methods_of_another_run_are_packed_beside_where_persons_have_names(run, 
     out, other = tmp_path / "packed", tmp_path / "other"
     write(other, "weak-at", "clean", CLEAN + INTRUDERS)
     pack.pack(run, out)
-    with pytest.raises(Exception, match="its ours may number other persons: give an empty"):
+    with pytest.raises(Exception, match="its ours/.* may number other persons: give an empty"):
         pack.pack(other, out)
     shutil.rmtree(out)
     for folder in (run, other):
