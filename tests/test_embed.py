@@ -331,6 +331,9 @@ def test_sampler_draws_persons_evenly_and_pairs_truly():
     assert bool((person[t[:, 0]] != person[x]).all())
     assert set(person[x].tolist()) == {0, 2}  # a person with one image gives no pair
     assert len({(a, b) for a, b in zip(x.tolist(), y.tolist())}) == 7 * 6 + 2
+    one = e.Sampler(torch.zeros(3, 3, 64, 64, dtype=torch.uint8), torch.tensor([2, 0, 1]))
+    x, y, t = one.draw(300, 1, rng(), pairs=True)  # --images 1
+    assert torch.equal(x, y) and len(x.unique()) == 3 and bool((t[:, 0] != x).all())
 
 
 @pytest.mark.parametrize("method", e.CHOICES["method"])
@@ -481,6 +484,15 @@ def test_how_many_images_of_a_person_f_may_see():
     held = type("Faces", (), {"person": torch.tensor([2, 0, 1, 0, 2, 2, 0])})
     assert data.images_of(held, (0, 2)).tolist() == [0, 1, 3, 4, 5, 6]
     assert data.images_of(held, (0, 2), 2).tolist() == [0, 1, 3, 4]
+    assert data.images_of(held, (0, 2), 1).tolist() == [0, 1]
+    alone = type("Faces", (), {"person": torch.arange(4), "names": ()})
+    split = data.Split((0, 1, 2), (3,), (), 0)
+    for flags in ({"method": "weak-at"}, {"method": "doa"}, {"positive": "mixed"}):
+        config = e.Config(persons=0, **flags)
+        with pytest.raises(run.UsageError, match="two images or more, there is none: .*--images 1"):
+            e.trained_on(config, alone, split)
+        config = dataclasses.replace(config, images=1)  # asked for: y is x, moved otherwise
+        assert e.trained_on(config, alone, split).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("method", ["ours", "weak-at"])
