@@ -78,7 +78,7 @@ class Config:
     attacked: str = "auto"  # App. A: erased for ours, all for the others; or one of them
     weak_area: tuple[float, ...] = (0.02, 0.1)  # App. A: weak AT's rectangles
     masks: int = 0  # not in the paper: an image that has no patch is hidden by the worst of so many
-    mask: int = 14  # not in the paper: side of these, pixels, as of attacks.py's certificate
+    mask_side: int = 14  # not in the paper: of these, pixels, as of attacks.py's certificate
     candidates: int = 10  # Sec. 4: C of DOA, 4 or 10
     doa_size: int = 20  # App. A: side of DOA's square, pixels
     doa_stride: int = 5  # App. A: between the places searched, pixels
@@ -547,7 +547,7 @@ def hidden(
     """Not in the paper: images (N, 3, H, W), each under the mask, of `masks` random ones, that
     moves it farthest from its anchor where sign (N,) is +1, nearest where -1: greedy cutout (Saha
     et al. 2023), for what the certificate will ask."""
-    worst, reached, side = images, torch.full_like(sign, -math.inf), config.mask
+    worst, reached, side = images, torch.full_like(sign, -math.inf), config.mask_side
     ends = [n - side + 1 for n in images.shape[2:]]
     for _ in range(config.masks):
         drawn = torch.rand(2, len(images), generator=rng, device=rng.device)
@@ -712,7 +712,7 @@ CHOICES = {
     "validation_persons": (2, 2**31 - 1),
     "shift": (0, 63),
     "doa_size": (1, 64),
-    "mask": (1, 64),
+    "mask_side": (1, 64),
     "masks": (0, 1000),
     "width": (0.001, 16),
     "cutout": (0, 1),

@@ -2,6 +2,7 @@
 
     python metrics.py --run RUN --figures 2 5 roc   # draws them into RUN/figures
     python -m results.figures RUN weak-at doa-4     # measures Fig. 3's distances by these networks
+    python -m results.figures                       # photographs.png, from the rows in results/
 
 In: logs, rows and the .npz of example images beside them, of any size. What is missing is said.
 """
@@ -35,7 +36,7 @@ from metrics import (
     under,
 )
 
-from .tables import LABELS, PATCHES, read_log, settings_of
+from .tables import HERE, LABELS, PATCHES, photographs, read_log, settings_of
 
 RUN_FIRST = "run the stage that writes it"
 COLORS = ("tab:blue", "tab:orange", "tab:green")
@@ -426,6 +427,34 @@ def figure_point(one: Run, without: str = "no-at") -> Any:
     return sheet(rows, 1.7)
 
 
+def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")) -> Any:
+    """AU-ROC of each method against the number of photographs of each train person, a panel an
+    attack; bars: 95 % over persons."""
+    figure, axes = canvas(1, len(attacks), 3.0 * len(attacks), 3.2, sharey=True)
+    at = photographs()
+    methods = names([one for runs in at.values() for one in runs])
+    for color, method in enumerate(m for m in methods if sum(m in names(r) for r in at.values()) > 1):
+        for axis, attack in zip(axes[0], attacks):
+            found = {k: m for k, runs in at.items() if (m := measure(runs, method, attack))}
+            mean = np.array([m["auroc"] for m in found.values()])
+            ends = np.array([m["interval"] for m in found.values()]).T
+            how = {"label": LABELS[method], "color": f"C{color}", "capsize": 2, "marker": "o"}
+            x = np.array([*found]) * (1 + 0.02 * color)  # bars beside each other
+            axis.errorbar(x, mean, abs(ends - mean), markersize=3, linewidth=1, **how)
+            axis.set(xscale="log", xticks=[*at], xticklabels=[*at], title=attack)
+            axis.minorticks_off()
+    axes[0, 1].set_xlabel("photographs of each train person")
+    axes[0, 0].set_ylabel("AU-ROC")
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.05)
+    run.write(path, buffer.getvalue())
+
+
 def draw(one: Run, folder: Path, wanted: Sequence[str] = FIGURES) -> list[str]:
     """These figures as PNG into the folder; returns what to say, one line for all not made."""
     try:
@@ -435,11 +464,8 @@ def draw(one: Run, folder: Path, wanted: Sequence[str] = FIGURES) -> list[str]:
     lacking: dict[str, list[str]] = {}
     for name in wanted:
         try:
-            buffer = io.BytesIO()
             figure = globals()[f"figure_{name}"](one)
-            figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.05)
-            path = folder / f"{'figure' * name.isdigit()}{name}.png"
-            run.write(path, buffer.getvalue())
+            save(figure, folder / f"{'figure' * name.isdigit()}{name}.png")
         except run.UsageError as error:
             reason = str(error).removeprefix(f"{one.folder}/").removesuffix(f": {RUN_FIRST}")
             lacking.setdefault(reason, []).append(name)
@@ -478,7 +504,10 @@ def measure_figure_3(folder: Path, method: str, pairs: int = 500) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    folder, *methods = argv or ("",)
+    if not argv:
+        save(figure_photographs(), HERE / "photographs.png")
+        return 0
+    folder, *methods = argv
     for method in methods:
         measure_figure_3(Path(folder), method)
     return 0

@@ -5,6 +5,8 @@
 #     RUN=runs/thousand FLAGS="--steps 1000" results/reproduce.sh ours-transfer-masked weak-at doa-10
 # After `generator.py --images 2 --epochs 300 --encoder-epochs 100 --run runs/few-0`, else G is the demo's, of all images:
 #     RUN=runs/few FLAGS="--images 2 --steps 600" results/reproduce.sh ours-mixed-all weak-at
+# One photograph of each of 300 more persons, whom the demo's G never saw:
+#     RUN=runs/photographs-1 OTHERS=300 FLAGS="--synthetic-persons 670 --images 1" results/reproduce.sh ours-transfer weak-at doa-10
 # After `generator.py --data folder --root LFW --run runs/lfw-0`:
 #     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 2000" results/reproduce.sh ours-mixed-all weak-at
 # Plain commands, each of which goes on after a stop; on two cores start it twice with other methods.
@@ -21,6 +23,15 @@ table1=clean,eyeglasses,square,eye_patch,evasion,grey_eye_patch,rule,rule_places
 read -ra more <<<"${FLAGS:-}"
 for seed in ${SEEDS:-0}; do
   run=${RUN:-runs/synthetic-demo}-$seed
+  [ -z "${OTHERS:-}" ] || [ -f "$run/people.json" ] || python - "$run" "$OTHERS" <<'EOF'
+import dataclasses, sys
+import data
+demo = data.load("synthetic")
+split = data.split_persons(demo, None, 40, 30)
+count = len(demo.names), len(demo.names) + int(sys.argv[2])
+faces = data.load("synthetic", persons=count[1])
+data.write_manifest(f"{sys.argv[1]}/people.json", faces, dataclasses.replace(split, train=range(*count)))
+EOF
   for method in "${methods[@]}"; do
     train=(python embed.py --run "$run" --seed "$seed" "${more[@]}" --no-evaluation)
     if [ "$method" = figure5 ]; then # App. A's step settings, halved as the demo's: steps and 255ths

@@ -488,6 +488,12 @@ def margins() -> str:
     return "\n\n".join(tables)
 
 
+def photographs() -> dict[int, list[Run]]:
+    """The runs whose F saw so many photographs of each train person, none of whom G had seen."""
+    numbers = sorted(int(p.name.split("-")[1]) for p in HERE.glob("photographs-*"))
+    return {k: runs_of(*seeds(f"photographs-{k}")) for k in numbers}
+
+
 def regime(folder: str, ours: str = BEST, *more: str) -> str:
     """Every method of a folder of seeds on the same targets and intruders, and what ours gains,
     under more attacks too."""
@@ -501,9 +507,22 @@ def regime(folder: str, ours: str = BEST, *more: str) -> str:
     return "\n\n".join((*tables, costs(runs)))
 
 
-def few() -> str:
-    """Two images of each train person, for G too."""
-    return regime("few")
+def one() -> str:
+    """One photograph of each train person."""
+    return regime("photographs-1", "ours-transfer", "certified")
+
+
+def several() -> str:
+    """AU-ROC against the number of photographs of each train person."""
+    lines, gains, attacks = [], [], (*PATCHES, "worst")
+    for k, runs in photographs().items():
+        for m in names(runs):
+            lines.append((f"{k}: {LABELS[m]}", [one for one in runs if m in one.methods], m))
+        told = compared(runs, "ours-transfer", ("weak-at", "doa-10"), ("clean", *attacks))
+        gains.append(told.replace("| Ours", f"| {k}: Ours"))
+    head, *rest = (table.splitlines() for table in gains)
+    gained = "\n".join([*head, *(line for table in rest for line in table[2:])])
+    return f"{side_by_side(lines, attacks)}\n\n{gained}"
 
 
 def longer() -> str:
@@ -686,7 +705,8 @@ BLOCKS = {
         for f in (
             paper,
             margins,
-            few,
+            one,
+            several,
             longer,
             thousand,
             proved,

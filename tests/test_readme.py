@@ -39,7 +39,7 @@ def test_both_strengths_met_the_same_pairs():
 
 def test_rows_that_are_compared_come_from_one_commit_and_setting():
     """Of each folder of seeds: the same code, steps and effort for every method."""
-    for folder in ("demo", "few", "long", "thousand", "lfw"):
+    for folder in ("demo", "photographs-1", "long", "thousand", "lfw"):
         runs = tables.runs_of(*tables.seeds(folder))
         found = {
             a.sidecar["commit"] for one in runs for m in one.methods.values() for a in m.values()
