@@ -433,7 +433,9 @@ def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")
     figure, axes = canvas(1, len(attacks), 3.0 * len(attacks), 3.2, sharey=True)
     at = photographs()
     methods = names([one for runs in at.values() for one in runs])
-    for color, method in enumerate(m for m in methods if sum(m in names(r) for r in at.values()) > 1):
+    for color, method in enumerate(
+        m for m in methods if sum(m in names(r) for r in at.values()) > 1
+    ):
         for axis, attack in zip(axes[0], attacks):
             found = {k: m for k, runs in at.items() if (m := measure(runs, method, attack))}
             mean = np.array([m["auroc"] for m in found.values()])

@@ -77,7 +77,9 @@ def pack(folder: Path, out: Path) -> None:
     # without indentation: a tenth of what is committed
     run.write(out / "attacks.json", json.dumps(stay) + "\n")
     asked = [f"generator/{path.name}" for path in folder.glob("generator/oracle-*.json")]
-    for name in (*(f"{m}/{f}" for m in before.methods for f in FILES), *OF_RUN, *asked):
+    logged = {path.parent.name for path in folder.glob("*/log.jsonl")} - {"generator"}
+    named = sorted({*before.methods, *logged})  # a training that nobody attacked: Fig. 5
+    for name in (*(f"{m}/{f}" for m in named for f in FILES), *OF_RUN, *asked):
         if (folder / name).exists() and not (number and name == "people.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)

@@ -3,12 +3,12 @@
 #     results/reproduce.sh [method ...]     # ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10, figure5
 #     SEEDS="0 1 2" results/reproduce.sh ours-mixed-all weak-at
 #     RUN=runs/thousand FLAGS="--steps 1000" results/reproduce.sh ours-transfer-masked weak-at doa-10
-# After `generator.py --images 2 --epochs 300 --encoder-epochs 100 --run runs/few-0`, else G is the demo's, of all images:
-#     RUN=runs/few FLAGS="--images 2 --steps 600" results/reproduce.sh ours-mixed-all weak-at
+# After `generator.py --images 2 --epochs 300 --encoder-epochs 100 --run runs/long-0`, else G is the demo's, of all images:
+#     RUN=runs/long FLAGS="--images 2 --steps 2000 --lr 1e-3 --lr-end 1e-3" results/reproduce.sh ours-mixed-all weak-at doa-10
 # One photograph of each of 300 more persons, whom the demo's G never saw:
 #     RUN=runs/photographs-1 OTHERS=300 FLAGS="--synthetic-persons 670 --images 1" results/reproduce.sh ours-transfer weak-at doa-10
 # After `generator.py --data folder --root LFW --run runs/lfw-0`:
-#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 2000" results/reproduce.sh ours-mixed-all weak-at
+#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 3000" results/reproduce.sh ours-transfer weak-at doa-10
 # Plain commands, each of which goes on after a stop; on two cores start it twice with other methods.
 set -euo pipefail
 cd "$(dirname "$0")/.."
