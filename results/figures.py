@@ -445,7 +445,7 @@ def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")
             axis.errorbar(x, mean, abs(ends - mean), markersize=3, linewidth=1, **how)
             axis.set(xscale="log", xticks=[*at], xticklabels=[*at], title=attack)
             axis.minorticks_off()
-    axes[0, 1].set_xlabel("photographs of each train person")
+    figure.supxlabel("photographs of each train person", fontsize=10)
     axes[0, 0].set_ylabel("AU-ROC")
     axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
     return figure

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import metrics
 from metrics import pairs, pick
 from results import tables
 
@@ -102,3 +103,24 @@ def test_what_the_readmes_name_is_there():
         paths += [ROOT / name for name in named] + [(ROOT / file).parent / name for name in linked]
     assert len(paths) > 10
     assert not [path for path in paths if not path.exists()]
+
+
+def test_with_one_photograph_of_each_generated_companions_win_in_the_rows():
+    runs = tables.photographs()[1]
+    for ours in ("ours", "ours-transfer"):
+        for other in ("weak-at", "doa-10"):
+            for attack in ("clean", *tables.PATCHES, "worst", "certified"):
+                mean, low, high = metrics.difference(runs, ours, other, attack)
+                assert 0 < low < mean < high, (ours, other, attack)
+
+
+def test_the_figure_by_photographs_shows_the_measures():
+    pytest.importorskip("matplotlib")
+    from results import figures
+
+    (axis,) = figures.figure_photographs(("clean",)).axes
+    shown = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in axis.containers}
+    at = tables.photographs()
+    for method in ("ours-transfer", "weak-at"):
+        found = [metrics.measure(at[k], method, "clean")["auroc"] for k in sorted(at)]
+        assert shown[tables.LABELS[method]] == pytest.approx(found)
