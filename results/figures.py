@@ -124,8 +124,10 @@ def limit(axis: Any, starts: Sequence[float]) -> None:
 def figure_2(one: Run) -> Any:
     """Train and test loss of each method, below it the AU-ROC of the same pairs, one column a
     method on one scale."""
-    methods = (*METHODS[:4], "doa-10" if curve(one, "doa-10", "loss")[0].size else "doa-4")
-    found = {m: c for m in methods if len((c := curve(one, m, "val_loss"))[0])}
+    trained = [m for m in METHODS if m != "no-at" and not m.endswith("-masked")]
+    found = {m: c for m in trained if len((c := curve(one, m, "val_loss"))[0])}
+    if "doa-10" in found:
+        found.pop("doa-4", None)
     if not found:
         raise run.UsageError(f"{one.folder}/<method>/log.jsonl with val_loss is missing")
     size = 2.8 * len(found) + 0.4, 4.6

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import metrics
-from data import run
+from data import PARTS, run
 
 OF_RUN = ("people.json", "generator/log.jsonl", "generator/result.json")
 FILES = ("log.jsonl", "result.json", "attacks/figure3.csv", "soundness.jsonl")
@@ -55,14 +55,17 @@ def written(rows: list[dict]) -> bytes:
 
 def pack(folder: Path, out: Path) -> None:
     """Copies a run's evidence. Raises run.UsageError, also where the copy would read otherwise."""
-    before, number = metrics.read_run(folder), {}
+    before, number, about = metrics.read_run(folder), {}, {}
     every = [r for v in before.methods.values() for a in v.values() for r in a.rows]
     if before.people.get("data") != "synthetic":
-        names = sorted({name for r in every for name in (r.target, r.person)})
-        number = {name: f"person-{k:04}" for k, name in enumerate(names)}
+        held = {name for part in PARTS for name in before.people.get(part, ())}
+        names = {name for r in every for name in (r.target, r.person)}
+        number = {name: f"person-{k:04}" for k, name in enumerate(sorted(names | held))}
+        if names <= held:  # then runs of one manifest number alike
+            about = {key: before.people[key] for key in ("data", "images", "seed", "sha256")}
     table, beside = out / "attacks.csv.gz", metrics.optional_json(out / "attacks.json")
     stay = {k: v for k, v in beside.items() if k.partition("/")[0] not in before.methods}
-    if number and stay:
+    if number and stay and (not about or about != metrics.optional_json(out / "people.json")):
         told = f"its {', '.join(stay)} may number other persons: give an empty folder"
         raise run.UsageError(f"{out}: {told}")
     rows: list[dict] = []
@@ -74,6 +77,8 @@ def pack(folder: Path, out: Path) -> None:
         rows += more
         stay |= told_of
     run.write(table, written(rows))
+    if about:
+        run.write(out / "people.json", about)
     # without indentation: a tenth of what is committed
     run.write(out / "attacks.json", json.dumps(stay) + "\n")
     asked = [f"generator/{path.name}" for path in folder.glob("generator/oracle-*.json")]

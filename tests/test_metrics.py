@@ -465,6 +465,33 @@ def test_methods_of_another_run_are_packed_beside_where_persons_have_names(run, 
     assert found == {**each[0], **each[1]}
 
 
+def test_photographs_of_one_manifest_are_numbered_alike(run, tmp_path):
+    from results import pack
+
+    out, other = tmp_path / "packed", tmp_path / "other"
+    write(other, "weak-at", "clean", [r for r in CLEAN + INTRUDERS if r[1] != CLEAN[0][1]])
+    both = [
+        a.rows
+        for f in (run, other)
+        for v in metrics.read_run(f).methods.values()
+        for a in v.values()
+    ]
+    everyone = sorted({name for rows in both for r in rows for name in (r.target, r.person)})
+    held = {"data": "folder", "images": 9, "seed": 0, "sha256": "one", "train": ["Aaron"]}
+    held |= {"validation": [], "target": everyone}
+    for folder in (run, other):
+        (folder / "people.json").write_text(json.dumps(held))
+        pack.pack(folder, out)
+    assert {*json.loads((out / "people.json").read_text())} == {"data", "images", "seed", "sha256"}
+    methods, number = metrics.read_run(out).methods, [*everyone, "Aaron"]
+    ours, theirs = ({r.target for r in methods[m]["clean"].rows} for m in ("ours", "weak-at"))
+    assert ours == {f"person-{sorted(number).index(name):04}" for name in ("a", "b")}
+    assert theirs == ours - {f"person-{sorted(number).index(CLEAN[0][1]):04}"}
+    (other / "people.json").write_text(json.dumps({**held, "sha256": "another"}))
+    with pytest.raises(Exception, match="its ours/.* may number other persons: give an empty"):
+        pack.pack(other, out)
+
+
 def test_several_runs_give_mean_range_and_the_interval_of_the_mean(tmp_path):
     rng = np.random.default_rng(0)
     runs = []

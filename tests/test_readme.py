@@ -83,7 +83,9 @@ def test_a_column_of_the_overview_rests_on_the_same_runs_for_every_method():
     (one,) = tables.complete(runs, {"ours", *both}, attacks)  # of ours one seed met the rule
     assert one.folder.name == "seed-0"
     told = tables.overview()
-    assert "not CelebA: seed 0, the same pairs" in told and "not run" not in told
+    assert "not CelebA: seed 0, the same pairs" in told and "the mean of 3 seeds" in told
+    lacking = [line.split(" | ")[0] for line in told.splitlines() if "not run" in line]
+    assert lacking == ["| Ours, mixed, all attacked", "| Without AT"]  # with one photograph
 
 
 def test_every_floor_is_one_of_a_row():
@@ -124,3 +126,12 @@ def test_the_figure_by_photographs_shows_the_measures():
     for method in ("ours-transfer", "weak-at"):
         found = [metrics.measure(at[k], method, "clean")["auroc"] for k in sorted(at)]
         assert shown[tables.LABELS[method]] == pytest.approx(found)
+
+
+def test_figure_2_shows_every_method_of_the_run():
+    pytest.importorskip("matplotlib")
+    from results import figures
+
+    drawn = figures.figure_2(tables.photographs()[1][0])
+    told = {axis.get_title() for axis in drawn.axes} - {""}
+    assert told == {"Ours", "Ours, transfer", "Weak AT", "DOA, C = 10"}
