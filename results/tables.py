@@ -439,8 +439,9 @@ def overview() -> str:
         mine = [measure(few, method, a) for a in shown if complete(few, [method], shown) == few]
         body.append([*row, *(cell(m, False, False) for m in mine or [None] * len(shown))])
     named = ", ".join(one.folder.name.replace("-", " ") for one in runs)
-    told = f"AU-ROC on rendered faces, not CelebA: {named}, the same pairs for every method, with one "
-    told += f"photograph the mean of {len(few)} seeds [95 % interval over persons] (the paper's, CelebA)."
+    told = f"AU-ROC on rendered faces, not CelebA: {named}, the same pairs for every method, with "
+    told += f"one photograph the mean of {len(few)} seeds [95 % interval over persons] (the "
+    told += "paper's, CelebA)."
     header = [*shown[:2], "certified, 10 x 10", *(f"one photograph: {a}" for a in shown)]
     return f"{told}\n\n{markdown(['', *header], body)}"
 
