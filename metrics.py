@@ -854,18 +854,14 @@ def read_run(folder: Path | str, rows: str = "attacks") -> Run:
         if path.stem != "figure3":
             attack = Attack(read_rows(path), optional_json(path.with_suffix(".json")))
             add(path, path.parent.parent.name, path.stem, attack)
-    packed, every = folder / f"{rows}.csv.gz", dict[str, list[Row]]()  # by results/pack.py
+    packed = folder / f"{rows}.csv.gz"  # of all methods, by results/pack.py
+    every: dict[str, list[Row]] = {}
     for row in read_rows(packed) if packed.exists() else ():
-        every.setdefault(row.attack, []).append(row)
+        every.setdefault(row.attack, []).append(row._replace(attack=row.attack.split("/")[-1]))
     sidecars = optional_json(packed.with_name(f"{rows}.json"))
     for key, own in every.items():
         method, _, name = key.partition("/")
-        add(
-            packed,
-            method,
-            name,
-            Attack([r._replace(attack=name) for r in own], sidecars.get(key, {})),
-        )
+        add(packed, method, name, Attack(own, sidecars.get(key, {})))
     if not methods:
         told = f"holds no rows (<method>/{rows}/<attack>.csv); run attacks.py --run {folder}"
         raise run.UsageError(f"--run {folder}: {told}")

@@ -39,6 +39,7 @@ from metrics import (
 from .tables import HERE, LABELS, PATCHES, photographs, read_log, settings_of
 
 RUN_FIRST = "run the stage that writes it"
+NO_MATPLOTLIB = "not made, matplotlib is not installed (pip install matplotlib)"
 COLORS = ("tab:blue", "tab:orange", "tab:green")
 
 
@@ -435,9 +436,10 @@ def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")
     figure, axes = canvas(1, len(attacks), 3.0 * len(attacks), 3.2, sharey=True)
     at = photographs()
     methods = names([one for runs in at.values() for one in runs])
-    for color, method in enumerate(
-        m for m in methods if sum(m in names(r) for r in at.values()) > 1
-    ):
+    numbers = {
+        m: sum(any(m in one.methods for one in runs) for runs in at.values()) for m in methods
+    }
+    for color, method in enumerate(m for m in methods if numbers[m] > 1):
         for axis, attack in zip(axes[0], attacks):
             found = {k: m for k, runs in at.items() if (m := measure(runs, method, attack))}
             mean = np.array([m["auroc"] for m in found.values()])
@@ -464,7 +466,7 @@ def draw(one: Run, folder: Path, wanted: Sequence[str] = FIGURES) -> list[str]:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return ["figures: not made, matplotlib is not installed (pip install matplotlib)"]
+        return [f"figures: {NO_MATPLOTLIB}"]
     lacking: dict[str, list[str]] = {}
     for name in wanted:
         try:
@@ -509,7 +511,10 @@ def measure_figure_3(folder: Path, method: str, pairs: int = 500) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
-        save(figure_photographs(), HERE / "photographs.png")
+        try:
+            save(figure_photographs(), HERE / "photographs.png")
+        except ImportError:
+            raise run.UsageError(f"photographs.png: {NO_MATPLOTLIB}") from None
         return 0
     folder, *methods = argv
     for method in methods:

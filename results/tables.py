@@ -436,8 +436,9 @@ def overview() -> str:
         for name in shown:
             theirs = f" ({paper[name][0]:.3f})" if name in paper else ""
             row.append(cell(measure(runs, method, name, m, s), False, False) + theirs)
-        mine = [measure(few, method, a) for a in shown if complete(few, [method], shown) == few]
-        body.append([*row, *(cell(m, False, False) for m in mine or [None] * len(shown))])
+        whole = len(complete(few, [method], shown)) == len(few)
+        mine = [measure(few, method, a) if whole else None for a in shown]
+        body.append([*row, *(cell(m, False, False) for m in mine)])
     named = ", ".join(one.folder.name.replace("-", " ") for one in runs)
     told = f"AU-ROC on rendered faces, not CelebA: {named}, the same pairs for every method, with "
     told += f"one photograph the mean of {len(few)} seeds [95 % interval over persons] (the "
@@ -459,19 +460,30 @@ def side_by_side(
     return markdown([*header, "runs", f"{COUNTS} under {attacks[0]}"], body)
 
 
+def by_method(runs: Sequence[Run], before: str = "") -> list[tuple[str, list[Run], str]]:
+    """The lines of `side_by_side` for every method of the runs."""
+    every = names(runs)
+    return [(before + LABELS.get(m, m), [r for r in runs if m in r.methods], m) for m in every]
+
+
 def compared(
-    runs: Sequence[Run], methods: Sequence[str], others: Sequence[str], attacks: Sequence[str]
-) -> str:
-    """AU-ROC of methods less that of others on the same pairs, with paired intervals."""
-    body = []
+    runs: Sequence[Run],
+    methods: Sequence[str],
+    others: Sequence[str],
+    attacks: Sequence[str],
+    before: str = "",
+) -> list[list[str]]:
+    """AU-ROC of methods less that of others on the same pairs, with paired intervals: a
+    table's header, then its lines."""
+    body = [["AU-ROC", *(a.replace("_", " ") for a in attacks), "runs"]]
     for method, other in itertools.product(methods, others):
         both = [one for one in runs if {method, other} <= {*one.methods}]
         if not both:
             continue
         found = [metrics.difference(both, method, other, a) for a in attacks]
         cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*d) if d else NOT_RUN for d in found]
-        body.append([f"{LABELS[method]}, less {LABELS[other]}", *cells, str(len(both))])
-    return markdown(["AU-ROC", *(a.replace("_", " ") for a in attacks), "runs"], body)
+        body.append([f"{before}{LABELS[method]}, less {LABELS[other]}", *cells, str(len(both))])
+    return body
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -490,7 +502,7 @@ def margins() -> str:
     runs, attacks = runs_of(*seeds("demo")), ("clean", *PATCHES, "worst", "certified")
     every = ("weak-at", "doa-10", "doa-4", "no-at")
     tables = [compared(runs, [m], every, attacks) for m in ("ours-mixed-all", "ours-transfer")]
-    return "\n\n".join(tables)
+    return "\n\n".join(markdown(head, body) for head, *body in tables)
 
 
 def photographs() -> dict[int, list[Run]]:
@@ -503,13 +515,10 @@ def regime(folder: str, ours: Sequence[str] = (BEST,), *more: str) -> str:
     """Every method of a folder of seeds on the same targets and intruders, and what ours gain,
     under more attacks too."""
     runs, attacks = runs_of(*seeds(folder)), (*PATCHES, "worst")
-    lines = [(LABELS.get(m, m), [r for r in runs if m in r.methods], m) for m in names(runs)]
     baselines = [m for m in ("weak-at", "doa-10", "no-at") if m in names(runs)]
-    tables = (
-        side_by_side(lines, attacks),
-        compared(runs, ours, baselines, ("clean", *attacks, *more)),
-    )
-    return "\n\n".join((*tables, costs(runs)))
+    head, *gains = compared(runs, ours, baselines, ("clean", *attacks, *more))
+    tables = side_by_side(by_method(runs), attacks), markdown(head, gains), costs(runs)
+    return "\n\n".join(tables)
 
 
 def one() -> str:
@@ -520,14 +529,13 @@ def one() -> str:
 def several() -> str:
     """AU-ROC against the number of photographs of each train person."""
     lines, gains, attacks = [], [], (*PATCHES, "worst")
+    head: list[str] = []
     for k, runs in photographs().items():
-        for m in names(runs):
-            lines.append((f"{k}: {LABELS[m]}", [one for one in runs if m in one.methods], m))
-        told = compared(runs, ["ours-transfer"], ("weak-at", "doa-10"), ("clean", *attacks))
-        gains.append(told.replace("| Ours", f"| {k}: Ours"))
-    head, *rest = (table.splitlines() for table in gains)
-    gained = "\n".join([*head, *(line for table in rest for line in table[2:])])
-    return f"{side_by_side(lines, attacks)}\n\n{gained}"
+        lines += by_method(runs, f"{k}: ")
+        baselines, every = ("weak-at", "doa-10"), ("clean", *attacks)
+        head, *found = compared(runs, ["ours-transfer"], baselines, every, f"{k}: ")
+        gains += found
+    return f"{side_by_side(lines, attacks)}\n\n{markdown(head, gains)}"
 
 
 def longer() -> str:
