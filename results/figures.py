@@ -36,7 +36,7 @@ from metrics import (
     under,
 )
 
-from .tables import HERE, LABELS, PATCHES, photographs, read_log, settings_of
+from .tables import HERE, LABELS, PATCHES, photographs, settings_of, trainings
 
 RUN_FIRST = "run the stage that writes it"
 NO_MATPLOTLIB = "not made, matplotlib is not installed (pip install matplotlib)"
@@ -104,7 +104,7 @@ def figure_9(one: Run, across: int = 6, down: int = 4) -> Any:
 
 def curve(one: Run, method: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a log."""
-    lines = read_log(one.folder / method / "log.jsonl")
+    lines = trainings(one.folder).get(method, {}).get("log", ())
     lines = [d for d in lines if d.get(key) is not None and "step" in d]
     return np.array([d["step"] for d in lines]), np.array([float(d[key]) for d in lines])
 
@@ -202,8 +202,8 @@ def figure_5(one: Run) -> Any:
     """Test loss of weak adversarial training for the step settings; a dot at the lowest, where it
     would stop early."""
     curves = {}
-    for path in one.folder.glob("weak-at*/log.jsonl"):
-        made, found = settings_of(path.parent), curve(one, path.parent.name, "val_loss")
+    for method in [m for m in trainings(one.folder) if m.startswith("weak-at")]:
+        made, found = settings_of(one.folder, method), curve(one, method, "val_loss")
         if made and len(found[0]):
             curves[made["attack_steps"], made["attack_alpha"]] = found
     if not curves:

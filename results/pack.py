@@ -2,8 +2,9 @@
 
     python -m results.pack runs/synthetic-demo-0 results/demo/seed-0
 
-Out: attacks.csv.gz and attacks.json, which metrics.py reads as it does single files; methods that
-stand there stay. Of photographs the persons become numbers, and no machine's path stays.
+Out: attacks.csv.gz and attacks.json, which metrics.py reads as it does single files, and
+trainings.json with each training's log and result; methods that stand there stay. Of photographs
+the persons become numbers, and no machine's path stays.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 import metrics
 from data import PARTS, run
 
-OF_RUN = ("people.json", "generator/log.jsonl", "generator/result.json")
-FILES = ("log.jsonl", "result.json", "attacks/figure3.csv", "soundness.jsonl")
+from .tables import trainings
+
+FILES = ("attacks/figure3.csv", "soundness.jsonl")
 
 
 def packed(folder: Path, method: str, number: dict[str, str]) -> tuple[list[dict], dict]:
@@ -81,11 +83,13 @@ def pack(folder: Path, out: Path) -> None:
         run.write(out / "people.json", about)
     # without indentation: a tenth of what is committed
     run.write(out / "attacks.json", json.dumps(stay) + "\n")
+    made = trainings(out) | trainings(folder)
+    lines = ",\n".join(f"{json.dumps(m)}: {json.dumps(made[m])}" for m in sorted(made))
+    run.write(out / "trainings.json", f"{{\n{lines}\n}}\n")
     asked = [f"generator/{path.name}" for path in folder.glob("generator/oracle-*.json")]
-    logged = {path.parent.name for path in folder.glob("*/log.jsonl")} - {"generator"}
-    named = sorted({*before.methods, *logged})  # a training that nobody attacked: Fig. 5
-    for name in (*(f"{m}/{f}" for m in named for f in FILES), *OF_RUN, *asked):
-        if (folder / name).exists() and not (number and name == "people.json"):
+    people = [] if number else ["people.json"]
+    for name in (*(f"{m}/{f}" for m in before.methods for f in FILES), *people, *asked):
+        if (folder / name).exists():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, out / name)
     copied = metrics.read_run(out)

@@ -289,23 +289,29 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return result
 
 
-def cost(folder: Path, method: str) -> tuple[float, float] | None:
+def trainings(folder: Path) -> dict[str, dict[str, Any]]:
+    """{method or generator: {"log": lines, "result": report}} of a run's trainings, from
+    trainings.json as far as results/pack.py has put them there."""
+    found = metrics.optional_json(folder / "trainings.json")
+    for name in sorted(
+        {p.parent.name for n in ("log.jsonl", "result.json") for p in folder.glob(f"*/{n}")}
+    ):
+        own = folder / name
+        result = metrics.optional_json(own / "result.json")
+        found[name] = {"log": read_log(own / "log.jsonl"), "result": result}
+    return found
+
+
+def cost(training: Mapping[str, Any]) -> tuple[float, float] | None:
     """(steps, seconds) of a training, of the generator (epochs, seconds); None without a log."""
-    old = folder / "generator.jsonl"  # seconds of each epoch, not since the start
-    path = old if method == "generator" and old.exists() else folder / method / "log.jsonl"
-    timed = [d for d in read_log(path) if d.get("seconds")]
-    if not timed:
-        return None
-    number = len(timed) if method == "generator" else timed[-1]["step"]
-    return float(number), float(
-        sum(d["seconds"] for d in timed) if path == old else timed[-1]["seconds"]
-    )
+    timed = [d for d in training.get("log", ()) if d.get("seconds")]
+    return (timed[-1].get("step", len(timed)), timed[-1]["seconds"]) if timed else None
 
 
 def costs(runs: Sequence[Run]) -> str:
-    body = []
+    body, logs = [], [trainings(one.folder) for one in runs]
     for method in ("generator", *names(runs)):
-        found = [c for one in runs if (c := cost(one.folder, method))]
+        found = [c for held in logs if (c := cost(held.get(method, {})))]
         unit, count = ("epoch", 200) if method == "generator" else ("step", 20000)
         paper, mine = "-", [NOT_RUN] * 3
         if method in HOURS:
@@ -322,8 +328,7 @@ def disentanglement(runs: Sequence[Run]) -> str:
     """What generator.py reports of the persons it never saw, means over the runs."""
     found: dict[str, list[float]] = {}
     for one in runs:
-        old, new = one.folder / "generator.json", one.folder / "generator" / "result.json"
-        for key, value in (metrics.optional_json(old) or metrics.optional_json(new)).items():
+        for key, value in trainings(one.folder).get("generator", {}).get("result", {}).items():
             if key == "made_of" or key.startswith("seconds"):
                 continue
             for inner, v in value.items() if isinstance(value, Mapping) else [("", value)]:
@@ -486,9 +491,9 @@ def compared(
     return body
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path, method: str) -> dict[str, Any]:
     """The settings of a training, {} without a result."""
-    result = metrics.optional_json(folder / "result.json")
+    result = trainings(folder).get(method, {}).get("result", {})
     return result.get("made_of", result).get("config", {})
 
 
@@ -592,7 +597,7 @@ def preset() -> str:
     for name in ("300x32x5", "400x32x2", "600x16x2", "400x24x2"):
         (one,) = runs_of(f"preset/{name}")
         for m in names([one]):
-            made = settings_of(one.folder / m)
+            made = settings_of(one.folder, m)
             inner = f"{made['attack_steps']} of {made['attack_alpha']:g}/255"
             told = f"{made['steps']} steps of {made['batch']}, inner {inner}"
             lines.append((f"{LABELS[m]}, {told}", [one], m))

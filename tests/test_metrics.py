@@ -430,12 +430,14 @@ def test_the_difference_of_two_methods_is_paired(tmp_path):
 def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
     from results import pack
 
-    Path(run / "ours/log.jsonl").write_text('{"step": 1}\n')
+    (run / "ours/log.jsonl").write_text('{"step": 1}\n')
+    (run / "ours/result.json").write_text('{"made_of": {"config": {"steps": 1}}}')
     found = metrics.summary(run)
     out = tmp_path / "packed"
     pack.pack(run, out)
     # those of photographs: persons became numbers, nothing else
-    assert metrics.summary(out) == found and (out / "ours/log.jsonl").exists()
+    assert metrics.summary(out) == found and not (out / "ours").exists()
+    assert tables.trainings(out) == tables.trainings(run) and tables.trainings(run)["ours"]["log"]
     named = {r.target for a in metrics.read_run(out).methods["ours"].values() for r in a.rows}
     assert named == {"person-0000", "person-0001"}
     assert not (out / "ours/attacks").exists()
@@ -882,11 +884,11 @@ def full_run(folder):
     (folder / "generator").mkdir()
     quadruplets = rng.integers(0, 256, (7, 4, 3, 64, 64), dtype=np.uint8)
     np.savez(folder / "generator/quadruplets.npz", quadruplets=quadruplets)
-    (folder / "generator.json").write_text(
+    (folder / "generator/result.json").write_text(
         '{"psnr_true_u": 21.25, "content_factors_from_class": {"yaw": 0.03}}'
     )
-    (folder / "generator.jsonl").write_text(
-        '{"epoch": 0, "seconds": 20}\n{"epoch": 1, "seconds": 22}\n'
+    (folder / "generator/log.jsonl").write_text(
+        '{"epoch": 1, "seconds": 20}\n{"epoch": 2, "seconds": 42}\n'
     )
     (folder / "people.json").write_text('{"data": "synthetic", "seed": 4}')
     return folder
