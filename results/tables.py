@@ -412,6 +412,20 @@ the AU-ROC over targets{several}.
 # What is generated in the READMEs
 
 
+WHERE = (
+    ("rendered, 1; of others; 400", "photographs-1"),
+    ("rendered, 2; of others; 400", "photographs-2"),
+    ("rendered, 4; of others; 400", "photographs-4"),
+    ("rendered, 12; of others; 400", "photographs-12"),
+    ("rendered, 12; of these; 400", "demo"),
+    ("rendered, 12; of these; 1,000", "thousand"),
+    ("rendered, 2; of these; 2,000", "long"),
+    ("LFW, 1; of these, all theirs; 2,000", "lfw-1"),
+    ("LFW, all; of these; 3,000", "lfw"),
+)
+CLEAN_WORST = ("clean", "worst")
+
+
 @functools.cache
 def runs_of(*folders: str) -> list[Run]:
     """The committed runs of these folders, below results/."""
@@ -471,6 +485,12 @@ def by_method(runs: Sequence[Run], before: str = "") -> list[tuple[str, list[Run
     return [(before + LABELS.get(m, m), [r for r in runs if m in r.methods], m) for m in every]
 
 
+def gain(runs: Sequence[Run], method: str, other: str, attack: str) -> str:
+    """AU-ROC of a method less that of another on the same pairs, and its paired interval."""
+    found = metrics.difference(runs, method, other, attack)
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else NOT_RUN
+
+
 def compared(
     runs: Sequence[Run],
     methods: Sequence[str],
@@ -485,8 +505,7 @@ def compared(
         both = [one for one in runs if {method, other} <= {*one.methods}]
         if not both:
             continue
-        found = [metrics.difference(both, method, other, a) for a in attacks]
-        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*d) if d else NOT_RUN for d in found]
+        cells = [gain(both, method, other, a) for a in attacks]
         body.append([f"{before}{LABELS[method]}, less {LABELS[other]}", *cells, str(len(both))])
     return body
 
@@ -495,6 +514,25 @@ def settings_of(folder: Path, method: str) -> dict[str, Any]:
     """The settings of a training, {} without a result."""
     result = trainings(folder).get(method, {}).get("result", {})
     return result.get("made_of", result).get("config", {})
+
+
+def where() -> str:
+    """In every setting: what each method of generated companions gains on the two baselines; bold
+    where its interval lies above 0."""
+    body = []
+    for told, folder in WHERE:
+        runs = runs_of(*seeds(folder))
+        for method in (m for m in names(runs) if m.startswith("ours")):
+            row = [told, LABELS[method]]
+            for other in ("weak-at", "doa-10"):
+                both = [one for one in runs if {method, other} <= {*one.methods}]
+                cells = [gain(both, method, other, a) if both else NOT_RUN for a in CLEAN_WORST]
+                row += [f"**{c}**" if "[+" in c else c for c in cells] + [str(len(both))]
+            body.append(row)
+    head = ["photographs a person; G made of; steps", ""]
+    for other in ("weak AT", "DOA"):
+        head += [*(f"{a}, less {other}" for a in CLEAN_WORST), "seeds"]
+    return markdown(head, body)
 
 
 def paper() -> str:
@@ -726,6 +764,7 @@ BLOCKS = {
     "results/README.md": {
         f.__name__: f
         for f in (
+            where,
             paper,
             margins,
             one,
