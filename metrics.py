@@ -35,7 +35,7 @@ FARS, ERRORS = (0.1, 0.01), 10
 # validation: genuine pairs of persons who set the rule's threshold
 ROLES = ("genuine", "intruder", "validation")
 COUNTS = "targets / genuine / intruders"
-METHODS = ("ours", "ours-transfer", "ours-transfer-masked", "ours-mixed-all")
+METHODS = ("ours", "ours-transfer", "ours-transfer-masked", "ours-mixed", "ours-mixed-all")
 METHODS += ("weak-at", "weak-at-masked", "doa-4", "doa-10", "no-at")
 ATTACKS = ("clean", "eyeglasses", "square", "eye_patch", "random_eyeglasses", "noise", "evasion")
 ATTACKS += ("indirect", "distal", "eot_eyeglasses", "eot_eye_patch", "grey_eye_patch")
@@ -798,17 +798,25 @@ def _row(values: Mapping[str, str]) -> Row:
     return Row(**found)
 
 
+def _opened(path: Path) -> Any:
+    """A table as text, unpacked if it is packed."""
+    how: dict[str, Any] = {"newline": "", "encoding": "utf-8"}
+    if path.suffix != ".xz":
+        return open(path, **how)
+    import lzma  # which some builds of Python lack
+
+    return lzma.open(path, "rt", **how)
+
+
 def read_rows(path: Path) -> list[Row]:
     """Every row of one attack's file; raises run.UsageError naming file and line."""
     import csv
-    import gzip
 
     from data import run
 
     rows: dict[Any, Row] = {}
     line, again = 1, "run attacks.py for this attack again"
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    with run.reading(path, again), opened(path, "rt", newline="", encoding="utf-8") as file:
+    with run.reading(path, again), _opened(path) as file:
         try:
             reader = csv.reader(file)
             header = next(reader, [])
@@ -828,7 +836,7 @@ def read_rows(path: Path) -> list[Row]:
                 rows[key] = row
             if not rows:
                 raise ValueError("no rows below the header")
-        except (ValueError, csv.Error, EOFError) as error:  # UnicodeDecodeError is a ValueError
+        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
             raise run.UsageError(f"{path}:{line}: {error}; delete the file and {again}") from None
     return list(rows.values())
 
@@ -854,7 +862,7 @@ def read_run(folder: Path | str, rows: str = "attacks") -> Run:
         if path.stem != "figure3":
             attack = Attack(read_rows(path), optional_json(path.with_suffix(".json")))
             add(path, path.parent.parent.name, path.stem, attack)
-    packed = folder / f"{rows}.csv.gz"  # of all methods, by results/pack.py
+    packed = folder / f"{rows}.csv.xz"  # of all methods, by results/pack.py
     every: dict[str, list[Row]] = {}
     for row in read_rows(packed) if packed.exists() else ():
         every.setdefault(row.attack, []).append(row._replace(attack=row.attack.split("/")[-1]))

@@ -2,7 +2,7 @@
 
     python -m results.pack runs/synthetic-demo-0 results/demo/seed-0
 
-Out: attacks.csv.gz and attacks.json, which metrics.py reads as it does single files, and
+Out: attacks.csv.xz and attacks.json, which metrics.py reads as it does single files, and
 trainings.json with each training's log and result; methods that stand there stay. Of photographs
 the persons become numbers, and no machine's path stays.
 """
@@ -10,9 +10,9 @@ the persons become numbers, and no machine's path stays.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
+import lzma
 import shutil
 import sys
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def written(rows: list[dict]) -> bytes:
     writer = csv.DictWriter(text, [*fields], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return gzip.compress(text.getvalue().encode(), mtime=0)
+    return lzma.compress(text.getvalue().encode(), preset=9)
 
 
 def pack(folder: Path, out: Path) -> None:
@@ -65,14 +65,14 @@ def pack(folder: Path, out: Path) -> None:
         number = {name: f"person-{k:04}" for k, name in enumerate(sorted(names | held))}
         if names <= held:  # then runs of one manifest number alike
             about = {key: before.people[key] for key in ("data", "images", "seed", "sha256")}
-    table, beside = out / "attacks.csv.gz", metrics.optional_json(out / "attacks.json")
+    table, beside = out / "attacks.csv.xz", metrics.optional_json(out / "attacks.json")
     stay = {k: v for k, v in beside.items() if k.partition("/")[0] not in before.methods}
     if number and stay and (not about or about != metrics.optional_json(out / "people.json")):
         told = f"its {', '.join(stay)} may number other persons: give an empty folder"
         raise run.UsageError(f"{out}: {told}")
     rows: list[dict] = []
     if stay:
-        with gzip.open(table, "rt", newline="", encoding="utf-8") as file:
+        with lzma.open(table, "rt", newline="", encoding="utf-8") as file:
             rows += [row for row in csv.DictReader(file) if row["attack"] in stay]
     for method in before.methods:
         more, told_of = packed(folder / method / "attacks", method, number)

@@ -441,14 +441,14 @@ def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
     named = {r.target for a in metrics.read_run(out).methods["ours"].values() for r in a.rows}
     assert named == {"person-0000", "person-0001"}
     assert not (out / "ours/attacks").exists()
-    before = (out / "attacks.csv.gz").read_bytes()
+    before = (out / "attacks.csv.xz").read_bytes()
     pack.pack(run, out)
-    assert (out / "attacks.csv.gz").read_bytes() == before
-    for broken in (before[:-20], b"no gzip"):
-        (out / "attacks.csv.gz").write_bytes(broken)
+    assert (out / "attacks.csv.xz").read_bytes() == before
+    for broken in (before[:-20], b"no xz"):
+        (out / "attacks.csv.xz").write_bytes(broken)
         assert metrics.main(["--run", str(out)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "attacks.csv.gz" in line
+        assert "attacks.csv.xz" in line
 
 
 def test_methods_of_another_run_are_packed_beside_where_persons_have_names(run, tmp_path):

@@ -40,7 +40,7 @@ def test_both_strengths_met_the_same_pairs():
 
 def test_rows_that_are_compared_come_from_one_commit_and_setting():
     """Of each folder of seeds: the same code, steps and effort for every method."""
-    for folder in ("demo", "photographs-1", "long", "thousand", "lfw", "lfw-1"):
+    for folder in ("demo", "photographs-1", "long", "thousand", "lfw", "lfw-1", "lfw-others"):
         runs = tables.runs_of(*tables.seeds(folder))
         found = {
             a.sidecar["commit"] for one in runs for m in one.methods.values() for a in m.values()
@@ -134,4 +134,5 @@ def test_figure_2_shows_every_method_of_the_run():
 
     drawn = figures.figure_2(tables.photographs()[1][0])
     told = {axis.get_title() for axis in drawn.axes} - {""}
-    assert told == {"Ours", "Ours, transfer", "Weak AT", "DOA, C = 10"}
+    mixed = "Ours, mixed, all attacked"
+    assert told == {"Ours", "Ours, transfer", mixed, "Weak AT", "DOA, C = 10"}
