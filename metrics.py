@@ -798,7 +798,7 @@ def _row(values: Mapping[str, str]) -> Row:
     return Row(**found)
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
     """A table as text, unpacked if it is packed."""
     how: dict[str, Any] = {"newline": "", "encoding": "utf-8"}
     if path.suffix != ".xz":
@@ -816,7 +816,7 @@ def read_rows(path: Path) -> list[Row]:
 
     rows: dict[Any, Row] = {}
     line, again = 1, "run attacks.py for this attack again"
-    with run.reading(path, again), _opened(path) as file:
+    with run.reading(path, again), opened(path) as file:
         try:
             reader = csv.reader(file)
             header = next(reader, [])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,9 @@ def figure_9(one: Run, across: int = 6, down: int = 4) -> Any:
     return sheet([blocks[k : k + across] for k in range(0, len(blocks), across)], 1.6)
 
 
-def curve(one: Run, method: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a log."""
-    lines = trainings(one.folder).get(method, {}).get("log", ())
-    lines = [d for d in lines if d.get(key) is not None and "step" in d]
+def curve(training: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the log of one of `trainings`."""
+    lines = [d for d in training.get("log", ()) if d.get(key) is not None and "step" in d]
     return np.array([d["step"] for d in lines]), np.array([float(d[key]) for d in lines])
 
 
@@ -126,7 +125,8 @@ def figure_2(one: Run) -> Any:
     """Train and test loss of each method, below it the AU-ROC of the same pairs, one column a
     method on one scale."""
     trained = [m for m in METHODS if m != "no-at" and not m.endswith("-masked")]
-    found = {m: c for m in trained if len((c := curve(one, m, "val_loss"))[0])}
+    logs = trainings(one.folder)
+    found = {m: c for m in trained if len((c := curve(logs.get(m, {}), "val_loss"))[0])}
     if "doa-10" in found:
         found.pop("doa-4", None)
     if not found:
@@ -134,12 +134,12 @@ def figure_2(one: Run) -> Any:
     size = 2.8 * len(found) + 0.4, 4.6
     figure, axes = canvas(2, len(found), *size, sharey="row", sharex=True)
     for (above, below), (method, (steps, loss)) in zip(axes.T, found.items()):
-        at, train = curve(one, method, "loss")
+        at, train = curve(logs[method], "loss")
         above.plot(at, smooth(train), color=COLORS[0], label="train")
         above.plot(steps, loss, color=COLORS[1], alpha=0.3, linewidth=0.8)
         above.plot(steps, smooth(loss), color=COLORS[1], label="test, real pairs")
         above.set_title(LABELS.get(method, method), fontsize=10)
-        at, area = curve(one, method, "val_auroc")
+        at, area = curve(logs[method], "val_auroc")
         below.plot(at, area, color=COLORS[2], alpha=0.3, linewidth=0.8)
         below.plot(at, smooth(area), color=COLORS[2])
         below.set_xlabel("step")
@@ -202,8 +202,10 @@ def figure_5(one: Run) -> Any:
     """Test loss of weak adversarial training for the step settings; a dot at the lowest, where it
     would stop early."""
     curves = {}
-    for method in [m for m in trainings(one.folder) if m.startswith("weak-at")]:
-        made, found = settings_of(one.folder, method), curve(one, method, "val_loss")
+    for method, training in trainings(one.folder).items():
+        if not method.startswith("weak-at"):
+            continue
+        made, found = settings_of(training), curve(training, "val_loss")
         if made and len(found[0]):
             curves[made["attack_steps"], made["attack_alpha"]] = found
     if not curves:

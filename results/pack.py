@@ -72,7 +72,7 @@ def pack(folder: Path, out: Path) -> None:
         raise run.UsageError(f"{out}: {told}")
     rows: list[dict] = []
     if stay:
-        with lzma.open(table, "rt", newline="", encoding="utf-8") as file:
+        with metrics.opened(table) as file:
             rows += [row for row in csv.DictReader(file) if row["attack"] in stay]
     for method in before.methods:
         more, told_of = packed(folder / method / "attacks", method, number)

@@ -486,12 +486,6 @@ def by_method(runs: Sequence[Run], before: str = "") -> list[tuple[str, list[Run
     return [(before + LABELS.get(m, m), [r for r in runs if m in r.methods], m) for m in every]
 
 
-def gain(runs: Sequence[Run], method: str, other: str, attack: str) -> str:
-    """AU-ROC of a method less that of another on the same pairs, and its paired interval."""
-    found = metrics.difference(runs, method, other, attack)
-    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found) if found else NOT_RUN
-
-
 def compared(
     runs: Sequence[Run],
     methods: Sequence[str],
@@ -506,14 +500,15 @@ def compared(
         both = [one for one in runs if {method, other} <= {*one.methods}]
         if not both:
             continue
-        cells = [gain(both, method, other, a) for a in attacks]
+        found = [metrics.difference(both, method, other, a) for a in attacks]
+        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*d) if d else NOT_RUN for d in found]
         body.append([f"{before}{LABELS[method]}, less {LABELS[other]}", *cells, str(len(both))])
     return body
 
 
-def settings_of(folder: Path, method: str) -> dict[str, Any]:
-    """The settings of a training, {} without a result."""
-    result = trainings(folder).get(method, {}).get("result", {})
+def settings_of(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one of `trainings`, {} without a result."""
+    result = training.get("result", {})
     return result.get("made_of", result).get("config", {})
 
 
@@ -526,9 +521,9 @@ def where() -> str:
         for method in (m for m in names(runs) if m.startswith("ours")):
             row = [told, LABELS[method]]
             for other in ("weak-at", "doa-10"):
-                both = [one for one in runs if {method, other} <= {*one.methods}]
-                cells = [gain(both, method, other, a) if both else NOT_RUN for a in CLEAN_WORST]
-                row += [f"**{c}**" if "[+" in c else c for c in cells] + [str(len(both))]
+                _, *found = compared(runs, [method], [other], CLEAN_WORST)
+                cells = found[0][1:] if found else [NOT_RUN, NOT_RUN, "0"]
+                row += [f"**{c}**" if "[+" in c else c for c in cells]
             body.append(row)
     head = ["photographs a person; G made of; steps", ""]
     for other in ("weak AT", "DOA"):
@@ -637,8 +632,9 @@ def preset() -> str:
     lines = []
     for name in ("300x32x5", "400x32x2", "600x16x2", "400x24x2"):
         (one,) = runs_of(f"preset/{name}")
+        held = trainings(one.folder)
         for m in names([one]):
-            made = settings_of(one.folder, m)
+            made = settings_of(held[m])
             inner = f"{made['attack_steps']} of {made['attack_alpha']:g}/255"
             told = f"{made['steps']} steps of {made['batch']}, inner {inner}"
             lines.append((f"{LABELS[m]}, {told}", [one], m))

@@ -47,7 +47,10 @@ def test_rows_that_are_compared_come_from_one_commit_and_setting():
             a.sidecar["commit"] for one in runs for m in one.methods.values() for a in m.values()
         }
         assert len(found) == 1, (folder, found)
-        trained = [tables.settings_of(one.folder, m) for one in runs for m in one.methods]
+        trainings = [tables.trainings(one.folder) for one in runs]
+        trained = [
+            tables.settings_of(held[m]) for one, held in zip(runs, trainings) for m in one.methods
+        ]
         for key in ("steps", "batch", "images", "attack_steps", "attack_alpha", "lr", "preset"):
             assert len({made[key] for made in trained}) == 1, (folder, key)
         efforts = {
