@@ -1,7 +1,7 @@
 """Static augmentation, App. A: mirroring, a small shift (edge filled) and Gaussian cutout.
 
 One pass: reads each image once where no rectangle covers it, writes the result once, in the layout
-asked for: no copy before or after. Nothing waits for the GPU.
+that the model takes: no copy before or after. Nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import INTS, elements, expect, in_box, jit, launch, memory_format, runs_triton, tl
-from .gaussian_cutout import check_fill, drawn_seed, fill_box, fill_boxes
+from .gaussian_cutout import check_boxes, draw_seed, fill_box, fill_boxes
 
 
 @jit
@@ -28,8 +28,7 @@ def _kernel(
     BLOCK: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,  # of what is written
     LAST_IN: tl.constexpr,
-    GIVEN: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
+    COPIED: tl.constexpr,
 ):
     b, i, valid, channel, row, col = elements(C, H, W, BLOCK, CHANNELS_LAST)
     inside = valid & in_box(boxes, b, row, col)
@@ -43,7 +42,7 @@ def _kernel(
     value = tl.div_rn(value, 255.0)  # correctly rounded, as PyTorch divides
     at = b * (C * H * W) + i
     tl.store(out + at, value, mask=stays)
-    fill_box(out, noise, seed, b, i, at, inside, GIVEN, GAUSSIAN)
+    fill_box(out, noise, seed, b, i, at, inside, COPIED)
 
 
 def augment_ref(
@@ -52,7 +51,6 @@ def augment_ref(
     flips: Tensor,
     shifts: Tensor,
     boxes: Tensor,
-    fill: str = "gaussian",
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     layout: torch.memory_format = torch.channels_last,
@@ -69,7 +67,7 @@ def augment_ref(
     moved = moved.gather(3, cols[:, None, None].expand(B, C, H, W))
     # by a tensor: by a number a GPU would multiply with 1 / 255
     moved = moved.float().div_(torch.full((), 255.0, device=device))
-    return fill_boxes(moved.contiguous(memory_format=layout), boxes, fill, generator, noise)
+    return fill_boxes(moved.contiguous(memory_format=layout), boxes, generator, noise)
 
 
 @torch.no_grad()
@@ -79,39 +77,35 @@ def augment(
     flips: Tensor,
     shifts: Tensor,
     boxes: Tensor,
-    fill: str = "gaussian",
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     layout: torch.memory_format = torch.channels_last,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each image moved with its edge repeated, mirrored, then a rectangle replaced by noise.
+    """Move each image with its edge repeated, mirror it, then replace a rectangle with noise.
 
     images:  uint8 (B, C, H, W), contiguous or channels_last
     flips:   bool (B,); shifts: int (B, 2): pixel (r, c) of the result is pixel (r + shifts[0], c')
-             of the image, c' = c + shifts[1] or its mirror image, both held inside
-    boxes, fill, generator, noise: see `gaussian_cutout`; the rectangle lies in the moved image
+             of the image, c' = c + shifts[1] or its mirror image, both clamped to the image
+    boxes, generator, noise: see `gaussian_cutout`; the rectangle lies in the moved image
     layout:  memory format of the result
     returns  images float32 (B, C, H, W) in [0, 1], boxes, erased bool (B,)
-    Raises ValueError for another shape, dtype, device, layout or fill.
+    Raises ValueError for another shape, dtype, device or layout.
     """
     op = "augment: "
     expect(op + "images", images, ("B", "C", "H", "W"), (torch.uint8,))
-    own = memory_format(op + "images", images)
+    layout_in = memory_format(op + "images", images)
     expect(op + "flips", flips, (len(images),), (torch.bool,), images)
     expect(op + "shifts", shifts, (len(images), 2), INTS, images)
-    check_fill(op, images, boxes, fill, generator, noise)
+    check_boxes(op, images, boxes, generator, noise)
     if layout not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(op + "layout must be contiguous_format or channels_last")
+        raise ValueError(f"{op}layout must be contiguous_format or channels_last")
     if not runs_triton(images):
         moves = {"flips": flips, "shifts": shifts, "boxes": boxes}
-        return augment_ref(
-            images, **moves, fill=fill, generator=generator, noise=noise, layout=layout
-        )
+        return augment_ref(images, **moves, generator=generator, noise=noise, layout=layout)
     out = torch.empty(images.shape, device=images.device, memory_format=layout)
-    seed = drawn_seed(images, generator, noise)
-    given = noise if noise is None else noise.contiguous(memory_format=layout)
+    seed = draw_seed(images, generator, noise)
+    source = noise if noise is None else noise.contiguous(memory_format=layout)
     inputs = images, flips.contiguous().view(torch.uint8), shifts.contiguous(), boxes.contiguous()
-    flags = {"GIVEN": noise is not None, "GAUSSIAN": fill == "gaussian"}
-    flags["LAST_IN"] = own is torch.channels_last
-    launch(_kernel, images, layout, out, *inputs, given, seed, **flags)
+    flags = {"COPIED": noise is not None, "LAST_IN": layout_in is torch.channels_last}
+    launch(_kernel, images, layout, out, *inputs, source, seed, **flags)
     return out, boxes, (boxes[:, 2] * boxes[:, 3]) > 0

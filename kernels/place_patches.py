@@ -101,7 +101,7 @@ def place_patches(
                size = (h, w); no gradient flows to them
     positions: int32 or int64 (top, left): (P, 2) for all images or (B, P, 2). A patch must lie
                inside the image: checked on a CPU; on a GPU, where checking would wait for it, what
-               lies outside is not drawn
+               lies outside is not painted
     returns    (B, P, C, H, W) of the images' dtype: [:, p] is in their memory layout
     Raises ValueError for another shape, dtype, device, layout or place.
     """
