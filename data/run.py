@@ -1,19 +1,20 @@
-"""A run, for every script: flags, devices, files, and trainings that go on by themselves.
+"""A run, for every script: flags, devices, files, tables of rows, and trainings that go on.
 
     config, args = run.parse(Config, PRESETS, argv, "Train F.")  # a flag for each field
     device = run.start(args.device)  # a GPU if there is one; under torchrun this process's own
     training = run.Training(folder, made_of, args.overwrite, model=model, adam=adam)
+    finished = run.open_table(table, settings)  # targets whose rows are there already
     run.command("embed.py", main, argv)  # exit status, one line for an error
 
-What stands here is neither the paper nor one stage's own command. A file is written beside its
-place, synced and renamed, so that a crash leaves the old file or the new one. Checkpoints are read
-with `weights_only`.
+A file is written beside its place, synced and renamed, so that a crash leaves the old file or the
+new one. Checkpoints are read with `weights_only`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import functools
@@ -21,13 +22,13 @@ import glob
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
 import platform
 import re
 import secrets
-import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -47,37 +48,64 @@ File = str | os.PathLike[str]
 
 
 class UsageError(ValueError):
-    """Something the user can put right: one line that names the file or flag and says what to
-    do."""
+    """An error that the user can put right: one line that names the file or flag."""
 
 
 # the command line
 
 
-@functools.cache
-def notes(settings: type) -> dict[str, str]:
-    """What the source says beside each of a dataclass's fields: the help of its flag."""
-    with contextlib.suppress(OSError):  # no source at hand
-        source = inspect.getsource(settings)
-        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    return {}
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        message = re.sub(r"^argument (--[\w-]+)(/--[\w-]+)?: ", r"\1 ", message)
         raise UsageError(f"{message} (--help lists the flags)")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def read_notes(settings: type) -> dict[str, str]:
+    """Read the comment of each field, behind it or on the lines above it, from the source."""
+    notes: dict[str, str] = {}
+    above: list[str] = []
+    with contextlib.suppress(OSError):  # no source at hand
+        for line in inspect.getsource(settings).splitlines():
+            if field := re.match(r"    (\w+): (?:.*?  # (.*))?", line):
+                notes[field[1]] = field[2] or " ".join(above)
+            above = [*above, line[6:]] if line.startswith("    # ") else []
+    return notes
 
 
-def _several(kind: type) -> Callable[[str], tuple]:
-    def values(text: str) -> tuple:
-        return tuple(kind(value.strip()) for value in text.split(",") if value.strip())
+def _reader(hint: Any, default: Any, bounds: tuple | None) -> Callable[[str], Any]:
+    """Return the function that reads the text of a flag with this annotation and default."""
+    several = isinstance(default, tuple)
+    words = get_args(get_args(hint)[0] if several else hint)  # of Literal["...", "..."]
+    kind = type(default[0] if several else default)
+    counts = (1, 2) if several and len(default) == 1 else (len(default) if several else 1,)
+    low, high = bounds or ((1, LARGEST) if kind is int else (0, 1e9))
 
-    values.__name__ = f"list of {kind.__name__}s"
-    return values
+    def read(text: str) -> Any:
+        values: Any = (text,)
+        if several:
+            values = tuple(value.strip() for value in text.split(",") if value.strip())
+        if kind is str:
+            if several and words and values == ("all",):
+                return words
+            for value in values or ("",):
+                if words and value not in words:
+                    which = "all or some of " if several else ""
+                    raise argparse.ArgumentTypeError(
+                        f"{value}: choose {which}{', '.join(w or repr(w) for w in words)}"
+                    )
+            return values if several else text
+        if len(values) not in counts:
+            raise argparse.ArgumentTypeError(
+                f"{text}: give {' or '.join(map(str, counts))} numbers"
+            )
+        numbers = tuple(map(kind, values))
+        if not all(low <= number <= high for number in numbers):
+            what = "numbers" if len(numbers) > 1 else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: give {what} from {low} to {high}")
+        return numbers if several else numbers[0]
+
+    read.__name__ = kind.__name__ + " list" * several  # argparse says it of what kind refuses
+    return read
 
 
 def parse(
@@ -85,95 +113,72 @@ def parse(
     presets: dict[str, dict],
     argv: Sequence[str] | None,
     about: str,
-    choices: dict[str, tuple] | None = None,
     preset: str | Callable[[argparse.Namespace], str] = "demo",
-    **more: dict,
+    bounds: dict[str, tuple] | None = None,
+    **flags: dict,
 ) -> tuple[Any, argparse.Namespace]:
-    """A frozen dataclass made from the command line, and the flags that are not its fields.
+    """Make a frozen dataclass from the command line, and return it with the flags beside it.
 
     A flag wins over the preset, the preset (field `preset`; by default this one) over the field's
-    default. choices: for a field the words it takes, or (lowest, highest); without them an integer
-    is at least 1, a float at least 0. A tuple is given with commas, one of words also as `all`.
-    more: further flags, name -> arguments of `add_argument`. Always there: --run (by default the
-    settings' own `run`, if they have one), --overwrite, --device. Raises UsageError.
+    default. The words that a flag takes are those of a `Literal` annotation; a tuple is written
+    with commas, one of words also as `all`. bounds: (lowest, highest) of a field's numbers; without
+    them an integer is at least 1, a float at least 0. flags: further ones, name -> arguments of
+    `add_argument`, and `positional`. Always there: --run (by default the settings' own `run`, if
+    they have one), --overwrite, --device. Raises UsageError.
     """
-    choices, fields = choices or {}, dataclasses.fields(settings)
-    words = {k: v for k, v in choices.items() if isinstance(v[0], str)}
+    fields, hints = dataclasses.fields(settings), get_type_hints(settings)
+    notes = read_notes(settings)
     parser = _Parser(description=f"{about} In brackets: the paper's value; the demo's.")
     for field in fields:
-        default, known = field.default, words.get(field.name)
-        demo = presets.get("demo", {}).get(field.name, default)
-        note = notes(settings).get(field.name, "")
-        told = f"{note} [{default!r}{f'; demo: {demo!r}' * (demo != default)}]".replace("%", "%%")
-        how: dict[str, Any] = {"help": told.strip(), "default": argparse.SUPPRESS}
+        default, demo = field.default, presets.get("demo", {}).get(field.name, field.default)
+        values = f"[{default!r}]" if demo == default else f"[{default!r}; demo: {demo!r}]"
+        how: dict[str, Any] = {"help": f"{notes.get(field.name, '')} {values}".replace("%", "%%")}
         if isinstance(default, bool):
             how["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, tuple):
-            how |= {"type": _several(type(default[0])), "metavar": "A,B"}
         else:
-            kind = type(default)
-            how |= {"type": kind, "choices": known, "metavar": None if known else kind.__name__}
-        parser.add_argument(_flag(field.name), **how)
+            how["type"] = _reader(hints[field.name], default, (bounds or {}).get(field.name))
+            words = get_args(hints[field.name])
+            how["metavar"] = type(default).__name__
+            if isinstance(default, tuple):
+                how["metavar"] = "A,B"
+            elif words:
+                how["metavar"] = "{" + ",".join(words) + "}"
+        parser.add_argument(flag_of(field.name), default=argparse.SUPPRESS, **how)
     usual: dict[str, dict] = {
         "run": {"type": Path, "help": "folder of the run (default runs/<data>-<preset>-<seed>)"},
         "overwrite": {"action": "store_true", "help": "start again over what is there"},
         "device": {"default": "", "help": "cpu, cuda, ... (default: a GPU if there is one)"},
     }
-    for name, how in (usual | more).items():
-        parser.add_argument(_flag(name), **how)
+    for name, how in (usual | flags).items():
+        how = dict(how)
+        parser.add_argument(name if how.pop("positional", False) else flag_of(name), **how)
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
+    values = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
+    for name, value in values.items():
+        if value == []:  # argparse reads --flag=-- as no value at all
+            raise UsageError(f"{flag_of(name)}: give a value")
     if any(f.name == "preset" for f in fields):
-        if "preset" not in given:
-            given["preset"] = preset if isinstance(preset, str) else preset(args)
-        if given["preset"] not in presets:
-            raise UsageError(f"--preset {given['preset']}: choose {', '.join(presets)}")
-    config = settings(**{**presets.get(given.get("preset", ""), {}), **given})
-    checked = {f.name: _checked(config, f.name, choices.get(f.name)) for f in fields}
-    config = dataclasses.replace(config, **checked)
+        values.setdefault("preset", preset if isinstance(preset, str) else preset(args))
+        if values["preset"] not in presets:
+            raise UsageError(f"--preset {values['preset']}: choose {', '.join(presets)}")
+    config = settings(**{**presets.get(values.get("preset", ""), {}), **values})
     args.run = args.run or getattr(config, "run", None)
     return config, args
 
 
-def _checked(config: Any, name: str, known: tuple | None) -> Any:
-    """The value of a field; UsageError naming the flag unless it is within its bounds or words."""
-    value, flag = getattr(config, name), _flag(name)
-    default = type(config).__dataclass_fields__[name].default
-    if isinstance(value, list):  # what argparse makes of --flag=--
-        raise UsageError(f"{flag}: give a value")
-    several = value if isinstance(value, tuple) else (value,)
-    if isinstance(value, tuple) and isinstance(default[0], str):
-        if known and value == ("all",):
-            return known
-        for word in value or ("",):
-            if known and word not in known:
-                raise UsageError(f"{flag} {word}: choose all or some of {', '.join(known)}")
-        return value
-    told = ",".join(map(str, several))
-    if isinstance(value, tuple):
-        counts = (1, 2) if len(default) == 1 else (len(default),)  # a side, or height and width
-        if len(value) not in counts:
-            raise UsageError(f"{flag} {told}: give {' or '.join(map(str, counts))} numbers")
-    if isinstance(value, (bool, str)):
-        return value
-    whole = isinstance(default[0] if isinstance(default, tuple) else default, int)
-    low, high = known or ((1, LARGEST) if whole else (0, 1e9))
-    if not all(low <= v <= high for v in several):
-        numbers = "numbers" if len(several) > 1 else "a number"
-        raise UsageError(f"{flag} {told}: give {numbers} from {low} to {high}")
-    return value
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def command(name: str, work: Callable, argv: Sequence[str] | None = None) -> int:
-    """work(argv) and its exit status; what the user, the disk or the numbers did is one line.
+    """Do work(argv) and return its exit status; print an error as one line, on rank 0.
 
-    0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C. Rank 0 speaks.
+    0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C.
     """
-    stream: Any
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             # a name that the console has no letters for ends no run
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return work(argv) or 0
     except UsageError as error:
@@ -193,8 +198,8 @@ def command(name: str, work: Callable, argv: Sequence[str] | None = None) -> int
     return status
 
 
-def then(stage: str, argv: Sequence[str]) -> int:
-    """The command of another stage, by name, in this process: its exit status."""
+def run_stage(stage: str, argv: Sequence[str]) -> int:
+    """Run the command of another stage in this process and return its exit status."""
     return importlib.import_module(stage).main(argv)
 
 
@@ -210,37 +215,40 @@ def world() -> int:
 
 
 def share(flag: str, whole: int) -> int:
-    """This process's part of a batch; UsageError unless torchrun's processes divide it."""
+    """Return this process's part of a batch; UsageError unless the processes divide it."""
     if whole % world():
-        told = f"must divide by torchrun's {world()} processes: give a multiple of {world()}"
-        raise UsageError(f"{flag} {whole}: {told}")
+        raise UsageError(
+            f"{flag} {whole}: must divide by torchrun's {world()} processes: "
+            f"give a multiple of {world()}"
+        )
     return whole // world()
 
 
-def _ended(why: object) -> None:
-    """One line and the end, whatever this process was doing."""
-    why = " ".join(str(why).split())[:120]
-    line = f"process {rank()} of {world()} stops, as another one or torchrun has ended ({why})"
+def _stop(reason: object) -> None:
+    """Print one line and end this process, whatever it was doing."""
+    reason = " ".join(str(reason).split())[:120]
+    line = f"process {rank()} of {world()} stops, as another one or torchrun has ended ({reason})"
     os.write(2, f"{Path(sys.argv[0]).name}: {line}; the same command goes on\n".encode())
     os._exit(1)
 
 
-def _together(collective: Callable, *args: object) -> None:
+def _call(collective: Callable, *args: object) -> None:
+    """Call a function of all processes; stop where another process has ended."""
     try:
         collective(*args)
     except RuntimeError as error:
-        _ended(error)
+        _stop(error)
 
 
 def barrier() -> None:
-    """Wait for the other processes; nothing without torchrun."""
+    """Wait for the other processes; do nothing without torchrun."""
     if world() > 1:
-        _together(torch.distributed.barrier)
+        _call(torch.distributed.barrier)
 
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others, which find what it wrote, or fail too."""
+    """Let rank 0 go through the block before the others, which read what it wrote, or fail too."""
     if rank():
         barrier()
     try:
@@ -250,9 +258,18 @@ def rank_0_first() -> Iterator[None]:
             barrier()
 
 
+def gather(item: Any) -> list:
+    """Return the items of all processes in order of rank, on rank 0; [] on the others."""
+    if world() == 1:
+        return [item]
+    items = None if rank() else [None] * world()
+    _call(torch.distributed.gather_object, item, items)
+    return items or []
+
+
 def keep_memory() -> None:
-    """What is freed is kept for the next step: else glibc gives it back to the kernel, and a demo
-    step faults 13,000 pages in again, 4 to 10 % of its time. Nothing where there is no glibc."""
+    """Keep freed memory for the next step: else glibc gives it back to the kernel, and a demo step
+    faults 13,000 pages in again, 4 to 10 % of its time. Nothing happens where there is no glibc."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -260,127 +277,112 @@ def keep_memory() -> None:
             libc.mallopt(-3, 1 << 25)  # the most that some take
 
 
-def start(device: str = "") -> torch.device:
-    """The device asked for, else a GPU if there is one; under torchrun this process's own.
+def start(name: str = "") -> torch.device:
+    """Return the device of this name, by default a GPU if there is one, and prepare this process.
 
-    There it joins the group, and from here on rank 0 alone prints. Raises UsageError.
+    Under torchrun it is this process's own; the process joins the group, and from here on rank 0
+    alone prints. Raises UsageError.
     """
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=found).item()
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:100]
-        told = f"cannot be used here ({reason}): give cpu, or a device torch sees"
-        raise UsageError(f"--device {device}: {told}") from None
+        raise UsageError(
+            f"--device {name}: cannot be used here ({reason}): give cpu, or a device torch sees"
+        ) from None
     keep_memory()
-    if world() > 1 and found.type == "cuda":
-        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if found.index >= (there := torch.cuda.device_count()):
-            raise UsageError(f"torchrun: this machine has {there} GPUs: start no more processes")
-        torch.cuda.set_device(found)
-    if world() > 1 and not torch.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, lambda *_: _ended("SIGTERM"))
+    if world() == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UsageError(f"torchrun: this machine has {count} GPUs: start no more processes")
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, lambda *_: _stop("SIGTERM"))
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        backend = "nccl" if found.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
-    return found
+    return device
 
 
-def precision(asked: str, device: torch.device) -> str:
-    """float32, tf32 or bfloat16; auto: bfloat16 where the device multiplies it faster. Raises
-    UsageError for tf32 where there is none."""
-    ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if asked == "tf32" and not ampere:
-        told = f"{device.type} has none, NVIDIA GPUs from compute capability 8.0 have"
-        raise UsageError(f"--precision tf32: {told}: give float32 or bfloat16")
-    if asked != "auto":
-        return asked
+def resolve_precision(name: str, device: torch.device) -> str:
+    """Return float32 or bfloat16; auto means bfloat16 where the device multiplies it faster."""
+    if name != "auto":
+        return name
     if device.type == "cuda":
-        return "bfloat16" if ampere else "float32"
-    found: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-    fast = found.get("avx512_bf16") or found.get("amx_bf16")
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    able: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    fast = able.get("avx512_bf16") or able.get("amx_bf16")
     return "bfloat16" if fast and device.type == "cpu" else "float32"
 
 
-def tf32(allowed: bool) -> None:
-    """Whether a GPU may take TF32 for products of float32, from here on."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
-def compile_(*modules: torch.nn.Module, backend: str = "inductor") -> None:
-    """These modules by torch.compile from here on, for any batch. Raises UsageError without a
-    compiler."""
-    device = next(modules[0].parameters()).device
-    try:
-        torch.compile(torch.sin, backend=backend)(torch.zeros(8, device=device))
-    except Exception as error:  # noqa: BLE001  dynamo raises many kinds
-        reason = " ".join(str(error).split())[:100]
-        told = f"torch.compile fails on {device} ({reason}): leave it out, or install a compiler"
-        raise UsageError(f"--compile: {told}") from None
-    for module in modules:
-        module.compile(dynamic=True, backend=backend)
-
-
 def average_gradients(optimiser: torch.optim.Optimizer) -> None:
-    """Each step of the optimiser takes the mean of the processes' gradients, in one message."""
+    """Let each step of the optimiser take the mean of the processes' gradients, in one message."""
 
-    def mean(optimiser: torch.optim.Optimizer, *_: object) -> None:
+    def average(optimiser: torch.optim.Optimizer, *_: object) -> None:
         weights = [p for group in optimiser.param_groups for p in group["params"]]
         grads = [p.grad for p in weights if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
-        _together(torch.distributed.all_reduce, flat)
-        for g, found in zip(grads, (flat / world()).split([g.numel() for g in grads])):
-            g.copy_(found.view_as(g))
+        _call(torch.distributed.all_reduce, flat)
+        for g, mean in zip(grads, (flat / world()).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
 
     if world() > 1:
-        optimiser.register_step_pre_hook(mean)
+        optimiser.register_step_pre_hook(average)
 
 
 def step_seed(seed: int, step: int, spread: int = 1_000_003) -> int:
-    """Of a step's random numbers: of seed, step and rank alone, so no random state is saved."""
+    """Return the seed of a step, of seed, step and rank alone: no random state is saved."""
     return seed * spread + step + rank() * 2_000_000_011
 
 
 # files
 
 
+@contextlib.contextmanager
+def writing(path: File) -> Iterator[None]:
+    """Turn a disk that is full or refuses the file into one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        raise UsageError(
+            f"{path}: cannot be written ({reason}): free some space, or name another place"
+        ) from None
+
+
 def write(path: File, content: bytes | str | dict | Callable[[Any], object]) -> None:
-    """Bytes, text, a dict as JSON, or what content(file) writes. Raises UsageError."""
+    """Write bytes, text, a dict as JSON, or what content(file) writes. Raises UsageError."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     if isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
     raw = content.encode() if isinstance(content, str) else content
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path)
-        with open(beside, "wb") as file:
-            raw(file) if callable(raw) else file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        told = f"cannot be written ({reason}): free some space, or name another place"
-        raise UsageError(f"{path}: {told}") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+                with contextlib.suppress(OSError):  # of a killed writer, once a minute old
+                    if time.time() - left.stat().st_mtime > 60:
+                        left.unlink()
+            with open(beside, "wb") as file:
+                raw(file) if callable(raw) else file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed writers of path left beside it, once a minute old."""
-    for beside in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - beside.stat().st_mtime > 60:
-                beside.unlink()
-
-
 @contextlib.contextmanager
 def reading(path: File, advice: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read becomes one line: file, reason, advice."""
+    """Turn whatever goes wrong while a file is read into one line: file, reason, advice."""
     try:
         yield
     except (UsageError, KeyboardInterrupt):
@@ -393,7 +395,7 @@ def reading(path: File, advice: str) -> Iterator[None]:
 
 
 def read_json(path: File, advice: str = "restore it, or use --overwrite") -> dict:
-    """A JSON file's object. Raises UsageError."""
+    """Read a JSON file's object. Raises UsageError."""
     with reading(path, advice):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -402,12 +404,12 @@ def read_json(path: File, advice: str = "restore it, or use --overwrite") -> dic
 
 
 def save(path: File, kind: str, **content: object) -> None:
-    """A checkpoint that says what it is. Raises UsageError."""
+    """Write a checkpoint that says what it is. Raises UsageError."""
     write(path, lambda file: torch.save({"kind": kind, **content}, file))
 
 
 def load(path: File, kind: str) -> dict:
-    """A checkpoint, on the CPU. Raises UsageError if missing, broken, or of another kind."""
+    """Read a checkpoint to the CPU. Raises UsageError if missing, broken, or of another kind."""
     with reading(path, "restore the file, train it again, or name another --run"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("kind") != kind:
@@ -415,51 +417,135 @@ def load(path: File, kind: str) -> dict:
         return content
 
 
-def fingerprint(*parts: Tensor | File | None) -> str:
-    """Sixteen hexadecimal digits that another value, or another file's content, changes."""
-    found = hashlib.sha256()
+def digest(*parts: Tensor | File | None) -> str:
+    """Return sixteen hexadecimal digits that another value, or a file's other content, changes."""
+    total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            for some in part.split(4096):
-                found.update(some.cpu().contiguous().numpy().tobytes())
+            for rows in part.split(4096):
+                total.update(rows.cpu().contiguous().numpy().tobytes())
         elif part is not None:
-            found.update(Path(part).read_bytes())
-    return found.hexdigest()[:16]
+            total.update(Path(part).read_bytes())
+    return total.hexdigest()[:16]
 
 
 def differences(old: dict, new: dict) -> str:
-    """The entries in which two records differ, as text; empty if they agree."""
+    """Return the entries in which two records differ, as text; empty if they agree."""
 
-    def flat(record: dict) -> dict:
+    def flatten(record: dict) -> dict:
         plain = json.loads(json.dumps(record))  # tuples become lists
-        inner = [flat(v) if isinstance(v, dict) else {k: v} for k, v in plain.items()]
+        inner = [flatten(v) if isinstance(v, dict) else {k: v} for k, v in plain.items()]
         return {k: v for part in inner for k, v in part.items()}
 
-    a, b = flat(old), flat(new)
+    a, b = flatten(old), flatten(new)
     names = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
     return ", ".join(f"{k} ({a.get(k)} before, {b.get(k)} now)" for k in names)
 
 
 @functools.cache
 def commit() -> str:
-    """Of this checkout, with -dirty where a tracked file was changed; "unknown" outside one."""
-    git = f"git -C {shlex.quote(str(HERE))} describe --always --dirty --abbrev=7 --exclude=*"
+    """Return this checkout's commit, with -dirty after a change; "unknown" outside a checkout."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(
-            shlex.split(git), text=True, stderr=subprocess.DEVNULL, timeout=10
-        ).strip()
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
     return "unknown"
 
 
-def record(device: torch.device) -> dict[str, str]:
-    """Device, versions and commit, to stand beside every result."""
+def machine(device: torch.device) -> dict[str, str]:
+    """Return device, versions and commit, to stand beside every result."""
+    name = f"{platform.machine()} x{torch.get_num_threads()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.machine()} x{torch.get_num_threads()}"
-    name += f", {world()} processes" * (world() > 1)
+    if world() > 1:
+        name += f", {world()} processes"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {"device": name, **versions, "commit": commit()}
+
+
+# tables: the rows of an attack, a target at a time, and beside them its settings and its targets
+
+
+def _total(targets: dict[str, dict]) -> dict[str, float]:
+    """Add the numbers of all targets up; of a name that ends in _max take the largest."""
+    totals: dict[str, float] = {"n": 0, "n_targets": len(targets)}
+    for stats in targets.values():
+        totals["n"] += stats["rows"]
+        for name in (k for k, v in stats.items() if k != "rows" and isinstance(v, (int, float))):
+            before = totals.get(name, 0)
+            largest = name.endswith("_max")
+            totals[name] = max(before, stats[name]) if largest else round(before + stats[name], 6)
+    return totals
+
+
+def _table(rows: list[list]) -> str:
+    text = io.StringIO()
+    lines = ([f"{v:.7g}" if isinstance(v, float) else v for v in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def open_table(table: Path, settings: dict, overwrite: bool = False) -> dict[str, dict]:
+    """Return the targets whose rows are in <attack>.csv already: name -> statistics.
+
+    settings: what stands in <attack>.json beside the targets; its "config" must be the same to go
+    on, else UsageError. A target is finished once it stands there, which is after its rows were
+    written. Rows of another target, those of a kill between the two, are dropped. Rank 0 writes.
+    """
+    sidecar, old = table.with_suffix(".json"), {}
+    if sidecar.exists() and not overwrite:
+        old = read_json(sidecar)
+        if not isinstance(old.get("config"), dict):
+            raise UsageError(f"{sidecar}: does not say its settings: use --overwrite")
+        if changes := differences(old["config"], settings["config"]):
+            raise UsageError(
+                f"{sidecar}: other settings: {changes}: use those again, or --overwrite"
+            )
+    with reading(table, "delete it"):
+        text = table.read_bytes().decode(errors="replace") if table.exists() else ""
+        header, *rows = [*csv.reader(io.StringIO(text, newline=""))] or [[]]
+        rows = [row for row in rows if len(row) == len(header) and "target" in header]
+        names = [row[header.index("target")] for row in rows]
+        # rows that somebody deleted are made again
+        finished = {
+            target: stats
+            for target, stats in old.get("targets", {}).items()
+            if names.count(target) == stats["rows"]
+        }
+        rows = [row for row, name in zip(rows, names) if name in finished]
+    barrier()  # every process has looked before rank 0 writes
+    if rank() == 0:
+        if not old or finished != old["targets"]:
+            write(sidecar, (old or settings) | _total(finished) | {"targets": finished})
+        if not rows:
+            table.unlink(missing_ok=True)
+        elif text != _table([header, *rows]):
+            write(table, _table([header, *rows]))
+    return finished
+
+
+def append_rows(table: Path, header: list[str], rows: list[list], target: str, stats: dict) -> None:
+    """Append a target's rows to <attack>.csv, then the target to <attack>.json beside it.
+
+    A kill between the two leaves rows that `open_table` drops. Rank 0 alone writes.
+    """
+    if rank():
+        return
+    content = read_json(table.with_suffix(".json"))
+    before = table.read_text(encoding="utf-8").split("\n", 1)[0] if table.exists() else ""
+    if before and before != _table([header]).rstrip("\n"):
+        raise ValueError(f"{table}: columns {header} after {before}")
+    if target in content["targets"] or any(row[header.index("target")] != target for row in rows):
+        raise ValueError(f"{table}: {target} stands there already, or rows are not its own")
+    with writing(table), open(table, "ab") as file:
+        file.write(_table(rows if before else [header, *rows]).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    content["targets"][target] = stats | {"rows": len(rows)}
+    write(table.with_suffix(".json"), content | _total(content["targets"]))
+
+
+# trainings
 
 
 class Training:
@@ -485,7 +571,7 @@ class Training:
             self._go_on()
         elif finished and not overwrite:
             self.result = read_json(ended)
-            self._same(self.result.get("made_of"), ended)
+            self._compare(self.result.get("made_of"), ended)
         elif rank() == 0:
             if finished or unfinished:  # what is there counts as unfinished from here on
                 self._save()
@@ -498,16 +584,16 @@ class Training:
     def done(self) -> bool:
         return bool(self.result)
 
-    def _same(self, made_of: object, path: Path) -> None:
+    def _compare(self, made_of: object, path: Path) -> None:
         if not isinstance(made_of, dict):
             raise UsageError(f"{path}: does not say what was trained: use --overwrite")
-        if differs := differences(made_of, self.made_of):
+        if changes := differences(made_of, self.made_of):
             advice = "use those again, --overwrite, or another --run"
-            raise UsageError(f"{path}: another training: {differs}: {advice}")
+            raise UsageError(f"{path}: another training: {changes}: {advice}")
 
     def _go_on(self) -> None:
         state = load(self.checkpoint, "training")
-        self._same(state.get("made_of"), self.checkpoint)
+        self._compare(state.get("made_of"), self.checkpoint)
         with reading(self.checkpoint, "it does not hold this training: use --overwrite"):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
@@ -516,14 +602,14 @@ class Training:
         if rank() == 0:
             write(self.log_file, "".join(f"{line}\n" for line in self._lines()))
             if (now := commit()) != state["commit"]:
-                told = f"WARNING: {self.folder}: begun at commit {state['commit']}, now {now}"
-                print(told, file=sys.stderr)
+                begun = f"begun at commit {state['commit']}, now {now}"
+                print(f"WARNING: {self.folder}: {begun}", file=sys.stderr)
         print(f"{self.folder}: goes on at {self.unit} {self.step}", flush=True)
 
     def _lines(self) -> Iterator[str]:
-        """The log's lines that are whole and not beyond the checkpoint."""
-        held = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
-        for line in held.splitlines():
+        """Yield the log's lines that are whole and not beyond the checkpoint."""
+        text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)[self.unit] <= self.step:
                     yield line
@@ -535,13 +621,13 @@ class Training:
         self._saved = time.time()
 
     def count(self, **values: float) -> None:
-        """A step is done; its values wait for the log."""
+        """Count a step; its values wait for the log."""
         self.step += 1
         self._values.append(values)
 
     def log(self, steps: int, **values: float) -> dict[str, float]:
-        """The means of what was counted since the last line; a checkpoint, at first, at the end and
-        once a minute. Rank 0's alone."""
+        """Log the means of what was counted since the last line; save a checkpoint first, last and
+        once a minute. Return the line, on rank 0 alone."""
         counted, self._values = self._values, []
         if rank():
             return {}
@@ -556,20 +642,20 @@ class Training:
             self._save()
         each = (self.seconds - self._before) / max(self.step - self._first, 1)
         left = each * (steps - self.step) / 60
-        told = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in {**means, **values}.items())
-        print(f"{self.unit} {self.step}/{steps}  {told}  left {left:.1f} min", flush=True)
+        text = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in {**means, **values}.items())
+        print(f"{self.unit} {self.step}/{steps}  {text}  left {left:.1f} min", flush=True)
         return line
 
-    def left_by(self, index: Tensor, files: Sequence[str], pick: Tensor) -> str:
-        """For a step that failed: its images, by index among the picked (N,) of all files, and the
-        last checkpoint."""
+    def describe_failure(self, index: Tensor, files: Sequence[str], pick: Tensor) -> str:
+        """Describe a step that failed: its images, by index among the picked (N,) of all files, and
+        the last checkpoint."""
         where = pick[index.cpu()].tolist()
-        left = self.checkpoint if self.checkpoint.exists() else "none yet"
-        told = f"images {where} of the data, the first is {files[where[0]]}"
-        return f"{told}; last good checkpoint: {left}"
+        last = self.checkpoint if self.checkpoint.exists() else "none yet"
+        images = f"images {where} of the data, the first is {files[where[0]]}"
+        return f"{images}; last good checkpoint: {last}"
 
     def end(self, **result: object) -> None:
-        """The result is written and the checkpoint goes; rank 0's alone."""
+        """Write the result and remove the checkpoint, on rank 0 alone."""
         times = {
             "seconds": self.seconds,
             f"seconds_per_{self.unit}": self.seconds / max(self.step, 1),
