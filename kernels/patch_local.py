@@ -24,7 +24,7 @@ from torch import Tensor, nn
 GRID = 4  # pixels: windows start and end on it, so that two max-pools can be followed
 
 
-def known(embed: Any) -> bool:
+def is_supported(embed: Any) -> bool:
     """Whether the layers of embed can be followed."""
     return all(hasattr(embed, name) for name in ("standardised", "trunk", "head"))
 
@@ -164,43 +164,38 @@ def box_windows(
         yield rows, torch.cat([corners, largest.expand(len(rows), 2)], 1)
 
 
-def local_attack_ref(
-    attack: Callable, embed: Any, images: Tensor, anchors: Tensor, alpha: Tensor, boxes: Tensor
-) -> Tensor:
-    """Plain form of `local_attack`: whole images."""
-    return attack(embed, images, anchors, alpha, boxes)
+def local_views_ref(
+    embed: Any, images: Tensor, boxes: Tensor
+) -> Iterator[tuple[Any, Any, Tensor, Callable[[Tensor], Tensor]]]:
+    """Plain form of `local_views`: one group, the images themselves."""
+    yield slice(None), slice(None), boxes, embed
 
 
-def local_attack(
-    attack: Callable, embed: Any, images: Tensor, anchors: Tensor, alpha: Tensor, boxes: Tensor
-) -> Tensor:
-    """attack(embed, images, anchors, alpha, boxes), on a CPU with windows around the boxes for the
-    images.
+def local_views(
+    embed: Any, images: Tensor, boxes: Tensor
+) -> Iterator[tuple[Any, Any, Tensor, Callable[[Tensor], Tensor]]]:
+    """Split images (B, 3, H, W) into groups of crops around boxes (B, 4), each with F of a crop.
 
-    attack: changes images (B, 3, H, W) inside boxes (B, 4) alone, each by itself; anchors (B, D),
-    alpha (B,). Returns (B, 3, H, W). On a GPU, where launches and not arithmetic decide, and for
-    another embed: whole images.
+    Yields (rows, place, inside, view): the group's rows of the batch, its crops images[place]
+    (n, 3, h, w), the boxes in the crops' coordinates, and view(crops) = F of the images with these
+    crops, (n, D). On a GPU, where launches and not arithmetic decide, and for another embed: one
+    group, the images themselves.
     """
     H, W = images.shape[2:]
-    if images.is_cuda or not known(embed) or not len(images) or H % GRID or W % GRID:
-        return local_attack_ref(attack, embed, images, anchors, alpha, boxes)
-    found = images.detach().clone()
-    for rows, around in box_windows(boxes, H, W):
-        near, corners = PatchLocal(embed, images[rows].detach(), around), around[:, :2]
-        if not near.layers:
-            found[rows] = attack(embed, images[rows], anchors[rows], alpha[rows], boxes[rows])
+    if images.is_cuda or not is_supported(embed) or not len(images) or H % GRID or W % GRID:
+        yield from local_views_ref(embed, images, boxes)
+        return
+    channel = torch.arange(images.shape[1], device=images.device)[:, None, None]
+    for rows, windows in box_windows(boxes, H, W):
+        view = PatchLocal(embed, images[rows], windows)
+        if not view.layers:
+            yield rows, rows, boxes[rows], embed
             continue
-        places = [
-            (b, slice(None), slice(r, r + h), slice(c, c + w))
-            for b, (r, c, h, w) in zip(rows.tolist(), around.tolist())
-        ]
-        inside = torch.cat([boxes[rows, :2] - corners, boxes[rows, 2:]], 1)
-        crops = torch.stack([found[place] for place in places])
-        crops = crops.contiguous(memory_format=torch.channels_last)
-        attacked = attack(near, crops, anchors[rows], alpha[rows], inside)
-        for place, crop in zip(places, attacked):
-            found[place] = crop
-    return found
+        corner, (h, w) = windows[:, :2], windows[0, 2:].tolist()
+        row = (corner[:, :1] + torch.arange(h, device=images.device))[:, None, :, None]
+        col = (corner[:, 1:] + torch.arange(w, device=images.device))[:, None, None]
+        place = rows[:, None, None, None], channel, row, col  # (n, 3, h, w)
+        yield rows, place, torch.cat([boxes[rows, :2] - corner, boxes[rows, 2:]], 1), view
 
 
 def local_features(
@@ -211,7 +206,7 @@ def local_features(
     or the pixels lie too far apart to gain anything.
     """
     N, C, H, W = images.shape
-    if not known(embed) or not pixels.shape[1]:
+    if not is_supported(embed) or not pixels.shape[1]:
         return None
     row, col = pixels // W, pixels % W  # (N, P)
     if mirroring:
