@@ -29,10 +29,10 @@ import os
 import platform
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -75,36 +75,32 @@ def read_notes(settings: type) -> dict[str, str]:
 def _reader(hint: Any, default: Any, bounds: tuple | None) -> Callable[[str], Any]:
     """Return the function that reads the text of a flag with this annotation and default."""
     several = isinstance(default, tuple)
-    words = get_args(get_args(hint)[0] if several else hint)  # of Literal["...", "..."]
     kind = type(default[0] if several else default)
-    counts = (1, 2) if several and len(default) == 1 else (len(default) if several else 1,)
+    words = get_args(get_args(hint)[0] if several else hint)  # of Literal["...", "..."]
     low, high = bounds or ((1, LARGEST) if kind is int else (0, 1e9))
 
-    def read(text: str) -> Any:
-        values: Any = (text,)
-        if several:
-            values = tuple(value.strip() for value in text.split(",") if value.strip())
-        if kind is str:
-            if several and words and values == ("all",):
-                return words
-            for value in values or ("",):
-                if words and value not in words:
-                    which = "all or some of " if several else ""
-                    raise argparse.ArgumentTypeError(
-                        f"{value}: choose {which}{', '.join(w or repr(w) for w in words)}"
-                    )
-            return values if several else text
-        if len(values) not in counts:
-            raise argparse.ArgumentTypeError(
-                f"{text}: give {' or '.join(map(str, counts))} numbers"
-            )
-        numbers = tuple(map(kind, values))
-        if not all(low <= number <= high for number in numbers):
-            what = "numbers" if len(numbers) > 1 else "a number"
-            raise argparse.ArgumentTypeError(f"{text}: give {what} from {low} to {high}")
-        return numbers if several else numbers[0]
+    def read_one(text: str) -> Any:
+        value = kind(text)
+        if words and value not in words:
+            choice = ", ".join(filter(None, words))
+            raise argparse.ArgumentTypeError(f"{text}: choose {choice}")
+        if kind is not str and not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: give a number from {low} to {high}")
+        return value
 
-    read.__name__ = kind.__name__ + " list" * several  # argparse says it of what kind refuses
+    def read(text: str) -> Any:
+        if not several:
+            return read_one(text)
+        values = [value.strip() for value in text.split(",") if value.strip()]
+        if kind is str:
+            return words if words and values == ["all"] else tuple(map(read_one, values or [""]))
+        counts = (1, 2) if len(default) == 1 else (len(default),)  # a side, or height and width
+        if len(values) not in counts:
+            wanted = " or ".join(map(str, counts))
+            raise argparse.ArgumentTypeError(f"{text}: give {wanted} numbers")
+        return tuple(map(read_one, values))
+
+    read.__name__ = kind.__name__  # argparse says it of what kind refuses
     return read
 
 
@@ -119,49 +115,46 @@ def parse(
 ) -> tuple[Any, argparse.Namespace]:
     """Make a frozen dataclass from the command line, and return it with the flags beside it.
 
-    A flag wins over the preset, the preset (field `preset`; by default this one) over the field's
-    default. The words that a flag takes are those of a `Literal` annotation; a tuple is written
-    with commas, one of words also as `all`. bounds: (lowest, highest) of a field's numbers; without
-    them an integer is at least 1, a float at least 0. flags: further ones, name -> arguments of
-    `add_argument`, and `positional`. Always there: --run (by default the settings' own `run`, if
-    they have one), --overwrite, --device. Raises UsageError.
+    A flag wins over the preset (field `preset`, by default this one), and that over the field's
+    default. A flag takes the words of a `Literal` annotation; a tuple is written with commas, one
+    of words also as `all`. bounds: field -> (lowest, highest); else an integer is at least 1, a
+    float at least 0. flags: further ones, name -> arguments of `add_argument`, and `positional`.
+    Always there: --run (else the settings' own `run`), --overwrite, --device. Raises UsageError.
     """
-    fields, hints = dataclasses.fields(settings), get_type_hints(settings)
-    notes = read_notes(settings)
+    fields = dataclasses.fields(settings)
+    hints, notes, bounds = get_type_hints(settings), read_notes(settings), bounds or {}
     parser = _Parser(description=f"{about} In brackets: the paper's value; the demo's.")
     for field in fields:
-        default, demo = field.default, presets.get("demo", {}).get(field.name, field.default)
+        default, hint = field.default, hints[field.name]
+        demo = presets.get("demo", {}).get(field.name, default)
         values = f"[{default!r}]" if demo == default else f"[{default!r}; demo: {demo!r}]"
         how: dict[str, Any] = {"help": f"{notes.get(field.name, '')} {values}".replace("%", "%%")}
         if isinstance(default, bool):
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = _reader(hints[field.name], default, (bounds or {}).get(field.name))
-            words = get_args(hints[field.name])
-            how["metavar"] = type(default).__name__
-            if isinstance(default, tuple):
-                how["metavar"] = "A,B"
-            elif words:
-                how["metavar"] = "{" + ",".join(words) + "}"
+            how["type"] = _reader(hint, default, bounds.get(field.name))
+            how["metavar"] = "A,B" if isinstance(default, tuple) else type(default).__name__
+            if isinstance(default, str) and get_args(hint):
+                how["metavar"] = "{" + ",".join(get_args(hint)) + "}"
         parser.add_argument(flag_of(field.name), default=argparse.SUPPRESS, **how)
     usual: dict[str, dict] = {
         "run": {"type": Path, "help": "folder of the run (default runs/<data>-<preset>-<seed>)"},
         "overwrite": {"action": "store_true", "help": "start again over what is there"},
         "device": {"default": "", "help": "cpu, cuda, ... (default: a GPU if there is one)"},
     }
-    for name, how in (usual | flags).items():
-        how = dict(how)
-        parser.add_argument(name if how.pop("positional", False) else flag_of(name), **how)
+    for name, arguments in (usual | flags).items():
+        how = {k: v for k, v in arguments.items() if k != "positional"}
+        parser.add_argument(name if arguments.get("positional") else flag_of(name), **how)
     args = parser.parse_args(argv)
-    values = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
-    for name, value in values.items():
+    chosen = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
+    for name, value in chosen.items():
         if value == []:  # argparse reads --flag=-- as no value at all
             raise UsageError(f"{flag_of(name)}: give a value")
-    if any(f.name == "preset" for f in fields):
-        values.setdefault("preset", preset if isinstance(preset, str) else preset(args))
-        if values["preset"] not in presets:
-            raise UsageError(f"--preset {values['preset']}: choose {', '.join(presets)}")
-    config = settings(**{**presets.get(values.get("preset", ""), {}), **values})
+    if "preset" in hints:
+        chosen.setdefault("preset", preset(args) if callable(preset) else preset)
+        if chosen["preset"] not in presets:
+            raise UsageError(f"--preset {chosen['preset']}: choose {', '.join(presets)}")
+    config = settings(**{**presets.get(chosen.get("preset", ""), {}), **chosen})
     args.run = args.run or getattr(config, "run", None)
     return config, args
 
@@ -173,7 +166,8 @@ def flag_of(name: str) -> str:
 def command(name: str, work: Callable, argv: Sequence[str] | None = None) -> int:
     """Do work(argv) and return its exit status; print an error as one line, on rank 0.
 
-    0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C.
+    0; 2 for UsageError and OSError, 1 for a loss that is not finite, 130 for Ctrl-C; under torchrun
+    1 where another process has ended.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -190,9 +184,11 @@ def command(name: str, work: Callable, argv: Sequence[str] | None = None) -> int
         status, line = 1, str(error)
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command goes on from the last checkpoint"
-    if world() > 1:
-        # torchrun's, which follows, needs no line of its own
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except RuntimeError as error:  # a collective whose other process has ended raises no subclass
+        if world() == 1:
+            raise
+        reason = " ".join(str(error).split())[:120]
+        status, line = 1, f"a process stopped ({reason}); the same command goes on"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name}: {line}", file=sys.stderr)
     return status
@@ -217,33 +213,14 @@ def world() -> int:
 def share(flag: str, whole: int) -> int:
     """Return this process's part of a batch; UsageError unless the processes divide it."""
     if whole % world():
-        raise UsageError(
-            f"{flag} {whole}: must divide by torchrun's {world()} processes: "
-            f"give a multiple of {world()}"
-        )
+        raise UsageError(f"{flag} {whole}: must divide by torchrun's {world()} processes")
     return whole // world()
-
-
-def _stop(reason: object) -> None:
-    """Print one line and end this process, whatever it was doing."""
-    reason = " ".join(str(reason).split())[:120]
-    line = f"process {rank()} of {world()} stops, as another one or torchrun has ended ({reason})"
-    os.write(2, f"{Path(sys.argv[0]).name}: {line}; the same command goes on\n".encode())
-    os._exit(1)
-
-
-def _call(collective: Callable, *args: object) -> None:
-    """Call a function of all processes; stop where another process has ended."""
-    try:
-        collective(*args)
-    except RuntimeError as error:
-        _stop(error)
 
 
 def barrier() -> None:
     """Wait for the other processes; do nothing without torchrun."""
     if world() > 1:
-        _call(torch.distributed.barrier)
+        torch.distributed.barrier()
 
 
 @contextlib.contextmanager
@@ -263,13 +240,13 @@ def gather(item: Any) -> list:
     if world() == 1:
         return [item]
     items = None if rank() else [None] * world()
-    _call(torch.distributed.gather_object, item, items)
+    torch.distributed.gather_object(item, items)
     return items or []
 
 
 def keep_memory() -> None:
-    """Keep freed memory for the next step: else glibc gives it back to the kernel, and a demo step
-    faults 13,000 pages in again, 4 to 10 % of its time. Nothing happens where there is no glibc."""
+    """Keep freed memory for the next step, where there is glibc: it gives memory back to the
+    kernel, and a demo step faults 13,000 pages in again, 4 to 10 % of its time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -278,30 +255,23 @@ def keep_memory() -> None:
 
 
 def start(name: str = "") -> torch.device:
-    """Return the device of this name, by default a GPU if there is one, and prepare this process.
+    """Return the device of this name, by default a GPU if there is one. Raises UsageError.
 
-    Under torchrun it is this process's own; the process joins the group, and from here on rank 0
-    alone prints. Raises UsageError.
+    Under torchrun it is this process's own; the process joins the group, and rank 0 alone prints.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UsageError(
-            f"--device {name}: cannot be used here ({reason}): give cpu, or a device torch sees"
-        ) from None
+        raise UsageError(f"--device {name}: cannot be used ({reason}): give cpu") from None
     keep_memory()
-    if world() == 1:
-        return device
-    if device.type == "cuda":
+    if world() > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        count = torch.cuda.device_count()
-        if device.index >= count:
+        if device.index >= (count := torch.cuda.device_count()):
             raise UsageError(f"torchrun: this machine has {count} GPUs: start no more processes")
         torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, lambda *_: _stop("SIGTERM"))
+    if world() > 1 and not torch.distributed.is_initialized():
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -327,7 +297,7 @@ def average_gradients(optimiser: torch.optim.Optimizer) -> None:
         weights = [p for group in optimiser.param_groups for p in group["params"]]
         grads = [p.grad for p in weights if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
-        _call(torch.distributed.all_reduce, flat)
+        torch.distributed.all_reduce(flat)
         for g, mean in zip(grads, (flat / world()).split([g.numel() for g in grads])):
             g.copy_(mean.view_as(g))
 
@@ -351,9 +321,8 @@ def writing(path: File) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        raise UsageError(
-            f"{path}: cannot be written ({reason}): free some space, or name another place"
-        ) from None
+        advice = "free some space, or name another place"
+        raise UsageError(f"{path}: cannot be written ({reason}): {advice}") from None
 
 
 def write(path: File, content: bytes | str | dict | Callable[[Any], object]) -> None:
@@ -442,6 +411,15 @@ def differences(old: dict, new: dict) -> str:
     return ", ".join(f"{k} ({a.get(k)} before, {b.get(k)} now)" for k in names)
 
 
+def check_same(path: Path, old: object, new: dict) -> None:
+    """Raise UsageError, naming the difference, unless what path was made of is this."""
+    if not isinstance(old, dict):
+        raise UsageError(f"{path}: does not say what it was made of: use --overwrite")
+    if changes := differences(old, new):
+        advice = "use those again, --overwrite, or another --run"
+        raise UsageError(f"{path}: other settings: {changes}: {advice}")
+
+
 @functools.cache
 def commit() -> str:
     """Return this checkout's commit, with -dirty after a change; "unknown" outside a checkout."""
@@ -463,22 +441,22 @@ def machine(device: torch.device) -> dict[str, str]:
     return {"device": name, **versions, "commit": commit()}
 
 
-# tables: the rows of an attack, a target at a time, and beside them its settings and its targets
+# tables: an attack's rows, a target at a time, in <attack>.csv; settings and targets in .json
 
 
-def _total(targets: dict[str, dict]) -> dict[str, float]:
-    """Add the numbers of all targets up; of a name that ends in _max take the largest."""
-    totals: dict[str, float] = {"n": 0, "n_targets": len(targets)}
+def _sidecar(settings: dict, targets: dict[str, dict]) -> dict:
+    """Return settings, totals over the targets (of a name in _max the largest), and targets."""
+    totals = {"n": sum(stats["rows"] for stats in targets.values()), "n_targets": len(targets)}
     for stats in targets.values():
-        totals["n"] += stats["rows"]
-        for name in (k for k, v in stats.items() if k != "rows" and isinstance(v, (int, float))):
-            before = totals.get(name, 0)
-            largest = name.endswith("_max")
-            totals[name] = max(before, stats[name]) if largest else round(before + stats[name], 6)
-    return totals
+        for name, value in stats.items():
+            if name.endswith("_max"):
+                totals[name] = max(totals.get(name, 0), value)
+            elif name != "rows" and isinstance(value, (int, float)):
+                totals[name] = round(totals.get(name, 0) + value, 6)
+    return settings | totals | {"targets": targets}
 
 
-def _table(rows: list[list]) -> str:
+def _csv(rows: list[list]) -> str:
     text = io.StringIO()
     lines = ([f"{v:.7g}" if isinstance(v, float) else v for v in row] for row in rows)
     csv.writer(text, lineterminator="\n").writerows(lines)
@@ -486,63 +464,58 @@ def _table(rows: list[list]) -> str:
 
 
 def open_table(table: Path, settings: dict, overwrite: bool = False) -> dict[str, dict]:
-    """Return the targets whose rows are in <attack>.csv already: name -> statistics.
+    """Return the targets that are finished: name -> statistics. Rank 0 alone writes.
 
-    settings: what stands in <attack>.json beside the targets; its "config" must be the same to go
-    on, else UsageError. A target is finished once it stands there, which is after its rows were
-    written. Rows of another target, those of a kill between the two, are dropped. Rank 0 writes.
+    settings: what stands beside the targets; its "config" must be the same as before, else
+    UsageError. Rows without their target, as a kill leaves them, are dropped, and so is a target
+    without its rows.
     """
-    sidecar, old = table.with_suffix(".json"), {}
-    if sidecar.exists() and not overwrite:
-        old = read_json(sidecar)
-        if not isinstance(old.get("config"), dict):
-            raise UsageError(f"{sidecar}: does not say its settings: use --overwrite")
-        if changes := differences(old["config"], settings["config"]):
-            raise UsageError(
-                f"{sidecar}: other settings: {changes}: use those again, or --overwrite"
-            )
-    with reading(table, "delete it"):
+    path, old = table.with_suffix(".json"), {}
+    if path.exists() and not overwrite:
+        old = read_json(path)
+        check_same(path, old.get("config"), settings["config"])
+        settings = {k: old.get(k, v) for k, v in settings.items()}
+    with reading(table, "delete it, and run the same command again"):
         text = table.read_bytes().decode(errors="replace") if table.exists() else ""
-        header, *rows = [*csv.reader(io.StringIO(text, newline=""))] or [[]]
-        rows = [row for row in rows if len(row) == len(header) and "target" in header]
-        names = [row[header.index("target")] for row in rows]
-        # rows that somebody deleted are made again
-        finished = {
-            target: stats
-            for target, stats in old.get("targets", {}).items()
-            if names.count(target) == stats["rows"]
-        }
-        rows = [row for row, name in zip(rows, names) if name in finished]
+        header, *rows = [*csv.reader(io.StringIO(text, newline=""))] or [["target"]]
+        where = header.index("target") if "target" in header else 0
+        rows = [row for row in rows if len(row) == len(header)]
+        count = Counter(row[where] for row in rows)
+        finished = {k: v for k, v in old.get("targets", {}).items() if count[k] == v["rows"]}
     barrier()  # every process has looked before rank 0 writes
     if rank() == 0:
-        if not old or finished != old["targets"]:
-            write(sidecar, (old or settings) | _total(finished) | {"targets": finished})
-        if not rows:
+        if finished != old.get("targets"):
+            write(path, _sidecar(settings, finished))
+        whole = _csv([header, *(row for row in rows if row[where] in finished)])
+        if not finished:
             table.unlink(missing_ok=True)
-        elif text != _table([header, *rows]):
-            write(table, _table([header, *rows]))
+        elif text != whole:
+            write(table, whole)
     return finished
 
 
 def append_rows(table: Path, header: list[str], rows: list[list], target: str, stats: dict) -> None:
-    """Append a target's rows to <attack>.csv, then the target to <attack>.json beside it.
+    """Append a target's rows to the table, then the target to the file beside it, on rank 0.
 
-    A kill between the two leaves rows that `open_table` drops. Rank 0 alone writes.
+    A kill between the two leaves rows without a target, which `open_table` drops.
     """
     if rank():
         return
-    content = read_json(table.with_suffix(".json"))
-    before = table.read_text(encoding="utf-8").split("\n", 1)[0] if table.exists() else ""
-    if before and before != _table([header]).rstrip("\n"):
-        raise ValueError(f"{table}: columns {header} after {before}")
-    if target in content["targets"] or any(row[header.index("target")] != target for row in rows):
-        raise ValueError(f"{table}: {target} stands there already, or rows are not its own")
-    with writing(table), open(table, "ab") as file:
-        file.write(_table(rows if before else [header, *rows]).encode())
+    path = table.with_suffix(".json")
+    settings = read_json(path)
+    targets = settings.pop("targets")
+    assert target not in targets, f"{table}: {target} is finished"
+    if settings.get("commit", commit()) != commit():  # rows of two commits say so
+        settings["commit"] += f", {commit()}" * (commit() not in settings["commit"])
+    with writing(table), open(table, "a+b") as file:
+        file.seek(0)
+        before = file.readline().decode()
+        if before not in ("", _csv([header])):
+            raise ValueError(f"{table}: columns {header}, not {before.strip()}")
+        file.write(_csv(rows if before else [header, *rows]).encode())
         file.flush()
         os.fsync(file.fileno())
-    content["targets"][target] = stats | {"rows": len(rows)}
-    write(table.with_suffix(".json"), content | _total(content["targets"]))
+    write(path, _sidecar(settings, targets | {target: stats | {"rows": len(rows)}}))
 
 
 # trainings
@@ -551,11 +524,10 @@ def append_rows(table: Path, header: list[str], rows: list[list], target: str, s
 class Training:
     """A training that goes on by itself: log.jsonl, training.ckpt until it ends, then result.json.
 
-    made_of: what must be the same to go on (settings, persons, images, ...), a dict for JSON;
-    parts: what has a state_dict. After a stop the same command goes on from the last checkpoint,
-    bit for bit if a step's random numbers depend on `step_seed` alone. Raises UsageError, naming
-    the difference, where another training is in the folder; overwrite starts again. `step` counts,
-    `seconds` it took, `best` is the caller's to keep, `result` is there once it is `done`.
+    made_of: what must be the same to go on (settings, persons, images, ...), else UsageError;
+    overwrite starts again. parts: what has a state_dict. After a stop the same command goes on from
+    the last checkpoint, bit for bit if a step's random numbers depend on `step_seed` alone. `step`
+    counts, `seconds` it took, `best` is the caller's to keep, `result` is there once it is `done`.
     """
 
     def __init__(
@@ -571,7 +543,7 @@ class Training:
             self._go_on()
         elif finished and not overwrite:
             self.result = read_json(ended)
-            self._compare(self.result.get("made_of"), ended)
+            check_same(ended, self.result.get("made_of"), made_of)
         elif rank() == 0:
             if finished or unfinished:  # what is there counts as unfinished from here on
                 self._save()
@@ -584,35 +556,27 @@ class Training:
     def done(self) -> bool:
         return bool(self.result)
 
-    def _compare(self, made_of: object, path: Path) -> None:
-        if not isinstance(made_of, dict):
-            raise UsageError(f"{path}: does not say what was trained: use --overwrite")
-        if changes := differences(made_of, self.made_of):
-            advice = "use those again, --overwrite, or another --run"
-            raise UsageError(f"{path}: another training: {changes}: {advice}")
-
     def _go_on(self) -> None:
         state = load(self.checkpoint, "training")
-        self._compare(state.get("made_of"), self.checkpoint)
+        check_same(self.checkpoint, state.get("made_of"), self.made_of)
         with reading(self.checkpoint, "it does not hold this training: use --overwrite"):
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
             self.best = float(state["best"])
-        if rank() == 0:
-            write(self.log_file, "".join(f"{line}\n" for line in self._lines()))
-            if (now := commit()) != state["commit"]:
-                begun = f"begun at commit {state['commit']}, now {now}"
-                print(f"WARNING: {self.folder}: {begun}", file=sys.stderr)
         print(f"{self.folder}: goes on at {self.unit} {self.step}", flush=True)
-
-    def _lines(self) -> Iterator[str]:
-        """Yield the log's lines that are whole and not beyond the checkpoint."""
-        text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)[self.unit] <= self.step:
-                    yield line
+        if rank():
+            return
+        if state["commit"] != commit():
+            begun = f"begun at commit {state['commit']}, now {commit()}"
+            print(f"WARNING: {self.folder}: {begun}", file=sys.stderr)
+        lines = []  # of the log, those that are whole and not beyond the checkpoint
+        if self.log_file.exists():
+            for line in self.log_file.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    if json.loads(line)[self.unit] <= self.step:
+                        lines.append(f"{line}\n")
+        write(self.log_file, "".join(lines))
 
     def _save(self) -> None:
         numbers = {k: getattr(self, k) for k in ("made_of", "step", "seconds", "best")}
@@ -647,8 +611,7 @@ class Training:
         return line
 
     def describe_failure(self, index: Tensor, files: Sequence[str], pick: Tensor) -> str:
-        """Describe a step that failed: its images, by index among the picked (N,) of all files, and
-        the last checkpoint."""
+        """Name the images of a step that failed, by index into pick (N,), and the checkpoint."""
         where = pick[index.cpu()].tolist()
         last = self.checkpoint if self.checkpoint.exists() else "none yet"
         images = f"images {where} of the data, the first is {files[where[0]]}"
