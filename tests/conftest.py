@@ -4,11 +4,7 @@ with two."""
 
 import contextlib
 import importlib
-import itertools
 import os
-import pickle
-import tempfile
-from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
@@ -32,40 +28,6 @@ OPS = (
     "augment",
     "adain",
 )
-
-
-def pytest_runtestloop(session):
-    """The whole suite runs in two processes: each takes the next file from a pipe, and the parent
-    reports what the child has found as its own."""
-    config, plugins, reports = session.config, session.config.pluginmanager, []
-    files = [[*items] for _, items in itertools.groupby(session.items, lambda item: item.path)]
-    files.sort(key=lambda items: len(items) > 1)  # those of one test, torture's, take long
-    alone = config.option.maxfail or config.option.collectonly or session.testsfailed
-    if alone or len(files) < 9 or torch.get_num_threads() > 1 or torch.cuda.is_available():
-        return None  # pytest's own loop
-    capture, (todo, put) = plugins.getplugin("capturemanager"), os.pipe()
-    os.write(put, bytes(range(len(files))))
-    os.close(put)
-    capture.stop_global_capturing()  # its files would be shared
-    with tempfile.TemporaryFile() as found:
-        child = os.fork()
-        capture.start_global_capturing()
-        capture.suspend_global_capture()
-        if not child:
-            plugins.unregister(name="terminalreporter")
-            keep = lambda report: reports.append(report)
-            plugins.register(SimpleNamespace(pytest_runtest_logreport=keep))
-        while n := os.read(todo, 1):
-            for item, after in itertools.zip_longest(files[n[0]], files[n[0]][1:]):
-                config.hook.pytest_runtest_protocol(item=item, nextitem=after)
-        if not child:
-            os.write(found.fileno(), pickle.dumps(reports))
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0, "the second process of the tests ended early"
-        found.seek(0)
-        for report in pickle.load(found):
-            config.hook.pytest_runtest_logreport(report=report)
-    return True
 
 
 def triton_version() -> tuple[int, ...]:
@@ -98,11 +60,11 @@ def kernel_mode(request, monkeypatch):
 def rendered_once(request, monkeypatch, faces={}):  # noqa: B006  kept from test to test
     """Many tests ask for the same rendered faces; tests/test_synthetic.py renders each time."""
 
-    def chunk(*given, render=synthetic._render_chunk):
-        identity, content, size = given
+    def chunk(*arguments, render=synthetic._render_chunk):
+        identity, content, size = arguments
         key = identity.numpy().tobytes(), content.numpy().tobytes(), size
         if key not in faces:
-            faces[key] = render(*given)
+            faces[key] = render(*arguments)
         return faces[key].clone()
 
     if not request.module.__name__.endswith("test_synthetic"):
