@@ -63,12 +63,7 @@ class Config:
     class_dim: int = 256  # App. A (LORD): size of the class code, one a person
     content_dim: int = 128  # App. A (LORD): size of the content code, one an image
     hidden: tuple[int, ...] = (512, 1024)  # LORD: widths of G's dense layers, 4*4*32 and 4*4*64
-    channels: tuple[int, ...] = (
-        256,
-        256,
-        256,
-        256,
-    )  # LORD: widths of the AdaIN blocks, 8x8 to 64x64
+    channels: tuple[int, ...] = (256, 256, 256, 256)  # LORD: widths of the AdaIN blocks
     out_channels: int = 64  # LORD: width between the 5x5 and the 7x7 convolution
     encoder_channels: tuple[int, ...] = (64, 128, 256, 256, 256)  # LORD: widths of the convolutions
     encoder_hidden: int = 256  # LORD: width of the encoders' dense layers
@@ -87,9 +82,10 @@ class Config:
     code_weight: float = 1e4  # LORD: weight of the mean squared errors of the two codes
     # With swap the content code is free of stage 1's, but noisy and penalised as it was there, so
     # that it holds no more than it must.
-    swap: bool = False  # not in the paper: take stage 2's class code from another of their images
+    swap: bool = False  # not in the paper: stage 2 encodes the class of another image of the person
     encoder_penalty: float = 0.0  # not in the paper: lambda of stage 2 with swap
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # not in the paper: of the products
+    # not in the paper: number format of the products; auto: bfloat16 where it is fast
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def run(self) -> Path:
@@ -294,7 +290,10 @@ class Trainer:
 
     def __init__(self, config: Config, images: Tensor, person: Tensor, loss: Callable) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.images, self.person, self.loss = config, images, person, loss
+        self.config = config
+        self.images = images
+        self.person = person
+        self.loss = loss
         device, fused = images.device, images.is_cuda
         self.lord = Lord(config).to(device)
         # LORD starts its codes at uniform(-0.05, 0.05)
