@@ -1020,6 +1020,11 @@ def stable_generator(*parts: object) -> Rng:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def fixed_images(size: int) -> Tensor:
+    """Draw the images, float (4, 3, size, size), whose features tell a model from another one."""
+    return torch.rand(4, 3, size, size, generator=stable_generator("fixed images"))
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Read what embed.py wrote of a run in run.json. Raises run.UsageError."""
     if not folder.is_dir():
@@ -1378,7 +1383,7 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
             lines[-1] += f": look at {picture}, what the model got"
         whose = f"{model.model_name(flags[flag])}: " if config.judge else ""
         print(*(f"{whose}{line}" for line in lines), sep="\n", flush=True)
-        digests.append(model.model_digest(embed, file, images[:8]))
+        digests.append(model.model_digest(embed, file, fixed_images(config.size).to(device)))
         embeds.append(model.Cosine(embed) if cosine else embed)
     made_with = settings_of(config, people) | {"embedding": digests[0]}
     if config.judge:
