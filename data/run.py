@@ -477,15 +477,16 @@ def open_table(table: Path, settings: dict, overwrite: bool = False) -> dict[str
         settings = {k: old.get(k, v) for k, v in settings.items()}
     with reading(table, "delete it, and run the same command again"):
         text = table.read_bytes().decode(errors="replace") if table.exists() else ""
-        header, *rows = [*csv.reader(io.StringIO(text, newline=""))] or [["target"]]
+        lines = io.StringIO(text[: text.rfind("\n") + 1], newline="")  # only whole ones
+        header, *rows = [*csv.reader(lines)] or [["target"]]
         where = header.index("target") if "target" in header else 0
         rows = [row for row in rows if len(row) == len(header)]
         count = Counter(row[where] for row in rows)
         finished = {k: v for k, v in old.get("targets", {}).items() if count[k] == v["rows"]}
     barrier()  # every process has looked before rank 0 writes
     if rank() == 0:
-        if finished != old.get("targets"):
-            write(path, _sidecar(settings, finished))
+        if (content := _sidecar(settings, finished)) != old:
+            write(path, content)
         whole = _csv([header, *(row for row in rows if row[where] in finished)])
         if not finished:
             table.unlink(missing_ok=True)
