@@ -1409,6 +1409,35 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
     return run.run_stage("metrics", ["--run", str(args.run), "--figures", *figures])
 
 
+def choose_methods(wanted: Sequence[str], folder: Path) -> Sequence[str]:
+    """Choose the methods trained in a run, of those wanted or of all. Raises run.UsageError."""
+    trained = sorted(path.parent.name for path in folder.glob("*/embedding.pt"))
+    methods = trained if tuple(wanted) == ("all",) else wanted
+    unknown = sorted({*methods} - {*trained})
+    if unknown or not methods:
+        advice = f"choose all or some of {', '.join(trained) or '(there is none)'}"
+        raise run.UsageError(f"--method {','.join(unknown) or 'all'}: {advice}")
+    return methods
+
+
+def load_method(
+    config: Any, folder: Path, people: JudgedPeople, device: torch.device
+) -> tuple[Embed, dict[str, Any]]:
+    """Load the F of a method's folder, and what stands beside its rows. Raises run.UsageError."""
+    file, manifest = folder / "embedding.pt", folder.parent / "people.json"
+    embed, content = load_embedding(file, device), run.load(file, "embedding")
+    persons = "" if config.data else run.read_json(manifest)["sha256"]
+    if persons and content.get("people", persons) != persons:
+        raise run.UsageError(
+            f"{file}: trained on other persons than {manifest} names: "
+            "train it again with --overwrite"
+        )
+    made_with = settings_of(config, people) | {"embedding": run.digest(file)}
+    settings = {"config": made_with, "seed": config.seed, "data": people.faces.data}
+    settings["trained_in"] = content["config"].get("precision", "float32")
+    return embed, settings | run.machine(device)
+
+
 def attack_run(argv: Sequence[str] | None) -> int:
     """Do `python attacks.py`: attack every embedding of a run, or --model."""
     config, args, record = parse(argv)
@@ -1418,27 +1447,11 @@ def attack_run(argv: Sequence[str] | None) -> int:
     config = replace(config, chunk=chunk, precision=precision)
     if config.model:
         return attack_model(config, args, device)
-    trained = sorted(path.parent.name for path in args.run.glob("*/embedding.pt"))
-    methods = trained if config.method == ("all",) else config.method
-    unknown = sorted({*methods} - {*trained})
-    if unknown or not methods:
-        advice = f"choose all or some of {', '.join(trained) or '(there is none)'}"
-        raise run.UsageError(f"--method {','.join(unknown) or 'all'}: {advice}")
+    methods = choose_methods(config.method, args.run)
     with run.rank_0_first():
         people = judged_people(config, args.run, record)
     for method in methods:
-        file, manifest = args.run / method / "embedding.pt", args.run / "people.json"
-        embed, content = load_embedding(file, device), run.load(file, "embedding")
-        persons = "" if config.data else run.read_json(manifest)["sha256"]
-        if persons and content.get("people", persons) != persons:
-            raise run.UsageError(
-                f"{file}: trained on other persons than {manifest} names: "
-                "train it again with --overwrite"
-            )
-        made_with = settings_of(config, people) | {"embedding": run.digest(file)}
-        settings = {"config": made_with, "seed": config.seed, "data": people.faces.data}
-        settings["trained_in"] = content["config"].get("precision", "float32")
-        settings |= run.machine(device)
+        embed, settings = load_method(config, args.run / method, people, device)
         out = args.run / method / people.folder
         attack_method(config, embed, None, people, out, settings, args.overwrite, device)
     return 0
