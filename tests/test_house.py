@@ -83,9 +83,12 @@ def test_above_main_stands_the_paper_alone(name):
 
 
 def test_no_body_stands_in_two_files():
+    """But for the short forms of what a script copied alone cannot import."""
     seen = {}
     for name, tree in TREES.items():
-        for node in ast.walk(tree):
+        handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
+        alone = {node for handler in handlers for node in ast.walk(handler)}
+        for node in {*ast.walk(tree)} - alone:
             if isinstance(node, ast.FunctionDef) and len(node.body) > 2:
                 body = ast.dump(ast.Module(node.body[1:], []))
                 assert seen.setdefault(body, name) == name, f"{name}:{node.lineno} {node.name}"
