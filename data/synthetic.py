@@ -80,7 +80,7 @@ CONTENT_FACTORS: dict[str, str] = {
     "smile": "corners of the mouth a little down (-1) to a broad smile (1)",
     "mouth_open": "above -0.2 the lips part, the teeth show and the jaw drops",
     "brow_raise": "eyebrows lowered or raised",
-    "frown": "above 0.3 the inner brows are drawn down and together",
+    "frown": "above 0.3 the inner brows are pulled down and together",
     "eye_open": "lids nearly closed (-1), normal (0.3), wide open (1)",
     "gaze_x": "eyes look left or right",
     "gaze_y": "eyes look up or down",
