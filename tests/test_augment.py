@@ -1,5 +1,5 @@
-"""augment with noise given equals its reference and a loop over pixels exactly; noise that is drawn
-follows the seed."""
+"""augment with noise passed to it equals its reference and a loop over pixels exactly; noise that
+is drawn follows the seed."""
 
 import itertools
 
@@ -8,48 +8,30 @@ import torch
 
 from kernels.augment import augment, augment_ref
 from kernels.masked_step import box_mask
-
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
-SHAPES = [
-    pytest.param((1, 1, 1, 1), id="1x1"),
-    pytest.param((4, 3, 7, 5), id="odd"),
-    pytest.param((2, 3, 11, 31), id="block-1"),
-    pytest.param((1, 1, 32, 32), id="block"),
-    pytest.param((1, 5, 5, 41), id="block+1"),
-]
-
-
-def generator(seed, device):
-    return torch.Generator(device).manual_seed(seed)
+from tests.cases import LAYOUTS, layouts, random, refused, seeded, shapes, some_boxes
 
 
 def data(shape, device="cpu"):
-    images, noise = torch.rand(2, *shape, generator=generator(0, "cpu")).to(device)
+    images, noise = random(2, *shape, device=device)
     return (images * 255).round().byte(), noise
 
 
-def given(B, H, W, device):
-    kinds = [
-        (H // 3, W // 4, (H + 1) // 2, (W + 1) // 2),
-        (0, 0, 0, 0),
-        (0, 0, H, W),
-        (H - 1, W - 1, 1, 1),
-    ]
-    moves = [(-2, 3), (5, -5), (0, 0), (-1, -4)]  # beyond some of the images: the edge fills all
-    boxes, shifts, flips = kinds[:B], moves[:B], [b % 2 == 0 for b in range(B)]
+def moves(B, H, W, device="cpu"):
+    # beyond some of the images: the edge fills all
+    shifts = [(-2, 3), (5, -5), (0, 0), (-1, -4), (4, 1)]
     return {
-        "flips": torch.tensor(flips, device=device),
-        "shifts": torch.tensor(shifts, device=device),
-        "boxes": torch.tensor(boxes, device=device),
+        "flips": torch.tensor([b % 2 == 0 for b in range(B)], device=device),
+        "shifts": torch.tensor(shifts[:B], device=device),
+        "boxes": some_boxes(B, H, W, device),
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("shape", SHAPES)
-def test_equals_reference_with_everything_given(shape, layout, device):
+@layouts
+@shapes
+def test_equals_reference_with_the_same_moves_and_noise(shape, layout, device):
     images, noise = data(shape, device)
     images = images.contiguous(memory_format=layout)
-    arguments = given(shape[0], *shape[2:], device) | {"noise": noise}
+    arguments = moves(shape[0], *shape[2:], device) | {"noise": noise}
     for other in LAYOUTS:
         want, _, flags = augment_ref(images, layout=other, **arguments)
         got, boxes, erased = augment(images, layout=other, **arguments)
@@ -61,14 +43,13 @@ def test_equals_reference_with_everything_given(shape, layout, device):
 def test_the_reference_equals_a_loop_over_pixels():
     B, C, H, W = 4, 2, 5, 7
     images, noise = data((B, C, H, W))
-    arguments = given(B, H, W, "cpu")
+    arguments = moves(B, H, W)
+    shifts, boxes = arguments["shifts"].tolist(), arguments["boxes"].tolist()
     want = torch.empty_like(noise)
     for b, r, c in itertools.product(range(B), range(H), range(W)):
-        (down, right), (top, left, h, w) = (
-            arguments["shifts"][b].tolist(),
-            arguments["boxes"][b].tolist(),
-        )
-        row, col = min(max(r + down, 0), H - 1), min(max(c + right, 0), W - 1)
+        top, left, h, w = boxes[b]
+        row = min(max(r + shifts[b][0], 0), H - 1)
+        col = min(max(c + shifts[b][1], 0), W - 1)
         col = W - 1 - col if arguments["flips"][b] else col
         inside = top <= r < top + h and left <= c < left + w
         want[b, :, r, c] = noise[b, :, r, c] if inside else images[b, :, row, col] / 255
@@ -76,80 +57,50 @@ def test_the_reference_equals_a_loop_over_pixels():
 
 
 @pytest.mark.parametrize("op", (augment, augment_ref))
-@pytest.mark.parametrize("fill", ("gaussian", "uniform"))
-def test_seed_decides_everything_and_noise_stays_in_its_box(fill, op, device):
+def test_seed_decides_everything_and_noise_stays_in_its_box(op, device):
     images = data((8, 3, 16, 16), device)[0]
     still = {
         "flips": torch.zeros(8, dtype=torch.bool, device=device),
         "shifts": torch.zeros(8, 2, dtype=torch.int64, device=device),
     }
     whole, some = (torch.tensor([box] * 8, device=device) for box in ([0, 0, 16, 16], [3, 4, 9, 7]))
-    made = [
-        op(images, fill=fill, boxes=some, generator=generator(s, device), **still)[0]
-        for s in (3, 3, 4)
-    ]
-    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-    got, _, erased = op(images, fill=fill, boxes=some, generator=generator(5, device), **still)
-    inside = box_mask(some, 16, 16).expand_as(got)
-    assert erased.all() and torch.equal(got[~inside], (images.float() / 255)[~inside])
-    noise = op(images, fill=fill, boxes=whole, generator=generator(6, device), **still)[0]
-    std = 0.2416 if fill == "gaussian" else 12**-0.5
-    assert abs(noise.mean() - 0.5) < 5 * std / noise.numel() ** 0.5
-    assert abs(noise.std() - std) < 5 * std / noise.numel() ** 0.5
+    results = [op(images, boxes=some, generator=seeded(s, device), **still) for s in (3, 3, 4)]
+    (first, _, erased), (second, *_), (third, *_) = results
+    assert torch.equal(first, second) and not torch.equal(first, third) and erased.all()
+    inside = box_mask(some, 16, 16).expand_as(first)
+    assert torch.equal(first[~inside], (images.float() / 255)[~inside])
+    noise = op(images, boxes=whole, generator=seeded(6, device), **still)[0]
+    assert abs(noise.mean() - 0.5) < 5 * 0.2416 / noise.numel() ** 0.5
+    assert abs(noise.std() - 0.2416) < 5 * 0.2416 / noise.numel() ** 0.5
     assert torch.equal(op(images, boxes=whole * 0, **still)[0], images.float() / 255)
 
 
-def test_every_branch_is_reached(launched, device):
-    for own, layout in itertools.product(LAYOUTS, LAYOUTS):
+def test_every_branch_is_reached(launched, device, monkeypatch):
+    for layout_in, layout in itertools.product(LAYOUTS, LAYOUTS):
         images, noise = data((2, 3, 4, 4), device)
-        images, moves = images.contiguous(memory_format=own), given(2, 4, 4, device)
-        augment(images, layout=layout, **moves)
-        augment(images, layout=layout, fill="uniform", **moves)
-        augment(images, layout=layout, noise=noise, **moves)
-    flags = ("GIVEN", "GAUSSIAN", "LAST_IN", "CHANNELS_LAST")
-    assert len({tuple(c[k] for k in flags) for _, c in launched}) == 12
-
-
-def test_the_reference_runs_outside_the_interpreter_and_for_an_empty_batch(launched, monkeypatch):
-    images, moves = data((3, 3, 9, 9))[0], given(3, 9, 9, "cpu")
-    none = {k: v[:0] for k, v in moves.items()}
-    assert augment(images[:0], **none)[0].shape == (0, 3, 9, 9)
+        images = images.contiguous(memory_format=layout_in)
+        augment(images, layout=layout, **moves(2, 4, 4, device))
+        augment(images, layout=layout, noise=noise, **moves(2, 4, 4, device))
+    flags = ("COPIED", "LAST_IN", "CHANNELS_LAST")
+    assert len({tuple(c[k] for k in flags) for _, c in launched}) == 8
+    launched.clear()
+    images, arguments = data((3, 3, 9, 9))[0], moves(3, 9, 9)
+    assert augment(images[:0], **{k: v[:0] for k, v in arguments.items()})[0].shape == (0, 3, 9, 9)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    got, want = (
-        op(images, generator=generator(0, "cpu"), **moves) for op in (augment, augment_ref)
-    )
+    got, want = (op(images, generator=seeded(0), **arguments) for op in (augment, augment_ref))
     assert all(torch.equal(a, b) for a, b in zip(got, want)) and not launched
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        pytest.param(
-            {"images": torch.zeros(3, 5, 5).byte()},
-            r"images must have shape \(B, C, H, W\)",
-            id="images",
-        ),
-        pytest.param({"images": torch.rand(2, 3, 5, 5)}, "images must be uint8", id="float"),
-        pytest.param(
-            {"images": torch.zeros(2, 3, 5, 10).byte()[..., ::2]},
-            "contiguous or channels_last",
-            id="strided",
-        ),
-        pytest.param({"fill": "grey"}, "fill must be gaussian or uniform", id="fill"),
-        pytest.param({"layout": torch.preserve_format}, "layout must be", id="layout"),
-        pytest.param({"flips": torch.zeros(2)}, "flips must be bool", id="flips"),
-        pytest.param(
-            {"shifts": torch.zeros(2, dtype=torch.int64)},
-            r"shifts must have shape \(2, 2\)",
-            id="shifts",
-        ),
-        pytest.param(
-            {"boxes": torch.zeros(3, 4, dtype=torch.int64)}, "boxes must have shape", id="boxes"
-        ),
-        pytest.param({"noise": torch.rand(2, 3, 5, 4)}, "noise must have shape", id="noise"),
-    ],
-)
-def test_clear_errors(change, message):
-    arguments = {"images": torch.zeros(2, 3, 5, 5).byte(), **given(2, 5, 5, "cpu")}
-    with pytest.raises(ValueError, match=message):
-        augment(**(arguments | change))
+def test_clear_errors():
+    arguments = {"images": torch.zeros(2, 3, 5, 5).byte(), **moves(2, 5, 5)}
+    changes = {
+        r"images must have shape \(B, C, H, W\)": {"images": torch.zeros(3, 5, 5).byte()},
+        "images must be uint8": {"images": torch.rand(2, 3, 5, 5)},
+        "contiguous or channels_last": {"images": torch.zeros(2, 3, 5, 10).byte()[..., ::2]},
+        "layout must be": {"layout": torch.preserve_format},
+        "flips must be bool": {"flips": torch.zeros(2)},
+        r"shifts must have shape \(2, 2\)": {"shifts": torch.zeros(2, dtype=torch.int64)},
+        "boxes must have shape": {"boxes": torch.zeros(3, 4, dtype=torch.int64)},
+        "noise must have shape": {"noise": torch.rand(2, 3, 5, 4)},
+    }
+    refused(augment, arguments, changes)
