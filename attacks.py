@@ -1042,16 +1042,17 @@ def read_run(folder: Path) -> dict[str, Any]:
     return record
 
 
+def choose_preset(args: Any) -> str:
+    """Choose the preset of --model or of the run, which is the demo's where none is named."""
+    if getattr(args, "model", ""):
+        return "model"
+    args.run = args.run or data.demo_run()
+    preset = read_run(args.run)["preset"]
+    return preset if preset in PRESETS else "demo"
+
+
 def parse(argv: Sequence[str] | None):
     """Return config, flags and what run.json says ({} with --model). Raises run.UsageError."""
-
-    def choose_preset(args) -> str:
-        if getattr(args, "model", ""):
-            return "model"
-        args.run = args.run or data.demo_run()
-        preset = read_run(args.run)["preset"]
-        return preset if preset in PRESETS else "demo"
-
     bounds = {"seed": (-1, run.LARGEST), "min_images": (2, run.LARGEST), "size": (32, 256)}
     bounds |= dict.fromkeys(("chunk", "target_images"), (0, run.LARGEST))
     about = (
@@ -1293,6 +1294,46 @@ def write_pattern(path: Path, pattern: np.ndarray, mask: np.ndarray) -> None:
     run.write(path, functools.partial(Image.fromarray(picture).save, format="PNG"))
 
 
+def write_rows(
+    table: Path,
+    about: dict,
+    people: JudgedPeople,
+    others: Sequence[int],
+    make: Callable[[int], tuple],
+    effort: dict,
+    overwrite: bool,
+) -> None:
+    """Write the rows of the targets and of other persons, one at a time, where they are missing;
+    torchrun's processes share them.
+
+    make(person) gives header, rows, statistics and example images, which may be empty.
+    """
+    names, title = people.faces.names, f"{table.parents[1].name} {table.stem}"
+    finished = [*run.open_table(table, about, overwrite)]
+    missing = [p for p in (*people.targets, *others) if names[p] not in finished]
+    groups = range(0, len(missing), run.world())
+    for first in tqdm(groups, title, unit="target", disable=True if run.rank() else None):
+        part = None
+        for person in missing[first + run.rank() : first + run.rank() + 1]:
+            with warnings.catch_warnings():  # metrics.py tells of the gradients, once
+                warnings.filterwarnings("ignore", ".* of .* gradients")
+                part = names[person], *make(person)
+        for target, header, rows, stats, example in filter(None, run.gather(part)):
+            if example:
+                add_example(table.with_suffix(".npz"), target, example, finished)
+            if "pattern" in example:
+                picture = table.with_suffix("") / f"{target}.png"
+                write_pattern(picture, example["pattern"], example["mask"])
+            run.append_rows(table, header, rows, target, stats)
+            finished.append(target)
+    if run.rank() == 0:
+        totals = run.read_json(table.with_suffix(".json"))
+        line = "".join(f"{n} {what.replace('_', ' ')}, " for what, n in effort.items())
+        line += f"{len(people.targets)} targets, {totals['n']} pairs"
+        state = f"{totals.get('seconds', 0):.0f} s" if missing else f"kept, {table} is finished"
+        print(f"{title}: {line}, {state}", flush=True)
+
+
 def attack_method(
     config: Config,
     embed: Embed,
@@ -1303,47 +1344,18 @@ def attack_method(
     overwrite: bool,
     device: torch.device,
 ) -> None:
-    """Make every attack on one embedding, rows in `out`; torchrun's processes share the targets."""
-    names = people.faces.names
+    """Make every attack on one embedding, rows in `out`."""
     for name in config.attacks:
-        table, effort = out / f"{name}.csv", effort_record(name, config)
+        effort = effort_record(name, config)
         about = {"attack": name, **settings, **effort}
         if name == "mask":
             about["config"] = settings["config"] | {"mask": run.digest(Path(config.mask))}
-        finished = [*run.open_table(table, about, overwrite)]
-        missing = [p for p in people.targets if names[p] not in finished]
-        title = f"{out.parent.name} {name}"
-        groups = range(0, len(missing), run.world())
-        for first in tqdm(groups, title, unit="target", disable=True if run.rank() else None):
-            part = None
-            for person in missing[first + run.rank() : first + run.rank() + 1]:
-                with warnings.catch_warnings():  # metrics.py tells of the gradients, once
-                    warnings.filterwarnings("ignore", ".* of .* gradients")
-                    made = attack_target(
-                        config,
-                        name,
-                        embed,
-                        judge,
-                        people,
-                        person,
-                        out.parents[1] / "generator.pt",
-                        device,
-                    )
-                part = names[person], *made
-            for target, header, rows, stats, example in filter(None, run.gather(part)):
-                if example:
-                    add_example(table.with_suffix(".npz"), target, example, finished)
-                if "pattern" in example:
-                    picture = table.with_suffix("") / f"{target}.png"
-                    write_pattern(picture, example["pattern"], example["mask"])
-                run.append_rows(table, header, rows, target, stats)
-                finished.append(target)
-        if run.rank() == 0:
-            totals = run.read_json(table.with_suffix(".json"))
-            line = "".join(f"{n} {what.replace('_', ' ')}, " for what, n in effort.items())
-            line += f"{totals['n_targets']} targets, {totals['n']} pairs"
-            state = f"{totals.get('seconds', 0):.0f} s" if missing else f"kept, {table} is finished"
-            print(f"{title}: {line}, {state}", flush=True)
+
+        def make(person: int, name: str = name) -> tuple:
+            generator_file = out.parents[1] / "generator.pt"
+            return attack_target(config, name, embed, judge, people, person, generator_file, device)
+
+        write_rows(out / f"{name}.csv", about, people, (), make, effort, overwrite)
 
 
 def attack_model(config: Config, args: Any, device: torch.device) -> int:
