@@ -26,6 +26,7 @@ import secrets
 import shutil
 import sys
 import unicodedata
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,10 @@ def load(
     files, skipped = list_files(root)
     signature = hash_json([CACHE_VERSION, pillow_version, person_folder, files, skipped])
     # A first load goes by the sizes; its run then names the crop, and reads the same file.
-    keys = [[os.path.realpath(root), choice, person_folder, size] for choice in (crop, None)]
+    keys = [
+        [os.path.realpath(root), choice, person_folder, size]
+        for choice in dict.fromkeys((crop, None))
+    ]
 
     def make() -> Faces:
         if name == "folder":
@@ -420,12 +424,14 @@ def load_cached(
     paths = [Path(cache, f"{name}-{hash_json(key)[:16]}.pt") for key in keys]
     for path in filter(Path.exists, paths):
         try:
+            with run.reading(path, "the faces are read again"), zipfile.ZipFile(path) as archive:
+                assert archive.testzip() is None, "CRC"  # torch.load does not look
             content = run.load(path, "faces")
             faces = Faces(**content["faces"])
             if content["signature"] == signature and crop in (None, faces.crop):
                 return faces
-        except UsageError:  # a broken cache costs time, never the run
-            say(f"cache {path} is broken, the faces are read again")
+        except UsageError as error:  # a broken cache costs time, never the run
+            say(f"cache {error}")
     faces = make()
     try:
         run.save(paths[0], "faces", signature=signature, faces=vars(faces))
