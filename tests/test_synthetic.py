@@ -42,15 +42,6 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.float() - b.float()).abs().mean(1)  # (n, H, W)
 
 
-def test_samples_are_seeded_and_spread():
-    for sample, names in ((sample_identity, ID), (sample_content, CO)):
-        factors = sample(400, 3)
-        assert factors.shape == (400, len(names)) and factors.abs().max() <= 1
-        assert torch.equal(factors[:7], sample(7, 3)) and not torch.equal(factors, sample(400, 4))
-        assert (factors.amin(0) < -0.9).all() and (factors.amax(0) > 0.9).all()
-        assert factors.mean(0).abs().max() < 0.15 and factors.std(0).min() > 0.3
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_nobody_is_a_double(seed):
     identity = sample_identity(370, seed)
@@ -178,20 +169,3 @@ def test_every_factor_shows(names, which):
         ends.append(render(*factors).float())
     change = (ends[1] - ends[0]).abs().reshape(len(names), -1).amax(1)
     assert not [name for name, c in zip(names, change.tolist(), strict=True) if c < 8]
-
-
-def test_numbers_stay_finite_at_the_corners():
-    """All factors at random ends of their ranges at once: nothing is blank, no head is missing."""
-    generator = torch.Generator().manual_seed(0)
-    identity = torch.randint(0, 2, (24, len(ID)), generator=generator).float() * 2 - 1
-    content = torch.randint(0, 2, (24, len(CO)), generator=generator).float() * 2 - 1
-    faces = render(identity, content)
-    assert faces.float()[:, :, 16:60, 12:52].std((1, 2, 3)).min() > 6
-    assert synthetic_faces(0, 5, 0, False)[0].shape == (0, 3, 64, 64)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_renders_the_same_faces(small):
-    images, person, identity, content = small
-    made = render(identity[person].cuda(), content.cuda()).cpu()
-    assert difference(made, images).mean() < 0.5
