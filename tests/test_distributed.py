@@ -10,10 +10,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,12 +106,6 @@ except BaseException:
 """
 
 
-def torchrun(*command: object, **options) -> subprocess.Popen:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*start, "--", *map(str, command)], env=env, text=True, **options)
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """A folder in which two processes made runs/two, and what they said."""
@@ -129,13 +121,13 @@ def two(tmp_path_factory):
     ]
     driver = folder / "driver.py"
     driver.write_text(f"PLAN = {plan!r}\n{DRIVER}")
-    with torchrun(driver, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
-        try:
-            out, err = started.communicate(timeout=200)
-        finally:
-            started.terminate()  # of what hangs
-    assert started.returncode == 0, err
-    return folder, out, err
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*start, driver], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
 
 
 def test_weights_stay_equal_and_gradients_are_the_mean(two):
@@ -191,26 +183,3 @@ def test_a_bad_flag_is_one_line_of_all_processes(monkeypatch, tmp_path, capsys, 
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and err[0].startswith("embed.py: ") and named in err[0]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_a_killed_process_ends_the_run(two):
-    log = two[0] / "runs/killed/weak-at-3/log.jsonl"
-    flags = [*TRAIN, *WEAK, "--run=runs/killed", "--steps=1000000"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    with torchrun(ROOT / "embed.py", *flags, cwd=two[0], **pipes) as started:
-        try:
-            until = time.monotonic() + 300
-            while not (log.exists() and log.read_text()) and started.poll() is None:
-                assert time.monotonic() < until
-                time.sleep(0.1)
-            children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-            about = {int(p): Path(f"/proc/{p}/environ").read_bytes() for p in children}
-            os.kill(next(p for p, text in about.items() if b"\0RANK=1\0" in text), signal.SIGKILL)
-            err = started.communicate(timeout=120)[1]
-        finally:
-            started.kill()
-    said = [line for line in err.splitlines() if line.startswith("embed.py: ")]
-    assert started.returncode != 0 and len(said) <= 1, err  # torchrun may have been faster
-    assert 'embed.py", line' not in err  # torchrun's report, but no traceback of ours
-    assert (log.parent / "training.ckpt").exists()

@@ -103,8 +103,21 @@ def test_exit_statuses_are_one_line(capsys, error, status):
     err = capsys.readouterr().err
     assert err.startswith("script.py: ") and err.count("\n") == 1
     assert run.command("script.py", lambda _: None) == 0
-    with pytest.raises(RuntimeError):  # a fault of ours keeps its traceback
-        run.command("script.py", lambda _: torch.zeros(2) @ torch.zeros(3))
+
+
+def test_a_process_that_has_ended_is_one_line_and_a_fault_is_not(capsys, monkeypatch):
+    def work(_):
+        raise RuntimeError("Connection closed\nby peer")
+
+    with pytest.raises(RuntimeError):
+        run.command("script.py", work)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run.command("script.py", work) == 1
+    text = "script.py: a process stopped (Connection closed by peer); the same command goes on\n"
+    assert capsys.readouterr().err == text
+    with pytest.raises(run.UsageError, match="--batch 7: must divide by torchrun's 2 processes"):
+        run.share("--batch", 7)
+    assert run.share("--batch", 8) == 4
 
 
 def test_seeds_differ_by_seed_step_and_rank(monkeypatch):

@@ -116,7 +116,8 @@ def test_the_command_without_triton_and_matplotlib_from_a_folder_with_spaces(tmp
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     flags = "--method weak-at --synthetic-persons 9 --synthetic-images 10 --steps 2 --batch 4"
     flags += " --validation-persons 2 --target-persons 3 --width 0.03125 --run Läufe"
-    command = [sys.executable, "-c", BLOCK + f"import embed; sys.exit(embed.main({flags.split()}))"]
+    code = "import sys; sys.modules.update(triton=None, matplotlib=None); import embed; "
+    command = [sys.executable, "-c", f"{code}sys.exit(embed.main({flags.split()}))"]
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
