@@ -1,4 +1,4 @@
-"""Every attack of Sec. 3, 4.3, 4.4 and App. B.2, C on any callable `embed(images) -> features`.
+"""Attack any callable `embed(images) -> features`: Sec. 3, 4.3, 4.4 and App. B.2, C.
 
     python attacks.py                                         # the F of data/demo, two CPU cores
     python attacks.py --run runs/synthetic-demo-0                             # a trained one
@@ -12,11 +12,11 @@ Out: <method>/attacks/<attack>.csv, one row a compared pair, with .json (setting
 
 Intruders are images of the other target persons and, if those are too few, of the validation
 persons; the universal patch is trained on validation persons first. Nobody who was trained on takes
-part. A target's rows are written once it is done, and the same command goes on with the next one.
+part. A target's rows are written once it is done; the same command goes on with the next target.
 
-Images are float NCHW in [0, 1]. Features are (N, D), or (N, V, D) of V views of each image
-(`Mirrored`, `Transformed`). A distance is the root of the squared distance to the anchor's features
-(D,), of its mean over the views; the anchor itself is not mirrored (Sec. 4.2).
+Images are float NCHW in [0, 1]; features are (N, D), or (N, V, D) of V views of each image. A
+distance is the root of the squared distance to the anchor's features, of its mean over the views;
+the anchor itself is not mirrored (Sec. 4.2).
 
 Measured (demo, rendered faces, one busy x86-64 core): eyeglasses, 80 iterations on 12 intruders for
 each of 20 targets, 85 s; against the paper's 1000 x 5 on the same pairs they leave at most 0.01 of
@@ -52,21 +52,20 @@ try:
     from embed import Mirrored, genuine_threshold, load_embedding, squared_distance
 except ImportError:
 
-    def squared_distance(features: Tensor, anchor: Tensor) -> Tensor:
-        """Compute the squared distance (N,) of features (N, V, D) or (N, D), a mean over V."""
-        views = features.flatten(1).unflatten(1, (-1, anchor.shape[-1]))
-        return (views - anchor.unsqueeze(-2)).square().sum(-1).mean(-1)
-
     class Mirrored(nn.Module):  # type: ignore[no-redef]
-        """Embed an image and its mirror: features (N, 2, D) from one pass (Sec. 4.2)."""
+        """Embed an image and its mirror image: (N, 3, H, W) -> (N, 2, D) (Sec. 4.2)."""
 
         def __init__(self, embed: Embed) -> None:
             super().__init__()
             self.embed = embed
 
         def forward(self, images: Tensor) -> Tensor:
-            features = self.embed(torch.cat([images, images.flip(-1)]))
-            return features.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, -2)
+            return torch.stack([self.embed(images), self.embed(images.flip(-1))], 1)
+
+    def squared_distance(features: Tensor, anchor: Tensor) -> Tensor:
+        """Compute ||features - anchor||_2^2 (N,), the mean over the V views of an image."""
+        views = features.flatten(1).unflatten(1, (-1, anchor.shape[-1]))  # (N, V, D)
+        return (views - anchor.unsqueeze(-2)).square().sum(-1).mean(-1)
 
 
 try:
@@ -79,7 +78,6 @@ except ImportError:
     data = model = run = load_generator = tqdm = None  # type: ignore[assignment]
 
 Embed = Callable[[Tensor], Tensor]
-Places = Sequence[tuple[int, int]]
 Rng = torch.Generator
 Attack = Literal[
     "clean",
@@ -95,150 +93,114 @@ Attack = Literal[
 ]
 ATTACKS = get_args(Attack)
 Defence = Literal["basic", "mirroring", "selection", "both"]
-# Sec. 4.2: mirroring, selection
-DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}
+DEFENCES = {"basic": (0, 0), "mirroring": (1, 0), "selection": (0, 1), "both": (1, 1)}  # Sec. 4.2
 # Fig. 6, rows 24-39 of 64, columns 16-47, bit 31 left-most
 EYEGLASSES = (
     "0 0 7ff80ffe f00ff007 e003e003 c003c003 60024002 60024002 "
     "20062006 20042004 20043004 1008100c 18180808 0ff007f0 0 0"
 )
-# The most by which an image's features may differ alone and beside another, of their norm. Rounding
-# came to 2e-6 in float32; dropout and batch normalisation in training mode came to 0.02 and more.
-SAME = 1e-3
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of the attacks; the defaults are the paper's, a preset replaces some."""
+    """Hold every setting of the attacks; the defaults are the paper's, a preset replaces some."""
 
-    preset: str = "paper"  # take the settings of demo | paper | model; by default the run's own
-    # not in the paper: attack these methods, or all that the run holds
-    method: tuple[str, ...] = ("all",)
+    preset: str = "paper"  # demo | paper | model; the command line takes the run's own
+    method: tuple[str, ...] = ("all",)  # not in the paper: attack these methods of the run, or all
     attacks: tuple[Attack, ...] = ("clean", "eyeglasses")  # not in the paper: make these attacks
-    defences: tuple[Defence, ...] = ("both",)  # Sec. 4.2: attack through these defences
-    # not in the paper: attack images of other persons
+    defences: tuple[Defence, ...] = ("both",)  # Sec. 4.2: attack through each of these defences
+    # not in the paper: take other persons than the run's
     data: Literal["", "synthetic", "folder", "celeba"] = ""
     root: str = ""  # not in the paper: read the images of --data from this folder
     crop: str = ""  # not in the paper: crop the images of --data in this way
-    # not in the paper: of root/a/b take a, the first folder, or b, the last, as the person
+    # which folder below root names the person, where photographs lie several folders deep
     person_folder: Literal["", "first", "last"] = ""
     model: str = ""  # not in the paper: attack FILE.py:NAME or package.module:NAME; its code is run
     judge: str = ""  # not in the paper: measure what is made on --model on this second model too
     mask: str = ""  # not in the paper: attack the white pixels of this PNG as well
-    size: int = 64  # not in the paper: make --model's images so many pixels wide and high
-    # not in the paper: compare --model's features by this distance; cosine normalises them
+    size: int = 64  # not in the paper: side of the images that --model takes, in pixels
+    # not in the paper: distance of --model's features; cosine normalises them
     distance: Literal["euclidean", "cosine"] = "euclidean"
-    min_images: int = 10  # Sec. 4: take as targets only persons with so many images
-    # not in the paper: use only the first n images of a target (0: all)
-    target_images: int = 0
-    targets: int = 27  # Sec. 4: impersonate so many persons
-    intruders: int = 64  # App. C, released code: attack with so many images for each target
-    seed: int = -1  # not in the paper: seed every random choice (-1: the run's seed)
+    min_images: int = 10  # Sec. 4: fewest images of a target person
+    target_images: int = 0  # not in the paper: use only the first n images of a target (0: all)
+    targets: int = 27  # Sec. 4: persons that are impersonated
+    intruders: int = 64  # App. C, released code: attacking images for each target
+    clean_intruders: int = 200  # not in the paper: un-attacked intruders, the attacked ones first
+    seed: int = -1  # not in the paper: seed of every random choice (-1: the run's)
     iterations: int = 1000  # Sec. 4: iterations of each attack that has no number of its own
-    # Sec. 4: adam; not in the paper: sign, which uses neither lr nor decay
-    optimiser: Literal["adam", "sign"] = "adam"
+    optimiser: Literal["adam", "sign"] = "adam"  # Sec. 4: adam; sign, not there, ignores lr, decay
     lr: float = 0.01  # Sec. 4: learning rate of Adam, on delta
-    restarts: int = 5  # Sec. 4: start so often, and keep the best
+    restarts: int = 5  # Sec. 4: random starts, of which the best is kept
     decay: bool = False  # not in the paper: let the learning rate fall linearly to zero
-    square_stride: int = 5  # App. C: search places this many pixels of 64 apart
+    square_stride: int = 5  # App. C: distance between the places searched, in pixels of 64
     square_search_iterations: int = 20  # App. C: iterations at every place searched
     square_search_lr: float = 0.1  # App. C: learning rate of the search
-    patch_train: int = 100  # App. C, Fig. 8: train the universal patch on so many intruders
+    patch_train: int = 100  # App. C, Fig. 8: intruders that the universal patch is trained on
     patch_iterations: int = 5000  # App. C: iterations of the universal patch
     patch_lr: float = 0.005  # App. C: learning rate of the universal patch
-    patterns: int = 1000  # App. B.2: try so many random eyeglasses on each intruder
-    # not in the paper: compare so many intruders without attack, those attacked first
-    clean_intruders: int = 200
-    noise: float = 10 / 255  # App. B.2: add uniform noise of plus or minus this
+    patterns: int = 1000  # App. B.2: random eyeglasses that are tried on an intruder
+    noise: float = 10 / 255  # App. B.2: largest change of a pixel by uniform noise
     evasion_iterations: int = 2000  # Sec. 4.3, released code: iterations of evasion (dodging)
     evasion_lr: float = 0.05  # Sec. 4.3, released code: learning rate of evasion
-    evasion_restarts: int = 5  # Sec. 4.3, released code: starts of evasion
-    distal_iterations: int = 2000  # App. C: iterations from noise
-    distal_lr: float = 0.01  # App. C: learning rate from noise
-    eot_samples: int = 16  # not in the paper: attack under a fixed set of so many transforms
-    eot_tests: int = 16  # not in the paper: measure under so many transforms, others than those
-    eot_shift: float = 2.0  # not in the paper: shift by up to so many pixels of 64
-    eot_scale: float = 0.05  # not in the paper: scale by 1 plus or minus up to this
-    eot_rotation: float = 5.0  # not in the paper: rotate by up to so many degrees
-    eot_brightness: float = 0.1  # not in the paper: brighten by 1 plus or minus up to this
-    # not in the paper: images in one pass, views counted (0: 128 on a CPU, 2048 on a GPU)
-    chunk: int = 0
-    # not in the paper: number format of the iterations; distances are measured in float32
+    evasion_restarts: int = 5  # Sec. 4.3, released code: random starts of evasion
+    distal_iterations: int = 2000  # App. C: iterations of the distal attack
+    distal_lr: float = 0.01  # App. C: learning rate of the distal attack
+    eot_samples: int = 16  # not in the paper: fixed transforms that eot_eyeglasses attacks under
+    eot_tests: int = 16  # not in the paper: fresh transforms that it is measured under
+    eot_shift: float = 2.0  # not in the paper: largest shift of a transform, in pixels of 64
+    eot_scale: float = 0.05  # not in the paper: its largest change of scale
+    eot_rotation: float = 5.0  # not in the paper: its largest rotation, in degrees
+    eot_brightness: float = 0.1  # not in the paper: its largest change of brightness
+    chunk: int = 0  # not in the paper: images in one pass (0: 128 on a CPU, 2048 on a GPU)
+    # not in the paper: of the iterations; auto takes bfloat16 where the device multiplies it faster
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-PRESETS: dict[str, dict] = {
-    # where the released code's attacks differ they are wrong, so nothing is taken from them
+# demo: mean distance on 10 faces, 80 iterations at 0.2 falling to zero against 1000 at 0.01:
+# +0.2 % (robust F), -2 % (untrained F)
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # mean distance on 10 faces, 80 iterations at 0.2 falling to zero against 1000 at 0.01:
-    # +0.2 % (robust F), -2 % (untrained F)
-    "demo": {
-        "targets": 20,
-        "intruders": 12,
-        "clean_intruders": 60,
-        "patterns": 100,
-        "iterations": 80,
-        "lr": 0.2,
-        "restarts": 1,
-        "decay": True,
-        "square_search_iterations": 2,
-        "square_search_lr": 0.3,
-        "eot_samples": 8,
-        "eot_tests": 8,
-        "patch_train": 32,
-        "patch_iterations": 40,
-        "patch_lr": 0.2,
-        "evasion_iterations": 80,
-        "evasion_lr": 0.2,
-        "evasion_restarts": 1,
-        "distal_iterations": 150,
-        "distal_lr": 0.2,
-    },
+    "demo": {"targets": 20, "intruders": 12, "clean_intruders": 60, "patterns": 100}
+    | {"iterations": 80, "lr": 0.2, "restarts": 1, "decay": True}
+    | {"square_search_iterations": 2, "square_search_lr": 0.3}
+    | {"patch_train": 32, "patch_iterations": 40, "patch_lr": 0.2}
+    | {"evasion_iterations": 80, "evasion_lr": 0.2, "evasion_restarts": 1}
+    | {"distal_iterations": 150, "distal_lr": 0.2, "eot_samples": 3, "eot_tests": 8},
 }
-# of --model, whose passes are dear: fewer than the demo's, by sign steps, which come closer for as
-# many (`SignSteps`). A descriptor of 0.5 GFLOP, 16 pairs under eyeglasses by Adam: AU-ROC 0.905
-# after 20 iterations, 0.876 after 30, 0.826 after 80
-PRESETS["model"] = PRESETS["demo"] | {
-    "attacks": ("clean", "eyeglasses", "square", "evasion"),
-    "target_images": 12,
-    "targets": 10,
-    "intruders": 10,
-    "clean_intruders": 40,
-    "iterations": 30,
-    "evasion_iterations": 30,
-    "optimiser": "sign",
-    "precision": "float32",
-    "square_stride": 10,
-    "square_search_iterations": 1,
-}
+# --model's passes are dear: fewer than the demo's, by sign steps, which come closer for as many
+PRESETS["model"] = (
+    PRESETS["demo"]
+    | {"attacks": ("clean", "eyeglasses", "square", "evasion"), "target_images": 12}
+    | {"targets": 10, "intruders": 10, "clean_intruders": 40}
+    | {"iterations": 30, "evasion_iterations": 30, "optimiser": "sign", "precision": "float32"}
+    | {"square_stride": 10, "square_search_iterations": 1}
+)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How an attack goes about it, and how hard it tries."""
+    """Say how hard an attack tries, and in which direction. Raises ValueError for another word."""
 
     iterations: int = 1000
     lr: float = 0.01
     restarts: int = 5
-    decay: bool = False  # the learning rate falls linearly to zero
+    decay: bool = False  # let the learning rate fall linearly to zero
     chunk: int = 128  # images in one pass of the embedding: speed and memory alone
     direction: str = "impersonate"  # lower the distance to the anchor; evade raises it
-    optimiser: str = "adam"  # App. C; sign uses neither lr nor decay
-    # float32, or bfloat16 of the iterations alone: distances are measured in float32. In bfloat16
-    # on the demo's F the mean distance is within 0.2 % of float32's, as after another start; nearer
-    # to the anchor than 1 % of the features' norm it comes less near
+    optimiser: str = "adam"  # App. C; sign ignores lr and decay
+    # bfloat16: of the iterations alone. On the demo's F the mean distance is within 0.2 % of
+    # float32's, as after another start; nearer to the anchor than 1 % of the features' norm it
+    # comes less near
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        words = {
-            "direction": ("impersonate", "evade"),
-            "optimiser": ("adam", "sign"),
-            "precision": ("float32", "bfloat16"),
-        }
-        for name, choices in words.items():
-            if getattr(self, name) not in choices:
-                word = getattr(self, name)
-                raise ValueError(f"{name} must be {' or '.join(choices)}, not {word!r}")
+        for name, words in (
+            ("direction", ("impersonate", "evade")),
+            ("optimiser", ("adam", "sign")),
+            ("precision", ("float32", "bfloat16")),
+        ):
+            if (word := getattr(self, name)) not in words:
+                raise ValueError(f"{name} must be {' or '.join(words)}, not {word!r}")
 
     @property
     def sign(self) -> int:
@@ -248,14 +210,12 @@ class Effort:
 
 @dataclass
 class AttackResult:
-    """The images that an attack made of B images, and how far they are from the anchor."""
+    """Hold the images that an attack made of B images, and how far they are from the anchor."""
 
     images: Tensor  # (B, C, H, W)
     distance: Tensor  # (B,) root of the squared distance to the anchor
     zero_gradients: int = 0  # (image, iteration) pairs whose whole gradient was zero
-    # (image, iteration) pairs with a distance or gradient that is not finite, taken as zero, or
-    # random patterns with such a distance
-    nonfinite: int = 0
+    nonfinite: int = 0  # pairs with a distance or gradient that is not finite, or such patterns
     gradients: int = 0  # (image, iteration) pairs in all
     mask: Tensor | None = None  # (H, W) or (B, H, W) bool: where the images may differ
     extra: dict[str, Tensor] = field(default_factory=dict)  # what one attack adds, see there
@@ -267,12 +227,11 @@ class AttackResult:
         self.gradients += other.gradients
 
     def warn_if_gradients_lost(self) -> AttackResult:
-        """Warn where gradients were zero or not finite, and return the result itself."""
+        """Warn where a gradient was zero or not finite, and return this result."""
         if self.zero_gradients or self.nonfinite:
             warnings.warn(
                 f"{self.zero_gradients} zero and {self.nonfinite} non-finite of {self.gradients} "
-                "gradients: the attack could not follow them, "
-                "its distances do not show robustness",
+                "gradients: the attack could not follow them, its distances do not show robustness",
                 stacklevel=3,
             )
         return self
@@ -290,9 +249,9 @@ def eyeglasses_mask(height: int = 64, width: int = 64) -> Tensor:
     """Draw the authors' eyeglasses, (height, width) bool: 107 of 64 x 64 pixels, else the nearest
     of these."""
     rows = [[int(word, 16) >> (31 - bit) & 1 for bit in range(32)] for word in EYEGLASSES.split()]
-    image = torch.zeros(1, 1, 64, 64)
-    image[0, 0, 24:40, 16:48] = torch.tensor(rows)
-    return F.interpolate(image, (height, width), mode="nearest-exact")[0, 0].bool()
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[0, 0, 24:40, 16:48] = torch.tensor(rows)
+    return F.interpolate(mask, (height, width), mode="nearest-exact")[0, 0].bool()
 
 
 def eye_patch_mask(height: int = 64, width: int = 64) -> Tensor:
@@ -304,7 +263,7 @@ def eye_patch_mask(height: int = 64, width: int = 64) -> Tensor:
 
 def square_mask(row: int, column: int, height: int = 64, width: int = 64) -> Tensor:
     """Draw a square with its upper left pixel at (row, column), (height, width) bool: 10 x 10 of
-    64 x 64 pixels, to scale."""
+    64 x 64 pixels."""
     mask = torch.zeros(height, width, dtype=torch.bool)
     h, w = max(1, scale(10, height)), max(1, scale(10, width))
     mask[row : row + h, column : column + w] = True
@@ -312,157 +271,118 @@ def square_mask(row: int, column: int, height: int = 64, width: int = 64) -> Ten
 
 
 def square_positions(stride: int = 5, height: int = 64, width: int = 64) -> list[tuple[int, int]]:
-    """List the places that the square's search tries (Fig. 7): starts 15, 15 + stride, ..., 35 both
-    ways, 25 places at stride 5. At another size the same places, to scale."""
+    """List the square's places of Fig. 7, flush edge included: 15, 15 + stride, ..., 35 of 64 both
+    ways, 25 places at stride 5."""
     starts = sorted({*range(15, 36, stride), 35})
     places = [(scale(r, height), scale(c, width)) for r in starts for c in starts]
     return [*dict.fromkeys(places)]
 
 
-def squares(places: Places, height: int, width: int) -> Tensor:
-    """Draw `square_mask` at each of n places, (n, height, width) bool."""
-    masks = [square_mask(row, column, height, width) for row, column in places]
-    return torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
-
-
 def mask_pixels(mask: Tensor, images: Tensor) -> Tensor:
     """Compute the flat pixel numbers (N, P) of mask (H, W) or (N, H, W) bool for images
     (N, C, H, W). Raises ValueError for a mask of another size or without a pixel, and where not
-    each of several has equally many."""
-    N, size = len(images), tuple(images.shape[2:])
-    if mask.dtype != torch.bool or mask.shape not in (size, (N, *size)):
-        raise ValueError(
-            f"mask: {describe(mask)} for images {tuple(images.shape)}, "
-            f"wanted bool {size} or {(N, *size)}"
-        )
-    mask = mask.to(images.device)
-    if mask.dim() == 2:
-        pixels = mask.flatten().nonzero().flatten().expand(N, -1)
-    else:
-        counts = mask.flatten(1).sum(1)
-        if (counts != counts[:1]).any():
-            raise ValueError("mask: masks of one batch must have equally many pixels")
-        pixels = mask.flatten(1).nonzero()[:, 1].view(N, -1 if N else 1)
-    if not pixels.shape[1]:
-        raise ValueError("mask: no pixel may change")
-    return pixels
+    each has equally many."""
+    N, _, H, W = images.shape
+    if mask.dtype != torch.bool or mask.shape not in ((H, W), (N, H, W)):
+        kind = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"mask: {kind}, wanted bool {(H, W)} or {(N, H, W)}")
+    several = mask.to(images.device).expand(N, H, W).flatten(1)  # (N, H W)
+    counts = several.sum(1)
+    if not several.any() or (counts != counts[0]).any():
+        raise ValueError("mask: each image of a batch must have equally many pixels, one at least")
+    return several.nonzero()[:, 1].view(N, -1)
 
 
 def paste(images: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
-    """Replace the pixels of these flat numbers (N, P) in images (N, C, H, W) by values (N, C, P);
-    all others stay as they are, bit for bit."""
+    """Replace pixels (N, P), flat numbers, of images (N, C, H, W) by values (N, C, P); all others
+    stay as they are, bit for bit."""
     index = pixels[:, None].expand(-1, images.shape[1], -1)  # (N, C, P)
     return images.flatten(2).scatter(2, index, values).view(images.shape)
 
 
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
-    """Paste one pattern (C, P) under mask (H, W) into each of the images (N, C, H, W)."""
+    """Paste a pattern (C, P), or one for each image (N, C, P), under mask (H, W) into images."""
     values = pattern.to(images).expand(len(images), -1, -1)
     return paste(images, values, mask_pixels(mask, images))
 
 
-# What an attack starts from: the checks at the door, and distances
+# What an attack starts from, and the distance that counts
 
 
 @contextlib.contextmanager
 def frozen(embed: Embed) -> Iterator[None]:
-    """Put a Module in evaluation mode without weight gradients; on leaving, modes and flags are as
-    they were. Another callable stays as it is."""
+    """Put a Module in evaluation mode, without weight gradients, and afterwards back as it was."""
     if not isinstance(embed, nn.Module):
         yield
         return
     modes = [(module, module.training) for module in embed.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in embed.parameters()]
+    flags = [(weight, weight.requires_grad) for weight in embed.parameters()]
     try:
         embed.eval().requires_grad_(False)
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
 
 
-def describe(x: Any) -> str:
-    """Describe a value in the words of an error."""
-    return f"{str(x.dtype)[6:]} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def check_inputs(embed: Embed | None, images: Tensor, *anchors: Tensor) -> list[Tensor]:
-    """Return the images and an anchor (N, D) for each, without gradients.
+def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]:
+    """Return images and, for each of them, an anchor (N, D), without gradients.
 
     Raises ValueError for what would become a wrong number without a word: images that are not float
-    (N, C, H, W) in [0, 1]; anchors that are not finite (D,) or (N, D), features of one view; an
-    embed, which may be None, whose features are not finite, not (N, D) or (N, V, D), or not the
-    same for an image alone and in a batch (batch normalisation or dropout in training mode).
+    (N, C, H, W) in [0, 1]; anchors that are not finite features (D,) or (N, D) of one view; an
+    embed whose features are not finite (N, D) or (N, V, D), or differ alone and in a batch, as in
+    training mode, by 0.02 of their norm and more (rounding: 2e-6).
     """
-    N = len(images) if isinstance(images, Tensor) and images.dim() == 4 else -1
-    if N < 0 or images.dtype not in (torch.float32, torch.float64):
-        wanted = "wanted float32 or float64 (N, C, H, W) in [0, 1]"
-        raise ValueError(f"images: {describe(images)}, {wanted}")
-    low, high = (float(end) for end in images.aminmax()) if images.numel() else (0, 0)
+    for name, x in (("images", images), *(("anchor", anchor) for anchor in anchors)):
+        if getattr(x, "dtype", None) not in (torch.float32, torch.float64):
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise ValueError(f"{name}: {kind}, wanted a tensor of float32 or float64")
+    if images.dim() != 4 or not len(images):
+        raise ValueError(f"images: of shape {tuple(images.shape)}, wanted (N, C, H, W)")
+    low, high = (float(end) for end in images.aminmax())
     if not (low >= 0 and high <= 1):  # nor NaN
         raise ValueError(f"images: values from {low:.4g} to {high:.4g}, wanted [0, 1]")
+    ramp = torch.linspace(0, 1, images.shape[3]).to(images)
+    pair = torch.cat([images[:1], (images[-1:] + ramp) / 2]).detach()  # two that differ
+    with frozen(embed), torch.no_grad():
+        both, alone = embed(pair.clone()), embed(pair[:1])
+    for views, n in ((both, 2), (alone, 1)):
+        number = isinstance(views, Tensor) and views.is_floating_point()
+        if not number or views.dim() not in (2, 3) or len(views) != n:
+            kind = f"{type(views).__name__} {list(getattr(views, 'shape', ()))}"
+            raise ValueError(f"embed: gives {kind} for {n} images, wanted ({n}, D) or ({n}, V, D)")
+        if not views.isfinite().all():
+            raise ValueError("embed: features are not finite")
+    most = max(1e-3, torch.finfo(alone.dtype).eps) * alone.float().norm()
+    if (both[:1] - alone).float().norm() > most:
+        how = "alone and in a batch: call model.eval() first"
+        raise ValueError(f"embed: answers an image differently {how}")
+    N, D = len(images), alone.shape[-1]
     for anchor in anchors:
-        if not isinstance(anchor, Tensor) or anchor.shape[:-1] not in ((), (1,), (N,)):
-            raise ValueError(f"anchor: {describe(anchor)}, wanted features (D,) or ({N}, D)")
-        if not anchor.isfinite().all():
-            raise ValueError("anchor: not finite")
-    if embed is not None and N:
-        ramp = torch.linspace(0, 1, images.shape[3]).to(images)
-        pair = torch.cat([images[:1], (images[-1:] + ramp) / 2]).detach()  # two that differ
-        with frozen(embed), torch.no_grad():
-            alone, both = embed(pair[:1].clone()), embed(pair)
-        for features, n in ((alone, 1), (both, 2)):
-            number = isinstance(features, Tensor) and features.is_floating_point()
-            if not number or features.dim() not in (2, 3) or len(features) != n:
-                wanted = f"wanted float ({n}, D) or ({n}, V, D)"
-                raise ValueError(f"embed: gives {describe(features)} for {n} images, {wanted}")
-        if any(anchor.shape[-1] != alone.shape[-1] for anchor in anchors):
-            raise ValueError(f"anchor: {describe(anchors[0])} for features of {describe(alone)}")
-        if not alone.isfinite().all():
-            raise ValueError("embed: features of the first image are not finite")
-        least = max(SAME, torch.finfo(alone.dtype).eps) * alone.float().norm()
-        if not (alone - both[:1]).float().norm() <= least:
-            raise ValueError(
-                "embed: answers an image differently alone and in a batch: call model.eval() first"
-            )
+        if anchor.shape not in ((D,), (1, D), (N, D)) or not anchor.isfinite().all():
+            wanted = f"wanted finite features {(D,)} or {(N, D)} of one view"
+            raise ValueError(f"anchor: of shape {tuple(anchor.shape)}, {wanted}")
     return [images.detach(), *(anchor.detach().expand(N, -1) for anchor in anchors)]
 
 
 @torch.no_grad()
-def measure(embed: Embed, images: Tensor, anchor: Tensor, chunk: int) -> Tensor:
-    """Compute `distances` of inputs that were checked before; NaN and infinity stay."""
-    anchor = anchor.expand(len(images), -1)
-    distance = images.new_empty(len(images))
-    with frozen(embed):
-        for first in range(0, len(images), chunk):
-            part = slice(first, first + chunk)
-            distance[part] = squared_distance(embed(images[part]), anchor[part]).sqrt()
-    return distance
-
-
 def distances(embed: Embed, images: Tensor, anchor: Tensor, chunk: int = 128) -> Tensor:
-    """Compute the root (N,) of `squared_distance` of images (N, C, H, W) to an anchor (N, D) or
-    (D,). Raises ValueError for what `check_inputs` refuses, and for one that is not finite."""
-    images, anchor = check_inputs(embed, images, anchor)
-    distance = measure(embed, images, anchor, chunk)
-    if lost := int((~distance.isfinite()).sum()):
-        raise ValueError(f"embed: {lost} of {len(images)} images have no finite distance")
-    return distance
+    """Compute the distance (N,) of images (N, C, H, W) to an anchor (N, D) or (D,)."""
+    anchor = anchor.expand(len(images), -1)
+    with frozen(embed):
+        parts = zip(images.split(chunk), anchor.split(chunk))
+        return torch.cat([squared_distance(embed(x), a) for x, a in parts]).sqrt()
 
 
 @torch.no_grad()
 def extract(embed: Embed, images: Tensor, chunk: int = 128) -> Tensor:
-    """Compute features (N, D) of images (N, C, H, W), uint8 or float in [0, 1]. Raises ValueError
-    for what `check_inputs` refuses, and for features that are not finite."""
-    first = images[:1]
-    check_inputs(embed, to_float(first) if isinstance(first, Tensor) else first)
+    """Compute the features of images (N, C, H, W), uint8 or float in [0, 1]. Raises ValueError for
+    what `check_inputs` refuses."""
+    check_inputs(embed, to_float(images[:1]))
     with frozen(embed):
-        features = torch.cat([embed(to_float(part)) for part in images.split(chunk)])
-    if not features.isfinite().all():
-        raise ValueError("embed: features are not finite")
-    return features
+        return torch.cat([embed(to_float(part)) for part in images.split(chunk)])
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -471,8 +391,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def select_anchor(features: Tensor) -> int:
-    """Select, of features (n, D) of one person, the one nearest to the others by the mean squared
-    distance (Sec. 4.2); return its index."""
+    """Choose, of features (n, D) of one person, the one nearest to the others by the mean squared
+    distance (Sec. 4.2), and return its index."""
     squared = (features[:, None].double() - features[None].double()).square().sum(-1)  # (n, n)
     return int(squared.sum(1).argmin())
 
@@ -482,7 +402,7 @@ def lowest(values: Tensor, dim: int = 0) -> Tensor:
     return values.where(values.isfinite(), torch.inf).argmin(dim)
 
 
-# The optimisation, eq. (7) in the form of App. C
+# Eq. (7) in the form of App. C
 
 
 def tanh_perturb(w: Tensor, delta: Tensor) -> Tensor:
@@ -496,11 +416,11 @@ except ImportError:
     pass
 
 
-def patched_features(embed: Embed, images: Tensor, pixels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function of a patch (n, C, P) that gives the features of images (n, C, H, W) with
-    the patch pasted over pixels (n, P)."""
+def patched_features(embed: Embed, images: Tensor, pixels: Tensor) -> Embed:
+    """Return the function that gives the features of images (n, C, H, W) with a patch (n, C, P)
+    pasted over pixels (n, P)."""
     local = None
-    if local_features is not None:  # the layers that a patch does not reach are computed once
+    if local_features is not None:  # what lies around the patch is computed once
         mirroring = type(embed) is Mirrored
         local = local_features(embed.embed if mirroring else embed, images, pixels, mirroring)
     if local is None:
@@ -509,9 +429,8 @@ def patched_features(embed: Embed, images: Tensor, pixels: Tensor) -> Callable[[
 
 
 class SignSteps:
-    """Steps along the sign of the gradient on the pixels themselves: Alg. 1 (APGD) of Croce and
-    Hein (2020), `Reliable evaluation of adversarial robustness`, with its constants but for the
-    first step, a quarter of the range. Not in the paper.
+    """Step along the sign of the gradient on the pixels themselves: Alg. 1 (APGD) of Croce and Hein
+    (2020), with its constants but for the first step, a quarter of the range. Not in the paper.
 
     Each row has a step size of its own. At checkpoints, which come closer, a row goes back to its
     best iterate and halves its step size if fewer than 3/4 of the steps since the last one lowered
@@ -526,23 +445,22 @@ class SignSteps:
         """x (N, C, P): the first iterate."""
         shares = 0.22, 0.03, 0.06  # until the first checkpoint, fewer each time, at least
         self.wait, self.fewer, self.least = (max(1, int(s * iterations)) for s in shares)
-        self.since = -1  # steps since the last checkpoint; the first iterate has none behind it
+        self.steps = -1  # since the last checkpoint; the first iterate is no step
         self.before, self.best, self.best_grad = x, x, torch.zeros_like(x)
         self.size = torch.full_like(x[:, :1, :1], 0.25)
         self.last_loss = torch.full_like(x[:, 0, 0], -torch.inf)
-        self.lowered, self.improved = torch.zeros_like(self.last_loss), self.last_loss.isnan()
-        self.halved = torch.ones_like(self.improved)
+        self.lowered = torch.zeros_like(self.last_loss)
+        self.improved, self.halved = self.lowered > 0, self.lowered == 0
 
     def step(self, x: Tensor, grad: Tensor, loss: Tensor, better: Tensor) -> Tensor:
-        """Return the next iterate. x (N, C, P) with its gradient and loss (N,); better (N,): x is
-        the best so far."""
+        """Return the iterate after x (N, C, P), which has this gradient and loss (N,); better (N,):
+        x is the best so far."""
         self.best = torch.where(better[:, None, None], x, self.best)
         self.best_grad = torch.where(better[:, None, None], grad, self.best_grad)
         self.lowered = self.lowered + (loss < self.last_loss)
-        self.improved = self.improved | better
-        self.last_loss = loss
-        self.since += 1
-        if self.since == self.wait:
+        self.improved, self.last_loss = self.improved | better, loss
+        self.steps += 1
+        if self.steps == self.wait:
             self.halved = (self.lowered < 0.75 * self.wait) | ~(self.halved | self.improved)
             back = self.halved[:, None, None]
             self.size = torch.where(back, self.size / 2, self.size)
@@ -550,52 +468,46 @@ class SignSteps:
             self.before = torch.where(back, x, self.before)  # without the momentum of before
             self.lowered = torch.zeros_like(self.lowered)
             self.improved = torch.zeros_like(self.improved)
-            self.since, self.wait = 0, max(self.wait - self.fewer, self.least)
+            self.steps, self.wait = 0, max(self.wait - self.fewer, self.least)
         z = (x - self.size * grad.sign()).clamp(0, 1)
-        momentum = x - self.before
-        self.before = x
+        momentum, self.before = x - self.before, x
         return (x + 0.75 * (z - x) + 0.25 * momentum).clamp(0, 1)
 
 
 def optimise(
-    batches: Sequence[tuple[Callable, Tensor]], w: Tensor, start: Tensor, effort: Effort
+    batches: Sequence[tuple[Embed, Tensor]], w: Tensor, start: Tensor, effort: Effort
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise eq. (7) over the pixels under the mask, and keep the best iterate of each row.
 
-    batches  pairs of `patched_features` of n images and their anchors (n, D): one pair, with a row
-             of its own for each image, or several that share one row: then the mean over all images
+    batches  pairs of `patched_features` of n images and their anchors (n, D): one pair with a row
+             for each image, or several that share one row, by the mean over all their images
     w        the pixels by the hyperbolic arc-tangent, as many rows as start
     start    (N or 1, C, P), the first delta
-    Returns the best patch (N, C, P), its loss (N,) and the counts (3,) of zero, non-finite and all
+    Returns the best patch (N, C, P), its loss (N,), and the counts (3,) of zero, non-finite and all
     gradients. On a GPU an iteration waits for nothing.
     """
-    total = sum(len(anchor) for _, anchor in batches)
+    total, tanh = sum(len(anchor) for _, anchor in batches), effort.optimiser == "adam"
     shared = len(start) < total
-    by_adam, bfloat16 = effort.optimiser == "adam", effort.precision == "bfloat16"
-    x = start.clone() if by_adam else tanh_perturb(w, start)  # delta, or the pixels themselves
+    x = start.clone() if tanh else tanh_perturb(w, start)  # delta, or the pixels themselves
     adam = torch.optim.Adam([x], lr=effort.lr, fused=True if x.is_cuda else None)
     sign_steps = SignSteps(x, effort.iterations)
-    best, best_loss = x.clone(), x.new_full((len(x),), torch.inf)
+    best, best_loss = x.clone(), torch.full_like(x[:, 0, 0], torch.inf)
     counts = torch.zeros(3, dtype=torch.long, device=x.device)
-
+    bfloat16 = torch.autocast(x.device.type, torch.bfloat16, enabled=effort.precision == "bfloat16")
     for step in range(effort.iterations + 1):
         last = step == effort.iterations  # it is scored, without a gradient
         losses, grad = [], torch.zeros_like(x)
-        for features, anchor in batches:
-            with (
-                torch.set_grad_enabled(not last),
-                torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16),
-            ):
-                leaf = x.detach().requires_grad_(not last)
-                patch = tanh_perturb(w, leaf) if by_adam else leaf
+        for features_of, anchor in batches:
+            leaf = x.detach().requires_grad_(not last)
+            with torch.set_grad_enabled(not last), bfloat16:
+                patch = tanh_perturb(w, leaf) if tanh else leaf
                 patch = patch.expand(len(anchor), -1, -1)
                 # Eq. (7)
-                loss = effort.sign * squared_distance(features(patch), anchor)
+                loss = effort.sign * squared_distance(features_of(patch), anchor)
             if not last:
                 grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
             losses.append(loss.detach())
         loss = torch.cat(losses).mean(0, keepdim=True) if shared else torch.cat(losses)
-
         better = loss.isfinite() & (loss < best_loss)  # NaN never wins
         best_loss = torch.where(better, loss, best_loss)
         best = torch.where(better[:, None, None], x, best)
@@ -605,13 +517,13 @@ def optimise(
         zero = ~lost & (grad == 0).flatten(1).all(1)
         counts += torch.stack([zero.sum(), lost.sum(), torch.ones_like(zero).sum()])
         grad = torch.where(lost[:, None, None], 0.0, grad)
-        if by_adam:
-            share = 1 - step / effort.iterations if effort.decay else 1
-            adam.param_groups[0]["lr"], x.grad = effort.lr * share, grad
+        if tanh:
+            decay = 1 - step / effort.iterations if effort.decay else 1
+            adam.param_groups[0]["lr"], x.grad = effort.lr * decay, grad
             adam.step()
         else:
             x = sign_steps.step(x, grad, loss, better & ~lost)
-    return tanh_perturb(w, best) if by_adam else best, best_loss, counts
+    return tanh_perturb(w, best) if tanh else best, best_loss, counts
 
 
 def tanh_attack(
@@ -626,39 +538,35 @@ def tanh_attack(
 
     images  (B, C, H, W) in [0, 1]; anchor (B, D) or (D,), features of one view
     mask    (H, W) or (B, H, W) bool
-    start   (restarts, B, C, P): the first delta, or the generator that draws it; None: seeded by 0
-    Raises ValueError for what `check_inputs` refuses, and for a mask of another size; warns of lost
-    gradients.
+    start   (restarts, B, C, P), the first delta, or the generator that draws it (None: seeded by 0)
+    Raises ValueError for what `check_inputs` and `mask_pixels` refuse; warns of lost gradients.
     """
     images, anchor = check_inputs(embed, images, anchor)
     pixels = mask_pixels(mask, images)  # (B, P)
-    (B, C), P = images.shape[:2], pixels.shape[1]
+    B, C = images.shape[:2]
     if not isinstance(start, Tensor):
-        rng = torch.Generator().manual_seed(0) if start is None else start
+        rng, size = start or torch.Generator().manual_seed(0), (B, C, pixels.shape[1])
         # a restart is the same however many follow it
-        start = torch.stack([torch.rand(B, C, P, generator=rng) for _ in range(effort.restarts)])
-        start = start - 0.5
-    R, start = len(start), start.to(images)
+        draws = [torch.rand(size, generator=rng) - 0.5 for _ in range(effort.restarts)]
+        start = torch.stack(draws)  # (R, B, C, P)
+    start, R = start.to(images), len(start)
     values = images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1))
     w = torch.atanh((2 * values - 1) * 0.999999)  # (B, C, P), of which tanh makes values, to 5e-7
-    result = AttackResult(images.clone(), images.new_empty(B))
-    counts = torch.zeros(3, dtype=torch.long, device=images.device)
-    rows = max(1, effort.chunk // R)
+    result, counts = AttackResult(images.clone(), images.new_empty(B)), torch.zeros(3)
     with frozen(embed):
-        for i in torch.arange(B, device=images.device).split(rows) if B else ():
-            again = i.repeat(R)  # (R n,), each image from R starts
-            features = patched_features(embed, images[again], pixels[again])
-            batch = features, anchor[again]
-            patch, loss, lost = optimise([batch], w[again], start[:, i].flatten(0, 1), effort)
-            winner = loss.view(R, -1).argmin(0)  # (n,), the best restart of each image
-            patch = patch.unflatten(0, (R, -1))[winner, torch.arange(len(i))]
-            result.images[i] = paste(images[i], patch, pixels[i])
+        for i in torch.arange(B, device=images.device).split(max(1, effort.chunk // R)):
+            again = i.repeat(R)  # each image from R starts
+            features_of = patched_features(embed, images[again], pixels[again])
+            first = start[:, i].flatten(0, 1)  # (R n, C, P)
+            patch, loss, lost = optimise([(features_of, anchor[again])], w[again], first, effort)
+            winner = loss.view(R, -1).argmin(0) * len(i) + torch.arange(len(i)).to(i)  # (n,)
+            result.images[i] = paste(images[i], patch[winner], pixels[i])
             # measured on the images in float32, not taken from the loop: a wrong choice would show
             with torch.no_grad():
                 squared = squared_distance(embed(result.images[i]), anchor[i])
             result.distance[i] = squared.sqrt()
-            counts += lost
-    result.zero_gradients, result.nonfinite, result.gradients = counts.tolist()
+            counts += lost.cpu()
+    result.zero_gradients, result.nonfinite, result.gradients = map(int, counts)
     return result.warn_if_gradients_lost()
 
 
@@ -669,28 +577,24 @@ def square_attack(
     embed: Embed,
     images: Tensor,
     anchor: Tensor,
-    places: Places,
+    places: Sequence[tuple[int, int]],
     effort: Effort,
     search: Effort,
-    generator: Rng,
+    rng: Rng,
 ) -> AttackResult:
-    """Attack each image by a square at the best of places (K, 2), after a short attack at each.
-
-    The attack at the best place begins anew; extra: row, col (B,) of that place.
-    """
+    """Attack each image by a square at each of K places for a short time, then anew at the best
+    place; extra: row, col (B,) of that place."""
     images, anchor = check_inputs(embed, images, anchor)
     B, _, H, W = images.shape
     K = len(places)
-    masks = squares(places, H, W).repeat(B, 1, 1)  # (B K, H, W)
-    several = images.repeat_interleave(K, 0), anchor.repeat_interleave(K, 0)
-    searched = tanh_attack(embed, *several, masks, replace(search, restarts=1), generator)
-    best = lowest(effort.sign * searched.distance.view(B, K), 1)  # (B,)
-    chosen = torch.tensor(places)[best.cpu()]  # (B, 2)
-    mask = squares(chosen.tolist(), H, W)
-    result = tanh_attack(embed, images, anchor, mask, effort, generator)
+    masks = torch.stack([square_mask(row, column, H, W) for row, column in places])
+    several = images.repeat_interleave(K, 0), anchor.repeat_interleave(K, 0), masks.repeat(B, 1, 1)
+    searched = tanh_attack(embed, *several, replace(search, restarts=1), rng)
+    best = lowest(effort.sign * searched.distance.view(B, K), 1).cpu()  # (B,)
+    result = tanh_attack(embed, images, anchor, masks[best], effort, rng)
     result.add_counts(searched)
-    result.mask = mask
-    result.extra = {"row": chosen[:, 0], "col": chosen[:, 1]}
+    result.mask = masks[best]
+    result.extra = dict(zip(("row", "col"), torch.tensor(places)[best].T))
     return result
 
 
@@ -698,28 +602,24 @@ def square_attack(
 
 
 def universal_patch(
-    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, generator: Rng
+    embed: Embed, images: Tensor, anchor: Tensor, mask: Tensor, effort: Effort, rng: Rng
 ) -> tuple[Tensor, AttackResult]:
     """Train one pattern that replaces the masked pixels of every image, for the lowest mean squared
     distance to the anchor.
 
-    images (B, C, H, W): the training intruders, all of which decide the best iterate; mask (H, W).
-    Returns the pattern (C, P) in [0, 1] and the patched training images. Raises ValueError without
-    images.
+    images (B, C, H, W): the training intruders, all of which count at every step; mask (H, W).
+    Returns the pattern (C, P) in [0, 1] and the patched training images.
     """
     images, anchor = check_inputs(embed, images, anchor)
-    if not len(images):
-        raise ValueError("images: none to train the universal patch on")
     pixels = mask_pixels(mask, images)
-    start = torch.rand(1, images.shape[1], pixels.shape[1], generator=generator) - 0.5
-    start = start.to(images)
+    start = torch.rand(1, images.shape[1], pixels.shape[1], generator=rng).to(images) - 0.5
     w = torch.zeros_like(start)  # grey, not a face's pixels: the pattern is the same on all
     parts = zip(*(x.split(effort.chunk) for x in (images, anchor, pixels)))
     with frozen(embed):
         batches = [(patched_features(embed, x, p), a) for x, a, p in parts]
         pattern, _, counts = optimise(batches, w, start, effort)
     patched = apply_pattern(images, pattern, mask)
-    distance = measure(embed, patched, anchor, effort.chunk)
+    distance = distances(embed, patched, anchor, effort.chunk)
     result = AttackResult(patched, distance, *counts.tolist())
     return pattern[0], result.warn_if_gradients_lost()
 
@@ -733,31 +633,29 @@ def random_patterns(
     anchor: Tensor,
     mask: Tensor,
     patterns: int,
-    generator: Rng,
+    rng: Rng,
     chunk: int = 128,
 ) -> AttackResult:
-    """Choose, for each image, the closest of so many uniform random fillings of the mask: no
-    gradient."""
+    """Choose, for each image, the closest of so many uniform random fillings of the mask."""
     images, anchor = check_inputs(embed, images, anchor)
-    pixels = mask_pixels(mask, images)
+    C, P = images.shape[1], mask_pixels(mask, images).shape[1]
     result = AttackResult(images.clone(), images.new_empty(len(images)))
     for i, image in enumerate(images):
-        values = torch.rand(patterns, len(image), pixels.shape[1], generator=generator).to(images)
-        distance = []
-        for part in values.split(chunk):
-            filled = apply_pattern(image.expand(len(part), -1, -1, -1), part, mask)
-            distance.append(measure(embed, filled, anchor[i], chunk))
-        several = torch.cat(distance)  # (patterns,)
-        result.images[i] = apply_pattern(image[None], values[lowest(several)], mask)[0]
-        result.nonfinite += int((~several.isfinite()).sum())
-    result.distance = measure(embed, result.images, anchor, chunk)
+        values = torch.rand(patterns, C, P, generator=rng).to(images)
+        several = image.expand(patterns, -1, -1, -1)
+        parts = zip(several.split(chunk), values.split(chunk))
+        filled = (apply_pattern(x, v, mask) for x, v in parts)
+        distance = torch.cat([distances(embed, x, anchor[i], chunk) for x in filled])
+        best = lowest(distance)
+        result.images[i] = apply_pattern(image[None], values[best], mask)[0]
+        result.distance[i] = distance[best]
+        result.nonfinite += int((~distance.isfinite()).sum())
     return result
 
 
-def uniform_noise(images: Tensor, amount: float, generator: Rng) -> Tensor:
+def uniform_noise(images: Tensor, amount: float, rng: Rng) -> Tensor:
     """Add U(-amount, amount) to every pixel of the images, clipped to [0, 1]."""
-    images = check_inputs(None, images)[0]
-    noise = torch.rand(images.shape, generator=generator) * 2 - 1
+    noise = torch.rand(images.shape, generator=rng) * 2 - 1
     return (images + amount * noise.to(images)).clamp(0, 1)
 
 
@@ -771,17 +669,17 @@ def indirect_attack(
     virtual: Tensor,
     mask: Tensor,
     effort: Effort,
-    generator: Rng,
+    rng: Rng,
 ) -> AttackResult:
     """Attack the anchor and, from the same start, the features `virtual` (D,) of the autoencoded
     target; keep, for each image, what comes closer to the true anchor.
 
     extra: direct, indirect (B,), both distances to the true anchor.
     """
-    state = generator.get_state()
-    direct = tanh_attack(embed, images, anchor, mask, effort, generator)
-    generator.set_state(state)
-    indirect = tanh_attack(embed, images, virtual, mask, effort, generator)
+    state = rng.get_state()
+    direct = tanh_attack(embed, images, anchor, mask, effort, rng)
+    rng.set_state(state)
+    indirect = tanh_attack(embed, images, virtual, mask, effort, rng)
     indirect.distance = distances(embed, indirect.images, anchor, effort.chunk)
     result = strongest(direct, indirect)
     result.extra = {"direct": direct.distance, "indirect": indirect.distance}
@@ -789,12 +687,11 @@ def indirect_attack(
 
 
 def distal_attack(
-    embed: Embed, shape: Sequence[int], anchor: Tensor, effort: Effort, generator: Rng
+    embed: Embed, shape: Sequence[int], anchor: Tensor, effort: Effort, rng: Rng
 ) -> AttackResult:
     """Attack noise of this shape (B, C, H, W) at all its pixels: Fig. 4."""
-    noise = torch.rand(tuple(shape), generator=generator).to(anchor)
-    mask = torch.ones(tuple(shape)[2:], dtype=torch.bool)
-    return tanh_attack(embed, noise, anchor, mask, effort, generator)
+    noise = torch.rand(tuple(shape), generator=rng).to(anchor)
+    return tanh_attack(embed, noise, anchor, torch.ones(shape[2:]).bool(), effort, rng)
 
 
 def strongest(*results: AttackResult) -> AttackResult:
@@ -813,21 +710,21 @@ def strongest(*results: AttackResult) -> AttackResult:
     return best
 
 
-# Expectation over transforms (not in the paper, see Sec. 3): a patch that is printed
+# Expectation over transforms: a patch that is printed (not in the paper, see Sec. 3)
 
 
-def draw_transforms(n: int, config: Config, generator: Rng) -> Tensor:
-    """Draw (n, 5): rows and columns of shift in pixels of 64, scale, rotation in radians,
-    brightness; uniform in plus or minus the config's ranges."""
-    unit = torch.rand(n, 5, generator=generator) * 2 - 1
+def draw_transforms(n: int, config: Config, rng: Rng) -> Tensor:
+    """Draw n transforms (n, 5), uniform in the config's ranges: rows and columns of shift in pixels
+    of 64, scale, rotation in radians, brightness."""
     shift, rotation = config.eot_shift, config.eot_rotation * torch.pi / 180
     ranges = torch.tensor([shift, shift, config.eot_scale, rotation, config.eot_brightness])
+    unit = torch.rand(n, 5, generator=rng) * 2 - 1
     return unit * ranges + torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0])
 
 
 def transform(images: Tensor, transforms: Tensor) -> Tensor:
-    """Transform images (N, C, H, W) by transforms (S, 5) of `draw_transforms`: (S * N, C, H, W),
-    all by the first, then all by the second, ..."""
+    """Transform images (N, C, H, W) by each of transforms (S, 5): (S * N, C, H, W), all by the
+    first, then all by the second, ..."""
     N, C, H, W = images.shape
     S = len(transforms)
     row, column, scale, angle, brightness = transforms.to(images).unbind(1)
@@ -841,17 +738,16 @@ def transform(images: Tensor, transforms: Tensor) -> Tensor:
 
 
 class Transformed(nn.Module):
-    """Embed an image under a fixed set of transforms (S, 5): features (N, S V, D), one pass. An
-    attack on it is one on the mean distance."""
+    """Embed an image under a fixed set of transforms (S, 5): (N, 3, H, W) -> (N, S V, D). An attack
+    on it lowers the mean over the transforms."""
 
     def __init__(self, embed: Embed, transforms: Tensor) -> None:
         super().__init__()
         self.embed, self.transforms = embed, transforms
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.embed(transform(images, self.transforms))  # (S N, D) or (S N, V, D)
-        features = features.unflatten(0, (len(self.transforms), len(images))).transpose(0, 1)
-        return features.flatten(1, -2)
+        views = self.embed(transform(images, self.transforms))  # (S N, D) or (S N, V, D)
+        return views.unflatten(0, (-1, len(images))).transpose(0, 1).flatten(1, -2)
 
 
 # Every attack by its name
@@ -859,26 +755,19 @@ class Transformed(nn.Module):
 
 def effort_of(name: str, config: Config, views: int = 1) -> Effort:
     """Return the effort of an attack of `ATTACKS` on an embedding of so many views."""
-    effort = Effort(
-        config.iterations,
-        config.lr,
-        config.restarts,
-        config.decay,
-        max(1, (config.chunk or 128) // views),
+    own = {
+        "eye_patch": (config.patch_iterations, config.patch_lr, 1),
+        "evasion": (config.evasion_iterations, config.evasion_lr, config.evasion_restarts),
+        "distal": (config.distal_iterations, config.distal_lr, 1),
+    }
+    return Effort(
+        *own.get(name, (config.iterations, config.lr, config.restarts)),
+        decay=config.decay,
+        chunk=max(1, (config.chunk or 128) // views),
+        direction="evade" if name == "evasion" else "impersonate",
         optimiser=config.optimiser,
         precision="bfloat16" if config.precision == "bfloat16" else "float32",
     )
-    match name:
-        case "eye_patch":
-            own = {"iterations": config.patch_iterations, "lr": config.patch_lr, "restarts": 1}
-        case "evasion":
-            own = {"iterations": config.evasion_iterations, "lr": config.evasion_lr}
-            own |= {"restarts": config.evasion_restarts, "direction": "evade"}
-        case "distal":
-            own = {"iterations": config.distal_iterations, "lr": config.distal_lr, "restarts": 1}
-        case _:
-            own = {}
-    return replace(effort, **own)
 
 
 def run_attack(
@@ -887,7 +776,7 @@ def run_attack(
     embed: Embed,
     images: Tensor,
     anchor: Tensor,
-    generator: Rng,
+    rng: Rng,
     *,
     training: Tensor | None = None,
     virtual: Tensor | None = None,
@@ -900,60 +789,58 @@ def run_attack(
     virtual   (D,), features of the autoencoded target, for `indirect`
     mask      (H, W) bool, for the attack `mask`
     """
-    C, H, W = check_inputs(None, images, anchor)[0].shape[1:]
+    images, anchors = check_inputs(embed, images, anchor)
+    C, H, W = images.shape[1:]
     views = 2 if isinstance(embed, Mirrored) else 1
-    effort, scorer, glasses = effort_of(name, config, views), embed, eyeglasses_mask(H, W)
-    everywhere = torch.ones(H, W, dtype=torch.bool)
-    again = bool(config.model) and name != "clean"  # measure the distances again
+    effort, scorer = effort_of(name, config, views), embed
+    glasses, everywhere = eyeglasses_mask(H, W), torch.ones(H, W, dtype=torch.bool)
     match name:
         case "clean":
-            result, mask, again = AttackResult(images, anchor), glasses, True
+            result, mask = AttackResult(images, anchors), glasses
         case "eyeglasses" | "evasion":
             mask = glasses
-            result = tanh_attack(embed, images, anchor, mask, effort, generator)
+            result = tanh_attack(embed, images, anchor, mask, effort, rng)
         case "mask" if mask is not None:
-            result = tanh_attack(embed, images, anchor, mask, effort, generator)
+            result = tanh_attack(embed, images, anchor, mask, effort, rng)
         case "square":
             places = square_positions(config.square_stride, H, W)
-            short = {"iterations": config.square_search_iterations, "lr": config.square_search_lr}
-            search = replace(effort, decay=False, **short)
-            result = square_attack(embed, images, anchor, places, effort, search, generator)
+            short, lr = config.square_search_iterations, config.square_search_lr
+            search = replace(effort, iterations=short, lr=lr, decay=False)
+            result = square_attack(embed, images, anchor, places, effort, search, rng)
             mask = result.mask
         case "eye_patch" if training is not None:
             mask = eye_patch_mask(H, W)
-            pattern, result = universal_patch(embed, training, anchor, mask, effort, generator)
+            pattern, result = universal_patch(embed, training, anchor, mask, effort, rng)
+            result.images = apply_pattern(images, pattern, mask)
             result.extra["pattern"] = pattern.view(C, int(mask.any(1).sum()), -1)
-            result.images, again = apply_pattern(images, pattern, mask), True
         case "random_eyeglasses":
-            mask = glasses
-            more = config.patterns, generator, effort.chunk
-            result = random_patterns(embed, images, anchor, mask, *more)
+            mask, patterns = glasses, config.patterns
+            result = random_patterns(embed, images, anchor, mask, patterns, rng, effort.chunk)
         case "noise":
-            result = AttackResult(uniform_noise(images, config.noise, generator), anchor)
-            mask, again = everywhere, True
+            mask = everywhere
+            result = AttackResult(uniform_noise(images, config.noise, rng), anchors)
         case "indirect" if virtual is not None:
             mask = glasses
-            both = anchor, virtual
-            result = indirect_attack(embed, images, *both, mask, effort, generator)
+            result = indirect_attack(embed, images, anchor, virtual, mask, effort, rng)
         case "distal":
             mask = everywhere
-            result = distal_attack(embed, (1, C, H, W), anchor, effort, generator)
+            result = distal_attack(embed, (1, C, H, W), anchor, effort, rng)
         case "eot_eyeglasses":
             mask = glasses
-            attacked = Transformed(embed, draw_transforms(config.eot_samples, config, generator))
-            # the attack has not seen these
-            scorer = Transformed(embed, draw_transforms(config.eot_tests, config, generator))
             effort = effort_of(name, config, views * config.eot_samples)
-            result, again = tanh_attack(attacked, images, anchor, mask, effort, generator), True
+            attacked = Transformed(embed, draw_transforms(config.eot_samples, config, rng))
+            # the attack has not seen these
+            scorer = Transformed(embed, draw_transforms(config.eot_tests, config, rng))
+            result = tanh_attack(attacked, images, anchor, mask, effort, rng)
         case _:
-            names = ", ".join(ATTACKS)
-            raise ValueError(f"no such attack {name!r}, or it lacks its images: {names}")
+            raise ValueError(f"{name!r}: give one of {', '.join(ATTACKS)}, and what it needs")
     if config.model and name != "clean":
         # 8 bits, as a picture keeps them; those of F are the paper's, of floats
         result.images = (result.images * 255).round() / 255
-    if again:
-        result.distance = distances(scorer, result.images, anchor, effort.chunk)
     result.mask = mask
+    result.distance = distances(scorer, result.images, anchor, effort.chunk)
+    if not result.distance.isfinite().all():
+        raise ValueError(f"embed: features of images under the attack {name} are not finite")
     return result
 
 
@@ -964,20 +851,19 @@ def choose_intruders(
     far: Sequence[int],
     tests: int,
     training: int,
-    generator: Rng,
+    rng: Rng,
 ) -> tuple[list[int], list[int]]:
-    """Choose images of other persons, by index, for attack or comparison and for the universal
-    patch.
+    """Choose images of other persons, by index: `tests` that are attacked or compared, of near
+    persons before far ones, and `training` others for the universal patch, of far persons first, so
+    as not to have seen the tested persons.
 
-    person (n,): of each image. The first `tests`, of near persons before far ones, are attacked or
-    compared; the patch is trained on `training` others, of far persons first, so as not to have
-    seen the tested persons.
+    person (n,): of each image.
     """
 
     def shuffle_images(persons: Sequence[int]) -> list[int]:
         others = torch.tensor([p for p in persons if p != target], dtype=torch.long)
         images = torch.isin(person, others).nonzero().flatten()
-        return images[torch.randperm(len(images), generator=generator)].tolist()
+        return images[torch.randperm(len(images), generator=rng)].tolist()
 
     first, second = shuffle_images(near), shuffle_images(far)
     tested = (first + second)[:tests]
@@ -987,21 +873,12 @@ def choose_intruders(
 
 # main
 
-# A row; `square` adds row and col, `indirect` direct and indirect, --judge adds judge.
-COLUMNS = (
-    "attack",
-    "mirroring",
-    "selection",
-    "seed",
-    "target",
-    "anchor",
-    "candidate",
-    "person",
-    "role",
-    "distance",
-)
+# of a row; square adds row and col, indirect direct and indirect, --judge judge
+COLUMNS = tuple("attack mirroring selection seed target anchor candidate person".split())
+COLUMNS += ("role", "distance")
 # what changes no number, or says only which rows to make
 NOT_SETTINGS = ("method", "attacks", "chunk", "model", "judge", "mask")
+MORE_COLUMNS = ("row", "col", "direct", "indirect", "judge")
 
 
 class JudgedPeople(NamedTuple):
@@ -1020,25 +897,19 @@ def stable_generator(*parts: object) -> Rng:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def fixed_images(size: int) -> Tensor:
-    """Draw the images, float (4, 3, size, size), whose features tell a model from another one."""
-    return torch.rand(4, 3, size, size, generator=stable_generator("fixed images"))
-
-
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read what embed.py wrote of a run in run.json. Raises run.UsageError."""
+    """Read run.json, which embed.py wrote. Raises run.UsageError."""
     if not folder.is_dir():
-        raise run.UsageError(
-            f"--run {folder}: no such folder: give the folder that embed.py wrote, or --model"
-        )
-    record = run.read_json(folder / "run.json", "give the --run folder of a training")
+        advice = "give the folder that embed.py wrote, or --model"
+        raise run.UsageError(f"--run {folder}: no such folder: {advice}")
+    file, advice = folder / "run.json", "give the --run folder of a training"
+    record = {"root": "", "crop": "", "preset": "", "seed": 0, "options": {}}
+    record |= run.read_json(file, advice)
     kinds = {"data": str, "root": str, "crop": str, "preset": str, "seed": int, "options": dict}
     for key, kind in kinds.items():
-        if not isinstance(record.setdefault(key, None if key == "data" else kind()), kind):
-            raise run.UsageError(
-                f"{folder / 'run.json'}: {key} is {record[key]!r}, not what embed.py wrote: "
-                "run embed.py again"
-            )
+        if not isinstance(record.get(key), kind):
+            why = f"{key} is {record.get(key)!r}, not what embed.py wrote"
+            raise run.UsageError(f"{file}: {why}: run embed.py again")
     return record
 
 
@@ -1067,13 +938,11 @@ def parse(argv: Sequence[str] | None):
     else:
         args.run = args.run or data.demo_run()
         record = read_run(args.run)
-        if (config.size, config.distance) != (Config.size, Config.distance):
-            flags = f"--size {config.size} --distance {config.distance}"
-            raise run.UsageError(f"{flags}: these are --model's; F takes 64, euclidean")
-        if config.judge:
-            raise run.UsageError("--judge: it is a second model beside --model")
+        for flag in ("size", "distance", "judge"):
+            if getattr(config, flag) != getattr(Config, flag):
+                raise run.UsageError(f"--{flag} {getattr(config, flag)}: it goes with --model")
     if config.person_folder and not config.data:
-        raise run.UsageError("--person-folder: it is that of --data folder")
+        raise run.UsageError("--person-folder: it goes with --data folder")
     if config.seed < 0:
         config = replace(config, seed=record.get("seed", 0))
     if config.mask:
@@ -1084,7 +953,7 @@ def parse(argv: Sequence[str] | None):
 
 def prepare_model(config: Config, args: Any) -> Config:
     """Return what --model makes of the flags, and name its run. Raises run.UsageError."""
-    flag = f"--model {config.model}"
+    flag, name = f"--model {config.model}", model.model_name(config.model)
     if not config.data:
         raise run.UsageError(f"{flag}: give --data folder --root PHOTOS, a folder a person")
     if config.method != Config.method:
@@ -1095,7 +964,6 @@ def prepare_model(config: Config, args: Any) -> Config:
         config = replace(config, attacks=tuple(a for a in ATTACKS if a != "indirect"))
     if "indirect" in config.attacks:
         raise run.UsageError(f"{flag} --attacks indirect: it needs the generator of a run")
-    name = model.model_name(config.model)
     photographs = Path(config.root).resolve().name if config.root else config.data
     args.run = args.run or Path("runs", f"{photographs}-{name}")
     return config
@@ -1105,51 +973,46 @@ def read_mask(config: Config) -> Tensor:
     """Read --mask as (size, size) bool, True where a patch may be. Raises run.UsageError."""
     white = data.load_image(config.mask, crop="none", size=config.size).float().mean(0) > 127
     if white.all() or not white.any():
-        raise run.UsageError(
-            f"--mask {config.mask}: it is of one colour: "
-            "paint white what a patch may change, all else black"
-        )
+        advice = "paint white what a patch may change, all else black"
+        raise run.UsageError(f"--mask {config.mask}: it is of one colour: {advice}")
     return white
 
 
 def judged_people(config: Any, folder: Path, record: dict) -> JudgedPeople:
-    """Choose the run's own test persons, or those of --data; record: its run.json. Raises
+    """Choose the run's own test persons, or those of --data; record: what run.json says. Raises
     run.UsageError."""
-    manifest, root = folder / "people.json", config.root or None
-    if config.data:
+    manifest, root, rows = folder / "people.json", config.root or None, "attacks"
+    if not config.data:
+        options = {"crop": record["crop"] or None, **record["options"]}
+        options["person_folder"] = record.get("person_folder") or None
+        faces = data.load(record["data"], root or record["root"] or None, **options)
+        split = data.read_manifest(manifest, faces)
+        near, far = list(split.target), list(split.validation)
+    else:
         options = {"size": config.size, "person_folder": config.person_folder or None}
         faces = data.load(config.data, root, crop=config.crop or None, **options)
         trained: set[str] = set()
         if not config.model:
+            rows = f"attacks-{Path(root).resolve().name if root else config.data}"
             trained = data.trained_persons(manifest, faces)
             if record["crop"] not in ("", faces.crop):  # as they looked in the training
                 with contextlib.suppress(run.UsageError):  # a crop that fits none of them
                     again = data.load(config.data, root, crop=record["crop"], **options)
                     trained |= data.trained_persons(manifest, again)
-        others = [p for p, name in enumerate(faces.names) if name not in trained]
         n = faces.person.bincount(minlength=len(faces.names)).tolist()
+        others = [p for p, name in enumerate(faces.names) if name not in trained]
         near = [p for p in others if n[p] >= config.min_images]
         far = [p for p in others if n[p] < config.min_images]
         about = f"--root {root}"
         if trained:
-            about += f": {len(trained)} of {len(n)} persons left out, the embedding was trained on"
-            about += " these persons"
+            about += f": {len(trained)} of {len(n)} persons left out, the embedding was trained on "
+            about += "these persons"
+            print(about, flush=True)
         if not near:
-            nobody = "nobody else" if trained else "nobody"
-            advice = "lower --min-images or add images"
-            raise run.UsageError(f"{about}: {nobody} has {config.min_images} images: {advice}")
+            why = f"nobody{' else' * bool(trained)} has {config.min_images} images"
+            raise run.UsageError(f"{about}: {why}: lower --min-images or add images")
         if len(others) < 2:
             raise run.UsageError(f"{about}: one person alone has no intruders: add persons")
-        if trained:
-            print(about, flush=True)
-        rows = f"attacks-{Path(root).resolve().name if root else config.data}"
-        rows = "attacks" if config.model else rows
-    else:
-        options = {"crop": record["crop"] or None, **record["options"]}
-        options["person_folder"] = record.get("person_folder") or None
-        faces = data.load(record["data"], root or record["root"] or None, **options)
-        split = data.read_manifest(manifest, faces)
-        near, far, rows = list(split.target), list(split.validation), "attacks"
     order = [stable_generator(config.seed, faces.names[p]).initial_seed() for p in near]
     shuffled = [p for _, p in sorted(zip(order, near))]
     return JudgedPeople(faces, sorted(shuffled[: config.targets]), near, far, rows)
@@ -1163,7 +1026,7 @@ def settings_of(config: Any, people: JudgedPeople) -> dict[str, Any]:
 
 
 def effort_record(name: str, config: Config) -> dict[str, int]:
-    """Return the iterations and restarts, patterns and training intruders of an attack."""
+    """Return the iterations, restarts and more that the rows of an attack tell beside them."""
     if name in ("clean", "noise"):
         return {}
     if name == "random_eyeglasses":
@@ -1179,7 +1042,7 @@ def effort_record(name: str, config: Config) -> dict[str, int]:
 
 
 def autoencode(path: Path, images: Tensor) -> Tensor:
-    """Reconstruct the images by the generator of the run (Sec. 4.4)."""
+    """Reconstruct images by the generator of the run (Sec. 4.4). Raises run.UsageError."""
     try:
         lord, _ = load_generator(path, images.device)
     except run.UsageError as error:
@@ -1201,7 +1064,7 @@ def attack_target(
     """Attack one target under each of the defences; return header, rows, statistics and examples.
 
     They depend on the seed and the target's name, not on which others are attacked, or where.
-    judge: a second model, which measures the same images.
+    judge: a second model, which measures the same images. Raises run.UsageError.
     """
     began, faces, target = time.monotonic(), people.faces, people.faces.names[person]
 
@@ -1209,89 +1072,73 @@ def attack_target(
         return to_float(faces.images[list(index)].to(device))
 
     tests = max(config.clean_intruders, config.intruders) if name == "clean" else config.intruders
-    rng = stable_generator(config.seed, target, "intruders")
-    tested, training = choose_intruders(
-        faces.person, person, people.near, people.far, tests, config.patch_train, rng
-    )
+    sizes = tests, config.patch_train, stable_generator(config.seed, target, "intruders")
+    tested, training = choose_intruders(faces.person, person, people.near, people.far, *sizes)
     if not tested or (name == "eye_patch" and not training):
-        raise run.UsageError(
-            f"--intruders {config.intruders}: too few images of persons other than {target}: "
-            "add persons, or lower it"
-        )
+        why = f"too few images of persons other than {target}"
+        raise run.UsageError(f"--intruders {config.intruders}: {why}: add persons, or lower it")
     own = (faces.person == person).nonzero().flatten().tolist()[: config.target_images or None]
     features = extract(embed, load(own), config.chunk)
     rows: list[list] = []
     stats = {"zero_gradients": 0, "nonfinite": 0, "gradients": 0, "outside_mask_max": 0.0}
     for mirroring, selection in (DEFENCES[defence] for defence in config.defences):
         best = select_anchor(features) if selection else 0
-        anchor = load([own[best]])
+        anchor_image = load([own[best]])
         genuine = [i for i in own if i != own[best]]
         candidates = {"clean": genuine + tested, "noise": genuine + tested, "evasion": genuine}
-        chosen = candidates.get(name, tested)
-        images, needs = load(chosen), {}
+        chosen, needs = candidates.get(name, tested), {}
         if name == "eye_patch":
             needs["training"] = load(training)
         if name == "indirect":
-            needs["virtual"] = extract(embed, autoencode(generator_file, anchor))[0]
+            needs["virtual"] = extract(embed, autoencode(generator_file, anchor_image))[0]
         if name == "mask":
             needs["mask"] = read_mask(config)
         rng = stable_generator(config.seed, target, "eyeglasses" if name == "indirect" else name)
-        views = Mirrored if mirroring else lambda embed: embed
+        views: Callable[[Embed], Embed] = Mirrored if mirroring else lambda embed: embed
+        images = load(chosen)
         result = run_attack(name, config, views(embed), images, features[best], rng, **needs)
         if name == "distal":
             chosen, images = [-1], result.images
-        for key in ("zero_gradients", "nonfinite", "gradients"):
-            stats[key] += getattr(result, key)
+        if judge is not None:
+            seen = extract(judge, anchor_image)[0]
+            result.extra["judge"] = distances(views(judge), result.images, seen, config.chunk // 2)
+            if not result.extra["judge"].isfinite().all():
+                raise run.UsageError(f"--judge {config.judge}: features are not finite")
         outside = ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
         moved = float(((result.images - images).abs() * outside).max())
         stats["outside_mask_max"] = max(stats["outside_mask_max"], moved)
-        more = {
-            k: result.extra[k] for k in ("row", "col", "direct", "indirect") if k in result.extra
-        }
-        if judge is not None:
-            there = extract(judge, anchor)[0]
-            chunk = max(1, config.chunk // (1 + mirroring))
-            more["judge"] = distances(views(judge), result.images, there, chunk)
-        columns = [result.distance.tolist(), *(values.tolist() for values in more.values())]
+        for key in ("zero_gradients", "nonfinite", "gradients"):
+            stats[key] += getattr(result, key)
+        more = [key for key in MORE_COLUMNS if key in result.extra]
+        columns = [result.distance.tolist(), *(result.extra[key].tolist() for key in more)]
         for candidate, *values in zip(chosen, *columns):
             other = faces.names[int(faces.person[candidate])] if candidate >= 0 else ""
             role = "genuine" if other == target else "intruder"
             row = [name, mirroring, selection, config.seed, target, own[best], candidate, other]
             rows.append([*row, role, *values])
-    example = {}
-    if name != "clean":
-        shown = {"anchor": anchor[0], "clean": images[:4], "attacked": result.images[:4]}
-        shown |= {key: result.extra[key] for key in ("pattern",) if key in result.extra}
-        example = {k: (v * 255).round().to(torch.uint8).cpu().numpy() for k, v in shown.items()}
-        example |= {"candidate": chosen[:4], "distance": result.distance[:4].cpu().numpy()}
-        example["mask"] = (result.mask if result.mask.dim() == 2 else result.mask[0]).cpu().numpy()
+    shown = {"anchor": anchor_image[0], "clean": images[:4], "attacked": result.images[:4]}
+    shown |= {key: result.extra[key] for key in ("pattern",) if key in result.extra}
+    example = {k: (v * 255).round().to(torch.uint8).cpu().numpy() for k, v in shown.items()}
+    example |= {"candidate": chosen[:4], "distance": result.distance[:4].cpu().numpy()}
+    example["mask"] = (result.mask if result.mask.dim() == 2 else result.mask[0]).numpy()
     stats["seconds"] = time.monotonic() - began
-    return [*COLUMNS, *more], rows, stats, example
+    return [*COLUMNS, *more], rows, stats, {} if name == "clean" else example
 
 
 def add_example(path: Path, target: str, example: dict, finished: Sequence[str]) -> None:
-    """Add a target's example images to those of the finished targets in <attack>.npz."""
-    arrays: dict[str, list] = {}
+    """Add a target's example images to <attack>.npz, where those of the finished targets stay."""
+    arrays: dict[str, list] = {key: [] for key in ("target", *example)}
     if finished and path.exists():
         with run.reading(path, "delete it"), np.load(path) as old:
-            kept = np.isin(old["target"], finished)
-            arrays = {key: [*old[key][kept]] for key in old.files}
+            rows = np.isin(old["target"], finished)
+            arrays = {key: [*old[key][rows]] for key in arrays}
     for key, value in {"target": target, **example}.items():
-        arrays.setdefault(key, []).append(value)
-    least = min(len(images) for images in arrays["clean"])
+        arrays[key].append(np.asarray(value))
+    fewest = min(map(len, arrays["clean"]))
     for key in ("clean", "attacked", "candidate", "distance"):
-        arrays[key] = [value[:least] for value in arrays[key]]
-    stacked = {key: np.stack([np.asarray(v) for v in values]) for key, values in arrays.items()}
+        arrays[key] = [images[:fewest] for images in arrays[key]]
+    stacked = {key: np.stack(values) for key, values in arrays.items()}
     run.write(path, functools.partial(np.savez_compressed, **stacked))
-
-
-def write_pattern(path: Path, pattern: np.ndarray, mask: np.ndarray) -> None:
-    """Write a universal patch, uint8 (3, h, w), as a PNG to print: clear outside its mask."""
-    from PIL import Image
-
-    picture = np.zeros((*mask.shape, 4), np.uint8)
-    picture[mask, :3], picture[mask, 3] = pattern.reshape(3, -1).T, 255
-    run.write(path, functools.partial(Image.fromarray(picture).save, format="PNG"))
 
 
 def write_rows(
@@ -1303,35 +1150,32 @@ def write_rows(
     effort: dict,
     overwrite: bool,
 ) -> None:
-    """Write the rows of the targets and of other persons, one at a time, where they are missing;
-    torchrun's processes share them.
+    """Write the rows of the targets and of other persons where they are missing, a person at a
+    time; torchrun's processes share them.
 
     make(person) gives header, rows, statistics and example images, which may be empty.
     """
     names, title = people.faces.names, f"{table.parents[1].name} {table.stem}"
-    finished = [*run.open_table(table, about, overwrite)]
+    finished = [*run.open_table(table, about | effort, overwrite)]
     missing = [p for p in (*people.targets, *others) if names[p] not in finished]
     groups = range(0, len(missing), run.world())
     for first in tqdm(groups, title, unit="target", disable=True if run.rank() else None):
         part = None
-        for person in missing[first + run.rank() : first + run.rank() + 1]:
+        for person in missing[first:][run.rank() : run.rank() + 1]:
             with warnings.catch_warnings():  # metrics.py tells of the gradients, once
                 warnings.filterwarnings("ignore", ".* of .* gradients")
                 part = names[person], *make(person)
         for target, header, rows, stats, example in filter(None, run.gather(part)):
             if example:
                 add_example(table.with_suffix(".npz"), target, example, finished)
-            if "pattern" in example:
-                picture = table.with_suffix("") / f"{target}.png"
-                write_pattern(picture, example["pattern"], example["mask"])
             run.append_rows(table, header, rows, target, stats)
             finished.append(target)
     if run.rank() == 0:
         totals = run.read_json(table.with_suffix(".json"))
         line = "".join(f"{n} {what.replace('_', ' ')}, " for what, n in effort.items())
-        line += f"{len(people.targets)} targets, {totals['n']} pairs"
         state = f"{totals.get('seconds', 0):.0f} s" if missing else f"kept, {table} is finished"
-        print(f"{title}: {line}, {state}", flush=True)
+        line += f"{len(people.targets)} targets, {totals['n']} pairs, {state}"
+        print(f"{title}: {line}", flush=True)
 
 
 def attack_method(
@@ -1346,8 +1190,7 @@ def attack_method(
 ) -> None:
     """Make every attack on one embedding, rows in `out`."""
     for name in config.attacks:
-        effort = effort_record(name, config)
-        about = {"attack": name, **settings, **effort}
+        about = {"attack": name, **settings}
         if name == "mask":
             about["config"] = settings["config"] | {"mask": run.digest(Path(config.mask))}
 
@@ -1355,76 +1198,14 @@ def attack_method(
             generator_file = out.parents[1] / "generator.pt"
             return attack_target(config, name, embed, judge, people, person, generator_file, device)
 
+        effort = effort_record(name, config)
         write_rows(out / f"{name}.csv", about, people, (), make, effort, overwrite)
 
 
-def attack_model(config: Config, args: Any, device: torch.device) -> int:
-    """Attack --model, measured by --judge too, and print the table and the checks."""
-    flags = {
-        f"--{key} {text}": text for key in ("model", "judge") if (text := getattr(config, key))
-    }
-    print(f"{', '.join(flags)}: runs this Python code with your rights", flush=True)
-    loaded = {flag: model.load_model(flag, text, device) for flag, text in flags.items()}
-    with run.rank_0_first():
-        people = judged_people(config, args.run, {})
-    faces, name = people.faces, model.model_name(config.model)
-    first = to_float(faces.images[:4].to(device))
-    for flag, (embed, _) in loaded.items():
-        with model.user_code(flag, f"fails on the first images, {device}"):
-            check_inputs(embed, first)
-        model.check_model(flag, embed, first)
-    n, effort = faces.person.bincount(), effort_of("eyeglasses", config)
-    pairs = sum(min(config.intruders, len(faces) - int(n[p])) for p in people.targets)
-    print(
-        f"{name}: {config.size} x {config.size}, crop {faces.crop or 'none'}, "
-        f"{len(people.targets)} targets of {len(n)} persons, {pairs} pairs, "
-        f"preset {config.preset}: {effort.iterations} iterations x {effort.restarts}, "
-        f"{effort.optimiser}; nothing is known of the persons that it was trained on",
-        flush=True,
-    )
-    persons = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
-    index = [i for p in persons for i in (faces.person == p).nonzero().flatten()[:4].tolist()]
-    images, person = (x[index].to(device) for x in (faces.images, faces.person))
-    cosine, embeds, digests = config.distance == "cosine", [], []
-    for flag, (embed, file) in loaded.items():
-        lines = model.check_clean(flag, embed, images, person, cosine, config.chunk)
-        if run.rank() == 0 and "as given" in lines[-1]:
-            picture = args.run / name / "input.png"
-            shown = [int((faces.person == p).nonzero()[0]) for p in people.near[:6]]
-            model.picture_for(picture, faces.images[shown])
-            lines[-1] += f": look at {picture}, what the model got"
-        whose = f"{model.model_name(flags[flag])}: " if config.judge else ""
-        print(*(f"{whose}{line}" for line in lines), sep="\n", flush=True)
-        digests.append(model.model_digest(embed, file, fixed_images(config.size).to(device)))
-        embeds.append(model.Cosine(embed) if cosine else embed)
-    made_with = settings_of(config, people) | {"embedding": digests[0]}
-    if config.judge:
-        made_with["judge"] = digests[1]
-    settings = {"config": made_with, "seed": config.seed, "data": faces.data}
-    settings |= {"model": config.model, "judge": config.judge} | run.machine(device)
-    out, judge = args.run / name, embeds[1] if config.judge else None
-    with model.user_code(f"--model {config.model}"):
-        more = settings, args.overwrite, device
-        attack_method(config, embeds[0], judge, people, out / people.folder, *more)
-    if run.rank():
-        return 0
-    # what verify.py needs to compare two photographs by it
-    result = {k: made_with[k] for k in ("embedding", "size", "distance")}
-    result |= {"crop": faces.crop, "persons": len(persons), "data": faces.data}
-    result["threshold"] = genuine_threshold(embeds[0], images, person)
-    run.write(out / "result.json", result)
-    # the figures that need rows of their own
-    figures = ["6", "roc"]
-    for figure, attack in {"intruders": "eyeglasses", "7": "square"}.items():
-        if (out / people.folder / f"{attack}.csv").exists():
-            figures.append(figure)
-    return run.run_stage("metrics", ["--run", str(args.run), "--figures", *figures])
-
-
-def choose_methods(wanted: Sequence[str], folder: Path) -> Sequence[str]:
-    """Choose the methods trained in a run, of those wanted or of all. Raises run.UsageError."""
+def choose_methods(method: Sequence[str], folder: Path) -> Sequence[str]:
+    """Choose the methods that are trained in a run, or some of them. Raises run.UsageError."""
     trained = sorted(path.parent.name for path in folder.glob("*/embedding.pt"))
-    methods = trained if tuple(wanted) == ("all",) else wanted
+    methods = trained if tuple(method) == ("all",) else method
     unknown = sorted({*methods} - {*trained})
     if unknown or not methods:
         advice = f"choose all or some of {', '.join(trained) or '(there is none)'}"
@@ -1435,23 +1216,85 @@ def choose_methods(wanted: Sequence[str], folder: Path) -> Sequence[str]:
 def load_method(
     config: Any, folder: Path, people: JudgedPeople, device: torch.device
 ) -> tuple[Embed, dict[str, Any]]:
-    """Load the F of a method's folder, and what stands beside its rows. Raises run.UsageError."""
+    """Load the F of a method, and return it with the settings of its rows. Raises
+    run.UsageError."""
     file, manifest = folder / "embedding.pt", folder.parent / "people.json"
     embed, content = load_embedding(file, device), run.load(file, "embedding")
-    persons = "" if config.data else run.read_json(manifest)["sha256"]
-    if persons and content.get("people", persons) != persons:
-        raise run.UsageError(
-            f"{file}: trained on other persons than {manifest} names: "
-            "train it again with --overwrite"
-        )
+    persons = content.get("people")
+    if not config.data and persons and persons != run.read_json(manifest)["sha256"]:
+        why = f"trained on other persons than {manifest} names"
+        raise run.UsageError(f"{file}: {why}: train it again with --overwrite")
     made_with = settings_of(config, people) | {"embedding": run.digest(file)}
     settings = {"config": made_with, "seed": config.seed, "data": people.faces.data}
     settings["trained_in"] = content["config"].get("precision", "float32")
     return embed, settings | run.machine(device)
 
 
+def fixed_images(size: int) -> Tensor:
+    """Draw the images (8, 3, size, size) by which a model is known again."""
+    return torch.rand(8, 3, size, size, generator=stable_generator("fixed images"))
+
+
+def attack_model(config: Config, args: Any, device: torch.device) -> int:
+    """Attack --model, measure by --judge too, and print the table and the checks."""
+    flags = {
+        f"--{key} {text}": text for key in ("model", "judge") if (text := getattr(config, key))
+    }
+    print(f"{', '.join(flags)}: runs this Python code with your rights", flush=True)
+    loaded = {flag: model.load_model(flag, text, device) for flag, text in flags.items()}
+    with run.rank_0_first():
+        people = judged_people(config, args.run, {})
+    faces, name, effort = people.faces, model.model_name(config.model), effort_of("", config)
+    n = faces.person.bincount()
+    pairs = sum(min(config.intruders, len(faces) - int(n[p])) for p in people.targets)
+    about = f"{config.size} x {config.size}, crop {faces.crop or 'none'}, {len(people.targets)} "
+    about += f"targets of {len(n)} persons, {pairs} pairs, preset {config.preset}: "
+    about += f"{effort.iterations} iterations x {effort.restarts}, {effort.optimiser}"
+    persons = [*dict.fromkeys([*people.targets, *people.near, *people.far])][:30]
+    index = [i for p in persons for i in (faces.person == p).nonzero().flatten()[:4].tolist()]
+    images, person = (x[index].to(device) for x in (faces.images, faces.person))
+    for flag, (embed, _) in loaded.items():
+        with model.user_code(flag, f"fails on the first images, {device}"):
+            check_inputs(embed, to_float(images[:4]))
+        model.check_model(flag, embed, to_float(images[:4]))
+    unknown = "nothing is known of the persons that it was trained on"
+    print(f"{name}: {about}; {unknown}", flush=True)
+    cosine, embeds, digests = config.distance == "cosine", [], []
+    for flag, (embed, file) in loaded.items():
+        lines = model.check_clean(flag, embed, images, person, cosine, config.chunk)
+        if run.rank() == 0 and "as given" in lines[-1]:
+            picture = args.run / name / "input.png"
+            shown = [int((faces.person == p).nonzero()[0]) for p in people.near[:6]]
+            model.picture_for(picture, faces.images[shown])
+            lines[-1] += f": look at {picture}, what the model got"
+        whose = f"{model.model_name(flags[flag])}: " if config.judge else ""
+        print(*(f"{whose}{line}" for line in lines), sep="\n", flush=True)
+        with model.user_code(flag, "fails on random images"):
+            digest = model.model_digest(embed, file, fixed_images(config.size).to(device))
+        digests.append(digest)
+        embeds.append(model.Cosine(embed) if cosine else embed)
+    made_with = settings_of(config, people) | dict(zip(("embedding", "judge"), digests))
+    settings = {"config": made_with, "seed": config.seed, "data": faces.data}
+    settings |= {"model": config.model, "judge": config.judge} | run.machine(device)
+    embed, judge = embeds[0], embeds[1] if config.judge else None
+    rows = args.run / name / people.folder
+    with model.user_code(f"--model {config.model}"):
+        attack_method(config, embed, judge, people, rows, settings, args.overwrite, device)
+    if run.rank():
+        return 0
+    # what verify.py needs to compare two photographs by it
+    result = {key: made_with[key] for key in ("embedding", "size", "distance")}
+    result |= {"crop": faces.crop, "persons": len(persons), "data": faces.data}
+    result["threshold"] = genuine_threshold(embed, images, person)
+    run.write(args.run / name / "result.json", result)
+    # the figures that need rows of their own
+    needs = {"intruders": "eyeglasses", "7": "square"}
+    figures = [key for key, attack in needs.items() if (rows / f"{attack}.csv").exists()]
+    return run.run_stage("metrics", ["--run", str(args.run), "--figures", "6", "roc", *figures])
+
+
 def attack_run(argv: Sequence[str] | None) -> int:
-    """Do `python attacks.py`: attack every embedding of a run, or --model."""
+    """Attack every embedding of a run, or --model."""
     config, args, record = parse(argv)
     device = run.start(args.device)
     chunk = config.chunk or (128 if device.type == "cpu" else 2048)
