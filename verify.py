@@ -50,7 +50,7 @@ try:
 except ImportError:
     attacks, frozen = None, contextlib.nullcontext  # type: ignore[assignment]
 
-    def check_inputs(embed: Any, images: Tensor, *anchors: Tensor) -> list[Tensor]:
+    def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]:
         """Take the inputs as they are: without attacks.py the caller answers for them."""
         return [images, *anchors]
 
@@ -71,12 +71,10 @@ class Config:
     """Every setting of the rule and of whom it judges; a preset replaces some of the defaults."""
 
     preset: str = "paper"  # take the settings of demo | paper | model; by default the run's own
-    # not in the paper: judge by these methods, or by all that the run holds
-    method: tuple[str, ...] = ("all",)
+    method: tuple[str, ...] = ("all",)  # not in the paper: judge by these methods of the run
     defences: tuple[Defence, ...] = ("both",)  # Sec. 4.2: write rows under these defences
     model: str = ""  # not in the paper: FILE.py:NAME, judged by attacks.py before; its code is run
-    # not in the paper: judge other persons
-    data: Literal["", "synthetic", "folder", "celeba"] = ""
+    data: Literal["", "synthetic", "folder", "celeba"] = ""  # not in the paper: judge others
     root: str = ""  # not in the paper: read the images of --data from this folder
     crop: str = ""  # not in the paper: crop the images of --data, or the photographs, in this way
     # not in the paper: of root/a/b take a, the first folder, or b, the last, as the person
@@ -86,9 +84,8 @@ class Config:
     targets: int = 27  # Sec. 4: judge so many target persons
     intruders: int = 64  # App. C, released code: judge so many intruders for each target
     seed: int = -1  # not in the paper: seed every random choice (-1: the run's seed)
-    # not in the paper: bound the score against patches of this side, or height and width, of 64
-    patch: tuple[int, ...] = (10,)
-    mask: tuple[int, ...] = (12,)  # not in the paper: hide them by masks of this side, of 64
+    patch: tuple[int, ...] = (10,)  # not in the paper: side, or height and width, of 64 pixels
+    mask: tuple[int, ...] = (12,)  # not in the paper: hide such patches by masks of this side
     persons: int = 20  # not in the paper: set the threshold by so many validation persons
 
 
@@ -115,6 +112,7 @@ def fill_around(images: Tensor, boxes: Tensor) -> Tensor:
     one over its distance, so nothing inside matters. A box over a whole image becomes 0.
     """
     N, _, H, W = images.shape
+    rows = torch.arange(N, device=images.device)
     top, left, height, width = boxes.T
     total: Any = 0
     weights: Any = 0
@@ -128,7 +126,7 @@ def fill_around(images: Tensor, boxes: Tensor) -> Tensor:
             exists = (edge >= 0) & (edge < size)
             weight = exists[:, None] / (pixels - edge[:, None]).abs().clamp(min=1)  # (N, size)
             # (N, C, W) of the row, (N, C, H) of the column
-            line = images.movedim(dim, 1)[torch.arange(N), edge.clamp(0, size - 1)]
+            line = images.movedim(dim, 1)[rows, edge.clamp(0, size - 1)]
             total = total + weight.view(shape) * line.unsqueeze(dim)
             weights = weights + weight.view(shape)
     # rounding may leave the range by 1e-7
@@ -230,7 +228,8 @@ def certify(verifier: MaskedVerifier, holds: Tensor, images: Tensor) -> Certific
     so the bound is the smallest over l. An intruder whose bound is delta or more is refused by
     eq. (1) under the rule. F must not depend on the rest of a batch: ValueError where it does.
     """
-    images, _ = check_inputs(verifier.embed, images, verifier.anchor)
+    if len(images):
+        images, _ = check_inputs(verifier.embed, images, verifier.anchor)
     with frozen(verifier):
         distance = verifier.squared_distances(images).sqrt()
     bound, place = lower_bounds(distance, holds).min(1)
@@ -250,8 +249,8 @@ def parse(argv: Sequence[str] | None):
     about = "Decide eq. (1) for two photographs, or for all target persons of a run."
     photographs = {"positional": True, "nargs": "*", "metavar": "PHOTOGRAPH"}
     photographs["help"] = "two: the target's, then the candidate's; none: all target persons"
-    bounds = {"seed": (-1, run.LARGEST), "min_images": (2, run.LARGEST)}
-    bounds["target_images"] = (0, run.LARGEST)
+    lowest = {"seed": -1, "target_images": 0, "min_images": 2}
+    bounds = {name: (least, run.LARGEST) for name, least in lowest.items()}
     config, args = run.parse(
         Config, PRESETS, argv, about, attacks.choose_preset, bounds, photographs=photographs
     )
@@ -291,9 +290,9 @@ def load_judge(
             raise ValueError(f"threshold {result['threshold']}")
     if not config.model:
         weights = file.with_name("embedding.pt")
-        result |= {"embedding": run.digest(weights), "size": data.SIZE, "pairs": "validation"}
-        result["crop"] = attacks.read_run(folder)["crop"]
-        return load_embedding(weights, device), file.parent, result
+        crop, pairs = attacks.read_run(folder)["crop"], "genuine validation pairs"
+        result |= {"embedding": run.digest(weights), "size": data.SIZE, "crop": crop}
+        return load_embedding(weights, device), file.parent, result | {"pairs": pairs}
     embed, source = model.load_model(flag, config.model, device)
     images = attacks.fixed_images(int(result["size"])).to(device)
     with model.user_code(flag, f"fails on images of {result['size']} x {result['size']}"):
@@ -304,7 +303,11 @@ def load_judge(
             "judge it again by attacks.py --overwrite"
         )
     embed = model.Cosine(embed) if result["distance"] == "cosine" else embed
-    return embed, file.parent, result | {"pairs": f"{result['persons']} persons'"}
+    return (
+        embed,
+        file.parent,
+        result | {"pairs": f"the genuine pairs of {result['persons']} persons"},
+    )
 
 
 def verify_pair(config: Config, args: Any, device: torch.device) -> int:
@@ -320,7 +323,7 @@ def verify_pair(config: Config, args: Any, device: torch.device) -> int:
     answer = "NOT the same person" if is_different(features, anchor, delta) else "same person"
     print(
         f"distance {distance:.3f}  threshold {delta:.3f} "
-        f"(5 % of genuine {result['pairs']} pairs refused)  {answer}"
+        f"(5 % of {result['pairs']} refused)  {answer}"
     )
     rows = folder / "attacks" / "rule.csv"
     if rows.exists():
@@ -439,15 +442,15 @@ def verify_people(config: Config, args: Any, device: torch.device) -> int:
         methods = attacks.choose_methods(config.method, args.run)
     if config.seed < 0:
         config = replace(config, seed=record.get("seed", 0))
-    with run.rank_0_first():
-        whom = SimpleNamespace(**asdict(config), size=result["size"])
-        people = attacks.judged_people(whom, args.run, record)
-    height, width = people.faces.images.shape[2:]
-    sizes = [scale_size(sides, height, width) for sides in (config.patch, config.mask)]
+    size = int(result["size"])
+    patch, mask = (scale_size(sides, size, size) for sides in (config.patch, config.mask))
     try:
-        boxes, holds = cover(height, width, *sizes)
+        boxes, holds = cover(size, size, patch, mask)
     except ValueError as error:
         raise run.UsageError(f"--patch, --mask: {error}") from None
+    with run.rank_0_first():
+        whom = SimpleNamespace(**asdict(config), size=size)
+        people = attacks.judged_people(whom, args.run, record)
     for method in methods:
         if config.model:
             made_with = attacks.settings_of(config, people)
@@ -462,7 +465,7 @@ def verify_people(config: Config, args: Any, device: torch.device) -> int:
             settings["config"][f"rule_{key}"] = getattr(config, key)
         make = functools.partial(certify_person, config, embed, people, boxes, holds, device)
         table, effort = args.run / method / people.folder / "rule.csv", {"masks": len(boxes)}
-        about = {"attack": "rule", **settings, **effort}
+        about = {"attack": "rule", **settings}
         setters = threshold_setters(people, config.persons)
         attacks.write_rows(table, about, people, setters, make, effort, args.overwrite)
     return 0
