@@ -695,12 +695,8 @@ def distal_attack(
 
 
 def strongest(*results: AttackResult) -> AttackResult:
-    """Keep, of several attacks on the same images, the one that came closest to each; counters are
-    summed; extra: strongest (B,), which.
-
-    A defender has to meet the nearest of both optimisers:
-    strongest(*(tanh_attack(..., Effort(optimiser=name)) for name in ("adam", "sign")))
-    """
+    """Keep, of several attacks on the same images, the one that came closest to each, as of both
+    optimisers; counters are summed; extra: strongest (B,), which."""
     distance = torch.stack([result.distance for result in results])  # (A, B)
     which, each = lowest(distance), torch.arange(distance.shape[1], device=distance.device)
     images = torch.stack([result.images for result in results])[which, each]
@@ -792,52 +788,47 @@ def run_attack(
     images, anchors = check_inputs(embed, images, anchor)
     C, H, W = images.shape[1:]
     views = 2 if isinstance(embed, Mirrored) else 1
-    effort, scorer = effort_of(name, config, views), embed
+    effort, scorer, inputs = effort_of(name, config, views), embed, (images, anchor)
     glasses, everywhere = eyeglasses_mask(H, W), torch.ones(H, W, dtype=torch.bool)
+    own = {"eye_patch": eye_patch_mask(H, W), "noise": everywhere, "distal": everywhere}
+    allowed = own.get(name, glasses) if mask is None else mask
+    result = AttackResult(images, anchors)  # its distances are measured below
     match name:
         case "clean":
-            result, mask = AttackResult(images, anchors), glasses
+            pass
         case "eyeglasses" | "evasion":
-            mask = glasses
-            result = tanh_attack(embed, images, anchor, mask, effort, rng)
+            result = tanh_attack(embed, *inputs, allowed, effort, rng)
         case "mask" if mask is not None:
-            result = tanh_attack(embed, images, anchor, mask, effort, rng)
+            result = tanh_attack(embed, *inputs, allowed, effort, rng)
         case "square":
             places = square_positions(config.square_stride, H, W)
             short, lr = config.square_search_iterations, config.square_search_lr
             search = replace(effort, iterations=short, lr=lr, decay=False)
-            result = square_attack(embed, images, anchor, places, effort, search, rng)
-            mask = result.mask
+            result = square_attack(embed, *inputs, places, effort, search, rng)
         case "eye_patch" if training is not None:
-            mask = eye_patch_mask(H, W)
-            pattern, result = universal_patch(embed, training, anchor, mask, effort, rng)
-            result.images = apply_pattern(images, pattern, mask)
-            result.extra["pattern"] = pattern.view(C, int(mask.any(1).sum()), -1)
+            pattern, result = universal_patch(embed, training, anchor, allowed, effort, rng)
+            result.images = apply_pattern(images, pattern, allowed)
+            result.extra["pattern"] = pattern.view(C, int(allowed.any(1).sum()), -1)
         case "random_eyeglasses":
-            mask, patterns = glasses, config.patterns
-            result = random_patterns(embed, images, anchor, mask, patterns, rng, effort.chunk)
+            result = random_patterns(embed, *inputs, allowed, config.patterns, rng, effort.chunk)
         case "noise":
-            mask = everywhere
-            result = AttackResult(uniform_noise(images, config.noise, rng), anchors)
+            result.images = uniform_noise(images, config.noise, rng)
         case "indirect" if virtual is not None:
-            mask = glasses
-            result = indirect_attack(embed, images, anchor, virtual, mask, effort, rng)
+            result = indirect_attack(embed, *inputs, virtual, allowed, effort, rng)
         case "distal":
-            mask = everywhere
             result = distal_attack(embed, (1, C, H, W), anchor, effort, rng)
         case "eot_eyeglasses":
-            mask = glasses
-            effort = effort_of(name, config, views * config.eot_samples)
             attacked = Transformed(embed, draw_transforms(config.eot_samples, config, rng))
             # the attack has not seen these
             scorer = Transformed(embed, draw_transforms(config.eot_tests, config, rng))
-            result = tanh_attack(attacked, images, anchor, mask, effort, rng)
+            effort = effort_of(name, config, views * config.eot_samples)
+            result = tanh_attack(attacked, *inputs, allowed, effort, rng)
         case _:
             raise ValueError(f"{name!r}: give one of {', '.join(ATTACKS)}, and what it needs")
     if config.model and name != "clean":
         # 8 bits, as a picture keeps them; those of F are the paper's, of floats
         result.images = (result.images * 255).round() / 255
-    result.mask = mask
+    result.mask = allowed if result.mask is None else result.mask
     result.distance = distances(scorer, result.images, anchor, effort.chunk)
     if not result.distance.isfinite().all():
         raise ValueError(f"embed: features of images under the attack {name} are not finite")
@@ -1026,19 +1017,18 @@ def settings_of(config: Any, people: JudgedPeople) -> dict[str, Any]:
 
 
 def effort_record(name: str, config: Config) -> dict[str, int]:
-    """Return the iterations, restarts and more that the rows of an attack tell beside them."""
-    if name in ("clean", "noise"):
-        return {}
-    if name == "random_eyeglasses":
-        return {"patterns": config.patterns}
-    effort = effort_of(name, config)
-    record = {"iterations": effort.iterations, "restarts": effort.restarts}
-    if name == "eye_patch":
-        record["training_intruders"] = config.patch_train
-    if name == "square":
-        record["positions"] = len(square_positions(config.square_stride))
-        record["search_iterations"] = config.square_search_iterations
-    return record
+    """Return the iterations, restarts and more that stand beside the rows of an attack."""
+    effort, places = effort_of(name, config), len(square_positions(config.square_stride))
+    usual = {"iterations": effort.iterations, "restarts": effort.restarts}
+    search = {"positions": places, "search_iterations": config.square_search_iterations}
+    records = {
+        "clean": {},
+        "noise": {},
+        "random_eyeglasses": {"patterns": config.patterns},
+        "eye_patch": usual | {"training_intruders": config.patch_train},
+        "square": usual | search,
+    }
+    return records.get(name, usual)
 
 
 def autoencode(path: Path, images: Tensor) -> Tensor:
@@ -1057,9 +1047,9 @@ def attack_target(
     embed: Embed,
     judge: Embed | None,
     people: JudgedPeople,
-    person: int,
     generator_file: Path,
     device: torch.device,
+    person: int,
 ) -> tuple[list[str], list[list], dict, dict]:
     """Attack one target under each of the defences; return header, rows, statistics and examples.
 
@@ -1101,7 +1091,8 @@ def attack_target(
             chosen, images = [-1], result.images
         if judge is not None:
             seen = extract(judge, anchor_image)[0]
-            result.extra["judge"] = distances(views(judge), result.images, seen, config.chunk // 2)
+            chunk = max(1, config.chunk // 2)
+            result.extra["judge"] = distances(views(judge), result.images, seen, chunk)
             if not result.extra["judge"].isfinite().all():
                 raise run.UsageError(f"--judge {config.judge}: features are not finite")
         outside = ~result.mask.to(device).expand(len(images), -1, -1)[:, None]
@@ -1193,11 +1184,9 @@ def attack_method(
         about = {"attack": name, **settings}
         if name == "mask":
             about["config"] = settings["config"] | {"mask": run.digest(Path(config.mask))}
-
-        def make(person: int, name: str = name) -> tuple:
-            generator_file = out.parents[1] / "generator.pt"
-            return attack_target(config, name, embed, judge, people, person, generator_file, device)
-
+        generator_file = out.parents[1] / "generator.pt"
+        inputs = config, name, embed, judge, people, generator_file, device
+        make = functools.partial(attack_target, *inputs)
         effort = effort_record(name, config)
         write_rows(out / f"{name}.csv", about, people, (), make, effort, overwrite)
 
