@@ -152,12 +152,16 @@ def test_a_write_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
     left.write_bytes(b"half")
     os.utime(left, (0, time.time() - 120))
 
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(run.os, "fsync", full)
         with pytest.raises(run.UsageError, match="kept.pt: cannot be written .No space left"):
+            run.save(path, "toy", value=torch.zeros(2))
+        patch.undo()
+        patch.setattr(run.os, "replace", full)  # the last that happens
+        with pytest.raises(run.UsageError):
             run.save(path, "toy", value=torch.zeros(2))
     assert torch.equal(run.load(path, "toy")["value"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["kept.pt"]
@@ -330,9 +334,11 @@ def test_rows_that_do_not_fit_are_an_error_and_another_commit_is_told(tmp_path, 
     with pytest.raises(AssertionError, match="Ann, B. is finished"):
         run.append_rows(table, HEADER, [["clean", "Ann, B.", 1.0]], "Ann, B.", {})
     monkeypatch.setattr(run, "commit", lambda: "another")
+    monkeypatch.setitem(SETTINGS, "commit", "another")
+    before = sidecar(table)["commit"]
     fill(table)
     assert table.read_text(encoding="utf-8") == TEXT
-    assert sidecar(table)["commit"] == f"{SETTINGS['commit']}, another"
+    assert sidecar(table)["commit"] == f"{before}, another"
 
 
 # trainings
@@ -349,7 +355,7 @@ def train(folder, steps=6, stop=99, overwrite=False, **made_of):
         adam.zero_grad()
         loss.backward()
         adam.step()
-        training.best = max(training.best, -float(loss.detach()))
+        training.best = max(training.best, float(loss.detach()))  # that of the first step
         training.count(loss=float(loss.detach()))
         if training.step == stop:
             raise KeyboardInterrupt
