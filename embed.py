@@ -123,22 +123,9 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "demo": {
-        "data": "synthetic",
-        "train_persons": 0,
-        "validation_persons": 40,
-        "target_persons": 30,
-        "persons": 0,
-        "width": 0.125,
-        "standardise": True,
-        "batch": 24,
-        "steps": 400,
-        "lr": 2e-3,
-        "lr_end": 1e-4,
-        "attack_steps": 2,
-        "attack_alpha": 64.0,
-        "attack_warmup": 150,
-    },
+    "demo": {"data": "synthetic", "train_persons": 0, "validation_persons": 40, "persons": 0}
+    | {"width": 0.125, "standardise": True, "batch": 24, "steps": 400, "lr": 2e-3, "lr_end": 1e-4}
+    | {"attack_steps": 2, "attack_alpha": 64.0, "attack_warmup": 150},
 }
 
 
@@ -168,30 +155,19 @@ def gaussian_cutout(
 
     images (B, C, H, W). Returns images, boxes and bool (B,), which are erased.
     """
-    images, erased = images.clone(), (boxes[:, 2] * boxes[:, 3]) > 0
-    places = [(b, *box) for b, box in enumerate(boxes.tolist()) if box[2] and box[3]]
-    C = images.shape[1]
-    noise = torch.empty(sum(C * h * w for *_, h, w in places), device=images.device)
-    noise.normal_(0.5, 0.25, generator=generator).clamp_(0, 1)
-    for b, top, left, h, w in places:
-        inside, noise = noise[: C * h * w], noise[C * h * w :]
-        images[b, :, top : top + h, left : left + w] = inside.view(C, h, w)
-    return images, boxes, erased
+    images = images.clone()
+    mask = box_mask(boxes, *images.shape[2:]).expand_as(images)
+    noise = torch.empty(int(mask.sum()), device=images.device)
+    images[mask] = noise.normal_(0.5, 0.25, generator=generator).clamp_(0, 1).to(images.dtype)
+    return images, boxes, boxes[:, 2] * boxes[:, 3] > 0
 
 
 def augment(
-    images: Tensor,
-    *,
-    flips: Tensor,
-    shifts: Tensor,
-    boxes: Tensor,
-    generator: torch.Generator | None = None,
-    layout: torch.memory_format = torch.channels_last,
+    images: Tensor, *, flips: Tensor, shifts: Tensor, boxes: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mirror, shift (the edge is repeated) and erase images uint8 (B, 3, H, W), as in App. A.
 
-    flips bool (B,), shifts (B, 2), boxes (B, 4). Returns float images, boxes and bool (B,), which
-    are erased.
+    flips bool (B,), shifts (B, 2), boxes (B, 4). Returns as `gaussian_cutout`.
     """
     _, _, H, W = images.shape
     row = (torch.arange(H, device=images.device) + shifts[:, :1]).clamp(0, H - 1)  # (B, H)
@@ -199,7 +175,7 @@ def augment(
     col = torch.where(flips[:, None], W - 1 - col, col)  # (B, W)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     moved = images.permute(0, 2, 3, 1)[batch, row[:, :, None], col[:, None, :]]  # (B, H, W, C)
-    moved = (moved.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=layout)
+    moved = moved.permute(0, 3, 1, 2).float() / 255  # (B, C, H, W), channels_last
     return gaussian_cutout(moved, generator=generator, boxes=boxes)
 
 
@@ -230,9 +206,9 @@ def local_views(
 ) -> Iterator[tuple[Any, Any, Tensor, Embed]]:
     """Split images (B, 3, H, W) into groups of crops around boxes (B, 4), each with F of a crop.
 
-    Yields (rows, place, inside, view): the group's rows of the batch, its crops images[place], the
-    boxes in the crops' coordinates, and view(crops) = F of the images with these crops. Here one
-    group, the images themselves; on a CPU the kernel gives windows that cost half.
+    Yields (rows, place, inside, view): the group's rows, its crops images[place], the boxes in the
+    crops' coordinates, and view(crops), F of the images with these crops. Here one group, the whole
+    images; the kernel gives windows, which cost half on a CPU.
     """
     yield slice(None), slice(None), boxes, embed
 
@@ -316,12 +292,6 @@ class Embedding(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         return F.linear(x.flatten(1), F.normalize(self.weight, dim=1), self.bias)
 
-    def load_vgg(self, state: dict[str, Tensor]) -> None:
-        """Start the trunk from a torchvision VGG16 state dict. Raises RuntimeError if it differs."""
-        prefix = "features."
-        trunk = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        self.trunk.load_state_dict(trunk)
-
 
 class Mirrored(nn.Module):
     """F of an image and of its mirror image (Sec. 4.2): (N, 3, H, W) -> (N, 2 V, D), V views of F.
@@ -374,13 +344,9 @@ class Sampler:
 
     def __init__(self, images: Tensor, person: Tensor) -> None:
         self.images, self.person = images, person
-        order = person.argsort(stable=True)
         self.count = person.bincount()  # (P,)
-        starts = self.count.cumsum(0) - self.count
-        column = torch.arange(len(person), device=images.device) - starts[person[order]]
-        shape = len(self.count), int(self.count.max())
-        self.table = torch.zeros(shape, dtype=torch.long, device=images.device)
-        self.table[person[order], column] = order  # row p: the images of person p
+        index = person.argsort(stable=True).split(self.count.tolist())
+        self.table = nn.utils.rnn.pad_sequence(list(index), batch_first=True)  # row p: p's images
         paired = (self.count > 1).nonzero()[:, 0]
         self.paired = paired if len(paired) else self.count.nonzero()[:, 0]
 
@@ -423,8 +389,7 @@ class Generated:
         self.G, self.z_cl, self.z_co, self.copies = G, z_cl, z_co, copies
 
     def __call__(self, identity: Tensor, content: Tensor) -> Tensor:
-        """Make images (B, 3, H, W) with the identity of images (B,) and the content of images
-        (B,)."""
+        """Make images (B, 3, H, W) with the identity of images (B,) and the content of others."""
         if self.copies is not None and content is identity:
             return self.copies[identity].float()
         return self.G(self.z_cl[identity], self.z_co[content])
@@ -444,32 +409,34 @@ class Quadruplets(NamedTuple):
     index: Tensor  # image indices of x and of every candidate t
 
 
+def augment_real(
+    config: Config, images: Tensor, p: float, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Augment photographs uint8 (B, 3, H, W) and erase a box of each with probability p (App. A).
+
+    Returns float images and boxes (B, 4), all zero where nothing is erased.
+    """
+    B, _, H, W = images.shape
+    flips, shifts = draw_moves(B, config.shift, rng)
+    boxes = draw_boxes(B, H, W, p, config.cutout_area, config.cutout_aspect, rng)
+    return augment(images, flips=flips, shifts=shifts, boxes=boxes, generator=rng)[:2]
+
+
 @torch.no_grad()
 def generated_quadruplets(
-    config: Config,
-    embed: Embed,
-    sampler: Sampler,
-    G: Generated,
-    rng: torch.Generator,
-    transfer: bool = False,
+    config: Config, embed: Embed, sampler: Sampler, G: Generated, rng: torch.Generator
 ) -> Quadruplets:
     """Draw x, t and make y = G(E_cl(x), E_co(x)), u = G(E_cl(x), E_co(t)) (Sec. 2).
 
     transfer, not in the paper: y takes the content of any other image in place of x's.
     """
-    B, n, size = config.batch, config.mine, sampler.images.shape[-1]
-    x_index, companion, t_index = sampler.draw(B, n, rng)
+    B, n = config.batch, config.mine
+    x_index, other, t_index = sampler.draw(B, n, rng)
     index = torch.cat([x_index, t_index.flatten()])  # x, then the n candidates of each x
-    flips, shifts = draw_moves(len(index), config.shift, rng)
-    boxes = draw_boxes(
-        len(index), size, size, config.cutout, config.cutout_area, config.cutout_aspect, rng
-    )
-    real, boxes, _ = augment(
-        sampler.images[index], flips=flips, shifts=shifts, boxes=boxes, generator=rng
-    )
+    real, boxes = augment_real(config, sampler.images[index], config.cutout, rng)
     x, t = real[:B], real[B:]  # (B, 3, H, W), (B n, 3, H, W)
     # y = G(E_cl(x), E_co(x))
-    y = G(x_index, companion if transfer else x_index)
+    y = G(x_index, other if config.method == "transfer" else x_index)
     # u = G(E_cl(x), E_co(t))
     u = G(x_index.repeat_interleave(n), t_index.flatten())
     # App. A: of n_m candidates the one nearest to its u
@@ -484,38 +451,34 @@ def real_quadruplets(
     config: Config, embed: Embed, sampler: Sampler, rng: torch.Generator
 ) -> Quadruplets:
     """Draw x, t and a real y of x's person, u = y (eq. 6); nothing is erased: all are attacked."""
-    B, n, size = config.batch, config.mine, sampler.images.shape[-1]
+    B, n = config.batch, config.mine
     x_index, y_index, t_index = sampler.draw(B, n, rng, same_person=True)
     index = torch.cat([x_index, t_index.flatten()])
-    flips, shifts = draw_moves(len(index), config.shift, rng)
-    boxes = draw_boxes(len(index), size, size, 0.0, config.cutout_area, config.cutout_aspect, rng)
-    real, boxes, _ = augment(
-        sampler.images[index], flips=flips, shifts=shifts, boxes=boxes, generator=rng
-    )
-    x, t = real[:B], real[B:]
+    real, boxes = augment_real(config, sampler.images[index], 0.0, rng)
+    x, t, no_boxes = real[:B], real[B:], boxes[:B]
     flips, shifts = draw_moves(B, config.shift, rng)
-    y, _, _ = augment(
-        sampler.images[y_index], flips=flips, shifts=shifts, boxes=boxes[:B], generator=rng
-    )
+    moves = {"flips": flips, "shifts": shifts, "boxes": no_boxes}
+    y, _, _ = augment(sampler.images[y_index], generator=rng, **moves)
     # App. A: of n_m candidates the one nearest to x
     fy, ft, fx = embed(torch.cat([y, t, x])).split([B, B * n, B])
     nearest = squared_distance(ft, fx.repeat_interleave(n, 0)).view(B, n).argmin(1)
     pick = torch.arange(B, device=x.device) * n + nearest
     # Eq. (6): u = y
-    return Quadruplets(x, y, t[pick], y, boxes[:B], boxes[B:][pick], fy, fy, index)
+    return Quadruplets(x, y, t[pick], y, no_boxes, no_boxes, fy, fy, index)
 
 
 def mixed_quadruplets(
     config: Config, embed: Embed, sampler: Sampler, G: Generated, rng: torch.Generator
 ) -> Quadruplets:
-    """Draw real quadruplets in one half of the batch and generated ones, transfer, in the other.
+    """Draw real quadruplets for one half of the batch and those of transfer for the other.
 
-    Not in the paper. Nothing is erased: every sample is attacked, as with eq. (6).
+    Not in the paper. Nothing is erased: all are attacked, as with eq. (6).
     """
-    real = dataclasses.replace(config, batch=config.batch // 2)
-    generated = dataclasses.replace(config, batch=config.batch - real.batch, cutout=0.0)
+    B = config.batch // 2
+    real = dataclasses.replace(config, batch=B)
+    transfer = dataclasses.replace(config, batch=config.batch - B, method="transfer", cutout=0.0)
     first = real_quadruplets(real, embed, sampler, rng)
-    second = generated_quadruplets(generated, embed, sampler, G, rng, transfer=True)
+    second = generated_quadruplets(transfer, embed, sampler, G, rng)
     return Quadruplets(*map(torch.cat, zip(first, second)))
 
 
@@ -587,13 +550,9 @@ def adversarial(
             area = config.weak_area if config.method == "weak-at" else config.cutout_area
             boxes = draw_boxes(2 * B, H, W, 1.0, area, config.cutout_aspect, rng)
             images, _, _ = gaussian_cutout(images, generator=rng, boxes=boxes)
+    step = sign[rows] * (alpha / 255)
     images[rows] = inner_attack(
-        embed,
-        images[rows],
-        anchors[rows],
-        sign[rows] * (alpha / 255),
-        boxes[rows],
-        config.attack_steps,
+        embed, images[rows], anchors[rows], step, boxes[rows], config.attack_steps
     )
     return images[:B], images[B:]
 
@@ -615,10 +574,8 @@ def train_step(
     device, low = sampler.images.device.type, config.precision == "bfloat16"
     with torch.autocast(device, torch.bfloat16, low):
         match config.method:
-            case "ours" | "no-at":
+            case "ours" | "no-at" | "transfer":
                 q = generated_quadruplets(config, embed, sampler, G, rng)
-            case "transfer":
-                q = generated_quadruplets(config, embed, sampler, G, rng, transfer=True)
             case "mixed":
                 q = mixed_quadruplets(config, embed, sampler, G, rng)
             case "weak-at" | "doa":
@@ -658,8 +615,7 @@ def features(embed: Embed, images: Tensor, batch: int = 256) -> Tensor:
 
 
 def auroc(genuine: Tensor, intruder: Tensor) -> float:
-    """Compute the share of pairs in which an intruder (M,) lies farther than a genuine one (N,),
-    ties one half."""
+    """Compute how often an intruder (M,) lies farther than a genuine one (N,), ties one half."""
     ordered = genuine.sort().values
     below = torch.searchsorted(ordered, intruder)
     level = torch.searchsorted(ordered, intruder, right=True)
@@ -697,8 +653,7 @@ def genuine_threshold(embed: Embed, images: Tensor, person: Tensor, fpr: float =
 
 
 def smallest_delta(genuine: Tensor, fpr: float = 0.05) -> float:
-    """Compute the smallest delta of eq. (1) that refuses at most `fpr` of genuine distances
-    (n,)."""
+    """Compute the smallest delta that refuses at most `fpr` of genuine distances (n,)."""
     d = genuine.sort().values
     refused = math.floor(fpr * len(d) + 1e-9)
     return float(d[len(d) - 1 - refused].nextafter(d.new_tensor(math.inf)))
@@ -727,35 +682,32 @@ def parse(argv: Sequence[str] | None):
         argv,
         "Train and evaluate the embedding F (Sec. 2-4).",
         bounds={
-            "seed": from_0,
-            "split_seed": from_0,
-            "train_persons": from_0,
+            **dict.fromkeys(("seed", "split_seed", "attack_warmup"), from_0),
+            **dict.fromkeys(("train_persons", "persons", "images"), from_0),
+            **dict.fromkeys(("cutout_area", "weak_area"), (0.0001, 1)),
             "validation_persons": (2, run.LARGEST),
-            "persons": from_0,
-            "images": from_0,
             "width": (0.001, 16),
             "margin": (1e-6, 1e6),
             "lr": (1e-12, 1e3),
             "shift": (0, 63),
             "cutout": (0, 1),
-            "cutout_area": (0.0001, 1),
             "cutout_aspect": (0.01, 100),
             "attack_alpha": (0, 255),
-            "attack_warmup": from_0,
-            "weak_area": (0.0001, 1),
             "doa_size": (1, 64),
         },
         no_evaluation={"action": "store_true", "help": "train only"},
     )
     for name in ("persons", "train_persons"):
         if getattr(config, name) == 1:
-            flag = "--" + name.replace("_", "-")
-            raise run.UsageError(f"{flag} 1: give 2 or more, or 0 for all: t is of another person")
+            raise run.UsageError(
+                f"{run.flag_of(name)} 1: give 2 or more, or 0 for all: t is of another person"
+            )
     for name in ("cutout_area", "cutout_aspect", "weak_area"):
         low, high = getattr(config, name)
         if low > high:
-            flag = "--" + name.replace("_", "-")
-            raise run.UsageError(f"{flag} {low},{high}: give two numbers, the lower first")
+            raise run.UsageError(
+                f"{run.flag_of(name)} {low},{high}: give two numbers, the lower first"
+            )
     return config, args
 
 
@@ -785,31 +737,28 @@ def create_embedding(config: Config, device: torch.device) -> Embedding:
     embed = Embedding(config.width, config.dim, config.standardise)
     if config.weights:
         state = generator.read_vgg(config.weights, "--weights")
+        trunk = {k[9:]: v for k, v in state.items() if k.startswith("features.")}
         with run.reading(config.weights, "--weights: it starts F at --width 1"):
-            embed.load_vgg(state)
+            embed.trunk.load_state_dict(trunk)
     return embed.to(device)
 
 
 def generator_file(config: Config, folder: Path) -> Path | None:
     """Locate the run's generator; the demo on rendered faces copies data/demo's. None: eq. (6)."""
-    path = folder / "generator.pt"
-    shipped = Path(__file__).resolve().parent / "data" / "demo" / "generator.pt"
     if not config.generated:
         return None
-    demo = (config.preset, config.data) == ("demo", "synthetic") and shipped.exists()
+    path = folder / "generator.pt"
+    shipped = Path(__file__).resolve().parent / "data" / "demo" / "generator.pt"
+    is_demo = (config.preset, config.data) == ("demo", "synthetic")
     with run.rank_0_first():
-        if demo and not path.exists():
+        if is_demo and shipped.exists() and not path.exists():
             run.write(path, shipped.read_bytes())
             print("generator: the demo's, from data/demo/generator.pt")
     if not path.exists():
-        preset = "demo" if config.preset == "demo" else "paper"
-        usual = generator.Config(**{**generator.PRESETS[preset], "preset": preset})
-        names = ("data", "root", "crop", "person_folder", "seed", "split_seed", "train_persons")
-        names += ("validation_persons", "target_persons", "synthetic_persons", "synthetic_images")
-        values = {n: getattr(config, n) for n in names if getattr(config, n) != getattr(usual, n)}
-        flags = "".join(f" --{n.replace('_', '-')} {v}" for n, v in values.items())
-        command = f"python generator.py --preset {preset}{flags} --run {folder}"
-        raise run.UsageError(f"{path}: no generator in this run yet: {command}")
+        raise run.UsageError(
+            f"{path}: no generator in this run yet: python generator.py --preset {config.preset} "
+            f"--data {config.data} --run {folder}, with the same --root, seeds and persons"
+        )
     return path
 
 
@@ -932,10 +881,8 @@ def evaluate(config: Config, args) -> int:
     flags = ["--run", str(args.run), "--method", config.name, "--attacks=clean,eyeglasses"]
     flags += ["--preset", "demo" if config.preset == "demo" else "paper"]
     flags += ["--seed", str(config.seed)]
-    if args.device:
-        flags += ["--device", args.device]
-    if args.overwrite:
-        flags += ["--overwrite"]
+    flags += ["--device", args.device] if args.device else []
+    flags += ["--overwrite"] if args.overwrite else []
     if (code := run.run_stage("attacks", flags)) or run.rank():
         return code
     return run.run_stage("metrics", ["--run", str(args.run), "--figures", "2"])
