@@ -42,6 +42,7 @@ def parse(*argv, **flags):
 
 def test_a_flag_wins_over_the_preset_and_that_over_the_default():
     assert parse()[0] == Settings("demo", 3, 0.5)
+    assert parse("--steps", "4")[0] == Settings("demo", 4, 0.5)
     assert parse("--preset", "paper", "--steps", "4")[0] == Settings("paper", 4)
     changed = parse("--words", "all", "--area", "0,1", "--patch=8,6", "--fast")[0]
     assert changed == Settings("demo", 3, 0.5, "ours", ("one", "two"), (0.0, 1.0), (8, 6), True)
