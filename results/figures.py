@@ -1,10 +1,11 @@
-"""Figures 1-9 of a run, ROC curves, the certificate's two; the distances of Fig. 3.
+"""Figures 1-9 of a run, ROC curves, the point in one picture; the distances of Fig. 3.
 
-    python metrics.py --run RUN --figures 2 5 roc   # draws them into RUN/figures
-    python -m results.figures RUN weak-at doa-4     # measures Fig. 3's distances by these networks
-    python -m results.figures                       # photographs.png, from the rows in results/
+    python -m results.figures                              # photographs.png, from committed rows
+    python -m results.figures draw attacks OUT RUN 2 5 roc  # as `python metrics.py --run RUN` does
+    python -m results.figures RUN weak-at doa-4            # Fig. 3 right: by these networks
+    python -m results.figures identity RUN FILE.py:NAME    # Fig. 3 left: by a face network
 
-In: logs, rows and the .npz of example images beside them, of any size. What is missing is said.
+In: logs, rows and the .npz of example images beside them, of any size. What is missing is named.
 """
 
 from __future__ import annotations
@@ -12,27 +13,30 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import data
+import embed
 import numpy as np
+import torch
+from data import model, run
+from torch import Tensor
 
-from data import run
+import generator
+from attacks import scale, square_positions
 from metrics import (
     ERRORS,
-    FIGURES,
     METHODS,
-    Row,
     Run,
-    columns,
+    by_pair,
+    compared_rows,
     measure,
     names,
-    pairs,
     pick,
-    roc,
-    sides,
-    threshold,
+    read_run,
+    roc_of,
     under,
 )
 
@@ -44,25 +48,27 @@ COLORS = ("tab:blue", "tab:orange", "tab:green")
 
 
 def load_arrays(path: Path, *keys: str) -> list[np.ndarray]:
-    """Arrays of an .npz. Raises run.UsageError."""
+    """Load arrays of an .npz. Raises run.UsageError."""
     with run.reading(path, RUN_FIRST), np.load(path) as file:
         return [file[key] for key in keys]
 
 
 def picture(image: np.ndarray) -> np.ndarray:
-    """(3, H, W) uint8 or float in [0, 1] -> (H, W, 3) float."""
-    scale = 255 if image.dtype == np.uint8 else 1
-    return np.moveaxis(image.astype(np.float64) / scale, 0, -1).clip(0, 1)
+    """Convert (3, H, W), uint8 or float in [0, 1], to (H, W, 3) float."""
+    scaled = image.astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
+    return np.moveaxis(scaled, 0, -1).clip(0, 1)
 
 
 def canvas(rows: int, columns: int, width: float, height: float, **how: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
+    """Make a figure of so many inches and its axes (rows, columns)."""
+    from matplotlib.figure import Figure  # which may not be installed
 
-    made = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    return made, made.subplots(rows, columns, squeeze=False, **how)
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return figure, figure.subplots(rows, columns, squeeze=False, **how)
 
 
 def show(axis: Any, image: np.ndarray, title: str = "") -> None:
+    """Show a picture without a frame."""
     axis.imshow(image, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
@@ -70,7 +76,7 @@ def show(axis: Any, image: np.ndarray, title: str = "") -> None:
 
 
 def sheet(rows: Sequence[Sequence[tuple[np.ndarray, str]]], side: float = 1.2) -> Any:
-    """Pictures with their titles, row by row."""
+    """Show pictures with their titles, row by row."""
     figure, axes = canvas(len(rows), len(rows[0]), side * len(rows[0]), (side + 0.2) * len(rows))
     for line, row in zip(axes, rows):
         for axis, (image, title) in zip(line, row):
@@ -80,15 +86,15 @@ def sheet(rows: Sequence[Sequence[tuple[np.ndarray, str]]], side: float = 1.2) -
     return figure
 
 
-def quadruplets_of(one: Run) -> list[list[np.ndarray]]:
-    """Pictures x, y, t, u."""
+def load_quadruplets(one: Run) -> list[list[np.ndarray]]:
+    """Load pictures x, y, t, u."""
     path = one.folder / "generator" / "quadruplets.npz"
     return [[picture(i) for i in four] for four in load_arrays(path, "quadruplets")[0]]
 
 
 def figure_1(one: Run) -> Any:
     """One quadruplet x, y, t, u."""
-    x, y, t, u = quadruplets_of(one)[0]
+    x, y, t, u = load_quadruplets(one)[0]
     real = [(x, "x, real"), (y, "y = G(E_cl(x), E_co(x))")]
     return sheet([real, [(t, "t, real, another person"), (u, "u = G(E_cl(x), E_co(t))")]], 2.1)
 
@@ -96,20 +102,20 @@ def figure_1(one: Run) -> Any:
 def figure_9(one: Run, across: int = 6, down: int = 4) -> Any:
     """Quadruplets, each x y over t u."""
     blocks = []
-    for four in quadruplets_of(one)[: across * down]:
+    for four in load_quadruplets(one)[: across * down]:
         x, y, t, u = (np.pad(i, ((1, 1), (1, 1), (0, 0)), constant_values=1) for i in four)
         blocks.append((np.vstack([np.hstack([x, y]), np.hstack([t, u])]), ""))
     return sheet([blocks[k : k + across] for k in range(0, len(blocks), across)], 1.6)
 
 
 def curve(training: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the log of one of `trainings`."""
+    """Select steps and values of the log of one of `trainings`."""
     lines = [d for d in training.get("log", ()) if d.get(key) is not None and "step" in d]
     return np.array([d["step"] for d in lines]), np.array([float(d[key]) for d in lines])
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Means over a 25th of the curve."""
+    """Compute means over a 25th of the curve."""
     window = np.ones(max(1, len(values) // 25))
     if not len(values):
         return values
@@ -117,23 +123,22 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def limit(axis: Any, starts: Sequence[float]) -> None:
-    """A loss that runs away leaves the panel."""
+    """Let a loss that runs away leave the panel."""
     axis.set_ylim(top=min(axis.get_ylim()[1], 3 * max(starts)))
 
 
 def figure_2(one: Run) -> Any:
-    """Train and test loss of each method, below it the AU-ROC of the same pairs, one column a
-    method on one scale."""
-    trained = [m for m in METHODS if m != "no-at" and not m.endswith("-masked")]
+    """Train and test loss of each method, below it the AU-ROC of the same pairs, on one scale."""
     logs = trainings(one.folder)
-    found = {m: c for m in trained if len((c := curve(logs.get(m, {}), "val_loss"))[0])}
-    if "doa-10" in found:
-        found.pop("doa-4", None)
-    if not found:
+    curves = {m: curve(logs.get(m, {}), "val_loss") for m in METHODS if m != "no-at"}
+    curves = {m: c for m, c in curves.items() if len(c[0])}
+    if "doa-10" in curves:
+        curves.pop("doa-4", None)
+    if not curves:
         raise run.UsageError(f"{one.folder}/<method>/log.jsonl with val_loss is missing")
-    size = 2.8 * len(found) + 0.4, 4.6
-    figure, axes = canvas(2, len(found), *size, sharey="row", sharex=True)
-    for (above, below), (method, (steps, loss)) in zip(axes.T, found.items()):
+    size = 2.8 * len(curves) + 0.4, 4.6
+    figure, axes = canvas(2, len(curves), *size, sharey="row", sharex=True)
+    for (above, below), (method, (steps, loss)) in zip(axes.T, curves.items()):
         at, train = curve(logs[method], "loss")
         above.plot(at, smooth(train), color=COLORS[0], label="train")
         above.plot(steps, loss, color=COLORS[1], alpha=0.3, linewidth=0.8)
@@ -143,7 +148,7 @@ def figure_2(one: Run) -> Any:
         below.plot(at, area, color=COLORS[2], alpha=0.3, linewidth=0.8)
         below.plot(at, smooth(area), color=COLORS[2])
         below.set_xlabel("step")
-    limit(axes[0, 0], [loss[0] for _, loss in found.values()])
+    limit(axes[0, 0], [loss[0] for _, loss in curves.values()])
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("AU-ROC, real pairs")
@@ -152,17 +157,16 @@ def figure_2(one: Run) -> Any:
 
 
 def figure_3(one: Run) -> Any:
-    """Distances of real-real and real-generated pairs of different persons, one panel a network."""
+    """Distances of real-real and real-generated pairs of different persons, a panel a network."""
     panels = {}
-    for path in sorted(one.folder.glob("*/attacks/figure3.csv")):
+    for path in sorted(one.folder.glob("*/figure3.csv")):
         kinds: dict[str, list[float]] = {}
         with run.reading(path, RUN_FIRST), open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 kinds.setdefault(row["kind"], []).append(float(row["distance"]))
-        if kinds:
-            panels[path.parent.parent.name] = kinds
+        panels[path.parent.name] = kinds
     if not panels:
-        raise run.UsageError(f"{one.folder}/<method>/attacks/figure3.csv is missing")
+        raise run.UsageError(f"{one.folder}/<method>/figure3.csv is missing")
     figure, axes = canvas(1, len(panels), 3.6 * len(panels), 3.0)
     for axis, (method, kinds) in zip(axes.flat, panels.items()):
         bins = np.linspace(0, max(max(v) for v in kinds.values()), 41)
@@ -179,35 +183,26 @@ def figure_3(one: Run) -> Any:
 
 
 def first(one: Run, name: str) -> Path:
-    """The .npz of an attack, of the first method that has it; ours comes first."""
+    """Name the .npz of an attack, of the first method that has it; ours comes first."""
     every = [one.folder / m / "attacks" / f"{name}.npz" for m in [*names([one]), "<method>"]]
     return next((path for path in every if path.exists()), every[-1])
 
 
 def figure_4(one: Run, across: int = 8) -> Any:
     """Targets over the images made from noise (distal attack)."""
-    path = first(one, "distal")
-    targets, made, distance = load_arrays(path, "anchor", "attacked", "distance")
-    attacks = under(one.methods.get(path.parent.parent.name, {}), 1, 1)
-    clean = columns(pick(attacks, "clean", "genuine"))[0]
-    above, below = [], []
-    for target, image, d in zip(targets[:across], made[:, 0], distance[:, 0]):
-        verdict = ("\npasses" if d < threshold(clean) else "\nis refused") if clean else ""
-        above.append((picture(target), "target"))
-        below.append((picture(image), f"from noise\ndistance {d:.2f}{verdict}"))
-    return sheet([above, below])
+    targets, made, distance = load_arrays(first(one, "distal"), "anchor", "attacked", "distance")
+    above = [(picture(target), "target") for target in targets[:across]]
+    below = [(picture(i[0]), f"from noise\ndistance {d[0]:.2f}") for i, d in zip(made, distance)]
+    return sheet([above, below[:across]])
 
 
 def figure_5(one: Run) -> Any:
-    """Test loss of weak adversarial training for the step settings; a dot at the lowest, where it
-    would stop early."""
+    """Test loss of weak AT by the steps of its inner attack; a dot where it would stop early."""
     curves = {}
     for method, training in trainings(one.folder).items():
-        if not method.startswith("weak-at"):
-            continue
-        made, found = settings_of(training), curve(training, "val_loss")
-        if made and len(found[0]):
-            curves[made["attack_steps"], made["attack_alpha"]] = found
+        made, points = settings_of(training), curve(training, "val_loss")
+        if method.startswith("weak-at") and made and len(points[0]):
+            curves[made["attack_steps"], made["attack_alpha"]] = points
     if not curves:
         raise run.UsageError(f"{one.folder}/weak-at-<4|10|20>/log.jsonl is missing")
     figure, axes = canvas(1, 1, 5.2, 3.4)
@@ -235,61 +230,39 @@ def figure_6(one: Run) -> Any:
     return sheet([row], 2.0)
 
 
-def places_of(one: Run, name: str) -> dict[str, list[Row]]:
-    """{method: intruders' rows that hold a place}. Raises run.UsageError."""
-    found = {}
-    for method, attacks in one.methods.items():
-        rows = pick(under(attacks, 1, 1), name, "intruder")
-        if placed := [r for r in rows if r.row >= 0]:
-            found[method] = placed
-    if not found:
-        raise run.UsageError(f"{one.folder}/<method>/attacks/{name}.csv has no places")
-    return {m: found[m] for m in names([one]) if m in found}
-
-
-def setting(one: Run, method: str, name: str, key: str, default: Any) -> Any:
-    """What an attack ran with, as its sidecar says."""
-    return (one.methods[method][name].sidecar.get("config") or {}).get(key, default)
-
-
-def mean_face(one: Run, method: str, name: str) -> np.ndarray:
-    """(H, W, 3) of an attack's example images; without them grey."""
-    if not (path := one.folder / method / "attacks" / f"{name}.npz").exists():
-        side = setting(one, method, name, "size", 64)
-        return np.full((side, side, 3), 0.8)
-    faces = load_arrays(path, "clean")[0]
-    return np.mean([picture(i) for i in faces.reshape(-1, *faces.shape[-3:])], 0)
-
-
 def figure_7(one: Run) -> Any:
-    """The square's search region, and how often each position won, over the mean face, if any."""
+    """The square's search region, and how often each place was the best, over the mean face."""
     from matplotlib.patches import Rectangle
 
-    from attacks import scale, square_positions
-
-    method, rows = next(iter(places_of(one, "square").items()))
-    face = mean_face(one, method, "square")
-    size = np.array(face.shape[:2])
-    side, starts = [scale(10, n) for n in size], np.array([(r.row, r.col) for r in rows])
-    searched = np.array(square_positions(5, *size))
-    (top, left), (height, width) = searched.min(0), np.ptp(searched, 0) + side
-    figure, axes = canvas(1, 2, 6.6, 3.2)
-    show(axes[0, 0], face, "search region")
-    frame: dict[str, Any] = {"fill": False, "color": "yellow", "linewidth": 2}
-    axes[0, 0].add_patch(Rectangle((left - 0.5, top - 0.5), width, height, **frame))
-    stride = setting(one, method, "square", "square_stride", 5) * size / 64
+    placed: dict[str, list[tuple[int, int]]] = {}
+    for m in names([one]):
+        rows = pick(under(one.methods[m], 1, 1), "square", "intruder")
+        placed |= {m: [(r.row, r.col) for r in rows]} if any(r.row >= 0 for r in rows) else {}
+    if not placed:
+        raise run.UsageError(f"{one.folder}/<method>/attacks/square.csv has no places")
+    method, places = next(iter(placed.items()))
+    faces = load_arrays(one.folder / method / "attacks/square.npz", "clean")[0]
+    face = np.mean([picture(i) for i in faces.reshape(-1, *faces.shape[-3:])], 0)
+    size, starts = np.array(face.shape[:2]), np.array(places)
+    side = np.array([scale(10, n) for n in size])
+    config = one.methods[method]["square"].sidecar.get("config", {})
+    stride = config.get("square_stride", 5) * size / 64
     low, high = starts.min(0), starts.max(0)
     cells = np.rint((starts - low) / stride).astype(int)
-    counts = np.zeros(cells.max(0) + 1)
-    np.add.at(counts, tuple(cells.T), 1)
-    title = f"centres of the {len(starts)} best squares, {LABELS.get(method, method)}"
-    show(axes[0, 1], face, title)
-    middle = (np.array(side) - 1) / 2
+    times = np.zeros(cells.max(0) + 1)
+    np.add.at(times, tuple(cells.T), 1)
+    figure, axes = canvas(1, 1, 4.2, 3.4)
+    axis = axes[0, 0]
+    show(axis, face, f"centres of the {len(starts)} best squares, {LABELS.get(method, method)}")
+    middle = (side - 1) / 2
     (top, left), (bottom, right) = low + middle - stride / 2, high + middle + stride / 2
-    seen = {"extent": (left, right, bottom, top), "cmap": "viridis", "alpha": 0.75, "vmin": 0}
-    heat = axes[0, 1].imshow(counts, **seen)
-    axes[0, 1].set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
-    figure.colorbar(heat, ax=axes[0, 1], label="times best")
+    how = {"extent": (left, right, bottom, top), "cmap": "viridis", "alpha": 0.75, "vmin": 0}
+    figure.colorbar(axis.imshow(times, **how), ax=axis, label="times best")
+    searched = np.array(square_positions(5, *size))
+    (top, left), (height, width) = searched.min(0), np.ptp(searched, 0) + side
+    frame: dict[str, Any] = {"fill": False, "color": "yellow", "linewidth": 2}
+    axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, **frame))
+    axis.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
     return figure
 
 
@@ -305,75 +278,16 @@ def figure_8(one: Run, down: int = 4, across: int = 5) -> Any:
     return sheet(rows)
 
 
-def figure_intruders(one: Run, down: int = 3) -> Any:
-    """Targets, and intruders as adversarial eyeglasses left them: distance, and eq. (1)'s answer at
-    the threshold in result.json."""
-    path = first(one, "eyeglasses")
-    targets, attacked, distance = load_arrays(path, "anchor", "attacked", "distance")
-    delta = float(run.read_json(path.parents[1] / "result.json", RUN_FIRST)["threshold"])
-    rows = []
-    for target, images, found in list(zip(targets, attacked, distance))[:down]:
-        told = [f"{d:.2f}, {'refused' if d >= delta else 'passes'}" for d in found]
-        rows.append([(picture(target), "target"), *zip(map(picture, images), told)])
-    return sheet(rows, 1.5)
-
-
-def figure_places(one: Run) -> Any:
-    """Of each method, over the mean face: how many intruders' weakest place under the rule, where
-    the bound is lowest, lies over a pixel."""
-    from attacks import scale
-
-    panels = places_of(one, "rule")
-    figure, axes = canvas(1, len(panels), 3.3 * len(panels), 3.2)
-    for axis, (method, rows) in zip(axes.flat, panels.items()):
-        face = mean_face(one, method, "rule")
-        patch = setting(one, method, "rule", "rule_patch", (10,))
-        counts = np.zeros(face.shape[:2])
-        h, w = (scale(side, n) for side, n in zip((patch[0], patch[-1]), face.shape[:2]))
-        for r in rows:
-            counts[r.row : r.row + h, r.col : r.col + w] += 1
-        title = f"weakest places of {h} x {w} pixels,\n{len(rows)} intruders"
-        show(axis, face, f"{title}, {LABELS.get(method, method)}")
-        heat = axis.imshow(np.ma.masked_equal(counts, 0), cmap="viridis", alpha=0.6, vmin=0)
-        figure.colorbar(heat, ax=axis, label="intruders")
-    return figure
-
-
-def figure_certified(one: Run) -> Any:
-    """AU-ROC under the rule against the side of the patch certified against, 0: none; around
-    it the 95 % interval over targets."""
-    figure, axes = canvas(1, 1, 5.2, 3.4)
-    for method in names([one]):
-        if "rule" not in one.methods[method]:
-            continue
-        patch = setting(one, method, "rule", "rule_patch", (10,))
-        attacks = {0: "rule", **{s: f"certified_{s}" for s in (2, 4, 6, 8)}, patch[0]: "certified"}
-        found = {s: m for s, name in attacks.items() if (m := measure([one], method, name))}
-        if len(found) > 1:
-            areas = [m["auroc"] for m in found.values()]
-            (line,) = axes[0, 0].plot([*found], areas, "o-", label=LABELS.get(method, method))
-            low, high = ([m["interval"][k] for m in found.values()] for k in (0, 1))
-            if None not in low:
-                axes[0, 0].fill_between([*found], low, high, alpha=0.12, color=line.get_color())
-    if not axes[0, 0].lines:
-        raise run.UsageError(f"{one.folder}/<method>/attacks/rule.csv has no bounds")
-    axes[0, 0].set(xlabel="side of the patch, pixels of 64", ylabel="certified AU-ROC")
-    axes[0, 0].legend(fontsize=8, frameon=False)
-    return figure
-
-
 def figure_roc(one: Run, across: int = 3) -> Any:
-    """TAR against FAR, a panel a method: clean, attacked, and under the rule of the certificate.
-    Faint where fewer than ten intruders pass."""
+    """TAR against FAR, a panel a method; faint where fewer than ten intruders pass."""
     every = ("clean", *PATCHES, "worst", "rule", "certified")
     panels: dict[str, dict[str, tuple]] = {}
-    for method, held in names([one]).items():
-        attacks = under(one.methods[method], 1, 1)
-        for name in (a for a in every if a in held):
-            genuine, intruders = sides(attacks, name)
+    for method, attacks in names([one]).items():
+        for name in (a for a in every if a in attacks):
+            genuine, intruders = compared_rows(under(one.methods[method], 1, 1), name)
             if genuine and intruders:
-                both = roc(columns(genuine)[0], columns(intruders)[0])
-                panels.setdefault(method, {})[name] = *both, ERRORS / len(intruders)
+                tar, far = (counts / counts[-1] for counts in roc_of(genuine, intruders))
+                panels.setdefault(method, {})[name] = far, tar, ERRORS / len(intruders)
     if not panels:
         raise run.UsageError(f"{one.folder} has no clean rows with mirroring and selection")
     down, across = -(-len(panels) // across), min(across, len(panels))
@@ -396,58 +310,53 @@ def figure_roc(one: Run, across: int = 3) -> Any:
 
 
 def figure_point(one: Run, without: str = "no-at") -> Any:
-    """The point in one picture: an intruder that adversarial eyeglasses let pass F trained without
+    """The point in one picture: an intruder whom adversarial eyeglasses let pass F trained without
     patches, and not F trained with them; distances beside the threshold of validation persons."""
-    best = [
-        m for m in ("ours-mixed-all", "ours-mixed", "ours-transfer", "ours") if m in one.methods
-    ]
+    best = [m for m in ("mixed", "transfer", "ours") if m in one.methods][:1]
     shown: dict[str, dict] = {}
-    for method in (without, *best[:1]):
+    for method in (without, *best):
         keys = "target", "anchor", "clean", "attacked", "candidate", "distance"
-        held = load_arrays(one.folder / method / "attacks" / "eyeglasses.npz", *keys)
+        arrays = load_arrays(one.folder / method / "attacks" / "eyeglasses.npz", *keys)
         result = run.read_json(one.folder / method / "result.json", RUN_FIRST)
-        whole = pairs(pick(under(one.methods[method], 1, 1), "clean", "intruder"))
+        clean = by_pair(pick(under(one.methods[method], 1, 1), "clean", "intruder"))
         shown[method] = {"threshold": float(result["threshold"])}
-        for target, anchor, *each in zip(*held):
+        for target, anchor, *each in zip(*arrays):
             for before, after, candidate, distance in zip(*each):
-                if (pair := (str(target), int(candidate))) in whole:
-                    seen = whole[pair].distance, float(distance)
-                    shown[method][pair] = seen, (anchor, before, after)
+                if (pair := (str(target), int(candidate))) in clean:
+                    distances = clean[pair].distance, float(distance)
+                    shown[method][pair] = distances, (anchor, before, after)
     if len(shown) < 2:
         raise run.UsageError(f"{one.folder}: only {without}: train another method")
     weak, strong = shown.values()
     common = [p for p in weak if p in strong and p != "threshold"]
     fooled = [p for p in common if weak[p][0][1] < weak["threshold"] <= weak[p][0][0]]
-    held_off = [p for p in fooled if strong[p][0][1] >= strong["threshold"]]
-    if not held_off:
+    refused = [p for p in fooled if strong[p][0][1] >= strong["threshold"]]
+    if not refused:
         raise run.UsageError(f"{one.folder}: no pair shows it")
     rows = []
-    for method, found in shown.items():
-        seen, images = found[held_off[0]]
-        delta, titles = found["threshold"], [f"{LABELS.get(method, method)}\ntarget"]
-        for name, d in zip(("intruder", "the same, eyeglasses"), seen):
-            told = "refused" if d >= delta else "ACCEPTED"
-            titles.append(f"{name}\n{d:.2f} {'>=' if d >= delta else '<'} {delta:.2f}: {told}")
+    for method, pairs in shown.items():
+        distances, images = pairs[refused[0]]
+        delta, titles = pairs["threshold"], [f"{LABELS.get(method, method)}\ntarget"]
+        for name, d in zip(("intruder", "the same, eyeglasses"), distances):
+            answer = f">= {delta:.2f}: refused" if d >= delta else f"< {delta:.2f}: ACCEPTED"
+            titles.append(f"{name}\n{d:.2f} {answer}")
         rows.append([(picture(image), title) for image, title in zip(images, titles)])
     return sheet(rows, 1.7)
 
 
 def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")) -> Any:
-    """AU-ROC of each method against the number of photographs of each train person, a panel an
-    attack; bars: 95 % over persons."""
+    """AU-ROC of each method by the number of photographs of each train person; 95 % bars."""
     figure, axes = canvas(1, len(attacks), 3.0 * len(attacks), 3.2, sharey=True)
     at = photographs()
     methods = names([one for runs in at.values() for one in runs])
-    numbers = {
-        m: sum(any(m in one.methods for one in runs) for runs in at.values()) for m in methods
-    }
-    for color, method in enumerate(m for m in methods if numbers[m] > 1):
+    several = [m for m in methods if sum(any(m in r.methods for r in v) for v in at.values()) > 1]
+    for color, method in enumerate(several):
         for axis, attack in zip(axes[0], attacks):
-            found = {k: m for k, runs in at.items() if (m := measure(runs, method, attack))}
-            mean = np.array([m["auroc"] for m in found.values()])
-            ends = np.array([m["interval"] for m in found.values()]).T
+            each = {k: m for k, runs in at.items() if (m := measure(runs, method, attack))}
+            mean = np.array([m["auroc"] for m in each.values()])
+            ends = np.array([m["interval"] for m in each.values()]).T
             how = {"label": LABELS[method], "color": f"C{color}", "capsize": 2, "marker": "o"}
-            x = np.array([*found]) * (1 + 0.02 * color)  # bars beside each other
+            x = np.array([*each]) * (1 + 0.02 * color)  # bars beside each other
             axis.errorbar(x, mean, abs(ends - mean), markersize=3, linewidth=1, **how)
             axis.set(xscale="log", xticks=[*at], xticklabels=[*at], title=attack)
             axis.minorticks_off()
@@ -457,70 +366,130 @@ def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")
     return figure
 
 
+FIGURES = {str(n): globals()[f"figure_{n}"] for n in range(1, 10)}
+FIGURES |= {"roc": figure_roc, "point": figure_point}
+
+
 def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.05)
     run.write(path, buffer.getvalue())
 
 
-def draw(one: Run, folder: Path, wanted: Sequence[str] = FIGURES) -> list[str]:
-    """These figures as PNG into the folder; returns what to say, one line for all not made."""
+def draw(one: Run, folder: Path, wanted: Sequence[str]) -> list[str]:
+    """Write these figures (none named: all) into the folder; return a line for all not made."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return [f"figures: {NO_MATPLOTLIB}"]
-    lacking: dict[str, list[str]] = {}
-    for name in wanted:
+    missing: dict[str, list[str]] = {}
+    for name in wanted or FIGURES:
+        if name not in FIGURES:
+            raise run.UsageError(f"--figures {name}: choose {', '.join(FIGURES)} or none")
         try:
-            figure = globals()[f"figure_{name}"](one)
-            save(figure, folder / f"{'figure' * name.isdigit()}{name}.png")
+            save(FIGURES[name](one), folder / f"{'figure' * name.isdigit()}{name}.png")
         except run.UsageError as error:
             reason = str(error).removeprefix(f"{one.folder}/").removesuffix(f": {RUN_FIRST}")
-            lacking.setdefault(reason, []).append(name)
-    told = "; ".join(f"{', '.join(which)} ({reason})" for reason, which in lacking.items())
-    return [f"figures not made: {told}"] if told else []
+            missing.setdefault(reason, []).append(name)
+    line = "; ".join(f"{', '.join(which)} ({reason})" for reason, which in missing.items())
+    return [f"figures not made: {line}"] if line else []
 
 
-def measure_figure_3(folder: Path, method: str, pairs: int = 500) -> None:
-    """Fig. 3: distances by F from t to an image of another target person, once the real x, once u
-    with x's identity and t's content; into <method>/attacks/figure3.csv. Raises run.UsageError."""
-    import torch
+# Fig. 3
 
-    import data
-    import embed
-    import generator
 
-    held = run.read_json(folder / "run.json", "give the folder of a training")
-    crop, options = held["crop"] or None, held["options"]
-    faces = data.load(held["data"], held["root"] or None, crop=crop, **options)
-    split = data.read_manifest(folder / "people.json", faces)
+def load_people(folder: Path) -> tuple[data.Faces, data.Split, dict]:
+    """Load the faces of a run, their split and what run.json says. Raises run.UsageError."""
+    made = run.read_json(folder / "run.json", "give the folder of a training")
+    root, crop = made["root"] or None, made["crop"] or None
+    faces = data.load(made["data"], root, crop=crop, **made["options"])
+    return faces, data.read_manifest(folder / "people.json", faces), made
+
+
+def write_distances(path: Path, kinds: Mapping[str, Tensor]) -> None:
+    """Write the distances that figure_3 reads."""
+    rows = [f"{kind},{d:.7g}\n" for kind, values in kinds.items() for d in values.tolist()]
+    run.write(path, "".join(["kind,distance\n", *rows]))
+
+
+def measure_distances(folder: Path, method: str, pairs: int = 500) -> None:
+    """Measure by F how far t lies from another person's real x, and from u (Fig. 3 right).
+
+    Of target persons, into <method>/figure3.csv. Raises run.UsageError.
+    """
+    faces, split, made = load_people(folder)
     lord, _ = generator.load_generator(folder / "generator.pt")
     f = embed.load_embedding(folder / method / "embedding.pt")
     persons = embed.sampler_of(faces, data.images_of(faces, split.target), torch.device("cpu"))
-    x, _, t = persons.draw(pairs, 1, torch.Generator().manual_seed(held["seed"]))
+    x, _, t = persons.draw(pairs, 1, torch.Generator().manual_seed(made["seed"]))
     class_codes, content_codes = generator.encode(lord, persons.images)
     u = generator.decode(lord, class_codes[x], content_codes[t[:, 0]])
-    real, made = (
-        embed.features(f, persons.images),
-        embed.features(f, (u * 255).round().to(torch.uint8)),
-    )
-    lines = ["kind,distance\n"]
-    for kind, other in (("real-real", real[x]), ("real-generated", made)):
-        distances = embed.squared_distance(real[t[:, 0]], other).sqrt().tolist()
-        lines += [f"{kind},{d:.7g}\n" for d in distances]
-    run.write(folder / method / "attacks" / "figure3.csv", "".join(lines))
+    real = embed.features(f, persons.images)
+    generated = embed.features(f, (u * 255).round().to(torch.uint8))
+    kinds = {"real-real": real[x], "real-generated": generated}
+    kinds = {k: embed.squared_distance(real[t[:, 0]], v).sqrt() for k, v in kinds.items()}
+    write_distances(folder / method / "figure3.csv", kinds)
+
+
+def compare_identity(
+    network: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, t: Tensor, u: Tensor
+) -> tuple[dict[str, float], Tensor]:
+    """Compare y and u with x and t, all (N, 3, H, W), by a network that saw no generated image.
+
+    Returns mean distances, shares (1/2 by chance) in which u lies nearer to x than to t, as it has
+    x's identity, and nearer to t than x does, as a hard negative; and the distances (4, N) x-y,
+    x-u, t-u and t-x, of which Fig. 3 shows the last two.
+    """
+    f = [torch.cat([network(part) for part in images.split(256)]) for images in (x, y, t, u)]
+    pairs = (f[0], f[1]), (f[0], f[3]), (f[2], f[3]), (f[2], f[0])
+    d = torch.stack([embed.squared_distance(a, b).sqrt() for a, b in pairs])
+    values = dict(zip(("x_y", "x_u", "t_u", "t_x"), d.mean(1).tolist()))
+    values["y_nearer_to_x_than_t"] = float((d[0] < d[3]).float().mean())
+    values["u_nearer_to_x_than_to_t"] = float((d[1] < d[2]).float().mean())
+    values["u_nearer_to_t_than_x_is"] = float((d[2] < d[3]).float().mean())
+    return values, d
+
+
+def measure_identity(folder: Path, text: str) -> None:
+    """Ask a face network, FILE.py:NAME, about y and u of persons that G never saw (Fig. 3 left).
+
+    Into generator/identity-<name>.json and <name>/figure3.csv. Raises run.UsageError.
+    """
+    flag, name, cpu = f"identity {text}", model.model_name(text), torch.device("cpu")
+    network, _ = model.load_model(flag, text, cpu)
+    faces, split, _ = load_people(folder)
+    lord, content = generator.load_generator(folder / "generator.pt")
+    judged = data.images_of(faces, split.validation + split.target)
+    if seen := {faces.names[p] for p in faces.person[judged].tolist()} & {*content["train"]}:
+        raise run.UsageError(f"{folder}/generator.pt: trained on {min(seen)}: name another run")
+    pairs = generator.draw_pairs(faces.person[judged], 0)
+    x, t = (generator.to_float(faces.images[judged[i]]) for i in pairs)
+    with torch.no_grad(), model.user_code(flag, "fails on the photographs"):
+        parts = [generator.generate_pair(lord, *both) for both in zip(x.split(64), t.split(64))]
+        y, u = (torch.cat(images) for images in zip(*parts))
+        values, d = compare_identity(network, x, y, t, u)
+    result = {"images": len(x), **values, **run.machine(cpu)}
+    run.write(folder / "generator" / f"identity-{name}.json", result)
+    write_distances(folder / name / "figure3.csv", {"real-generated": d[2], "real-real": d[3]})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if not argv:
-        try:
-            save(figure_photographs(), HERE / "photographs.png")
-        except ImportError:
-            raise run.UsageError(f"photographs.png: {NO_MATPLOTLIB}") from None
-        return 0
-    folder, *methods = argv
-    for method in methods:
-        measure_figure_3(Path(folder), method)
+    """Run the command. Returns its exit status."""
+    match [*(argv or ())]:
+        case []:
+            try:
+                save(figure_photographs(), HERE / "photographs.png")
+            except ImportError:
+                raise run.UsageError(f"photographs.png: {NO_MATPLOTLIB}") from None
+        case ["draw", rows, out, folder, *wanted]:
+            for line in draw(read_run(folder, rows), Path(out) / "figures", wanted):
+                print(line)
+        case ["identity", folder, text]:
+            measure_identity(Path(folder), text)
+        case [folder, *methods]:
+            for method in methods:
+                measure_distances(Path(folder), method)
     return 0
 
 

@@ -1,28 +1,20 @@
 #!/usr/bin/env bash
-# Every method, attack, table and figure of the paper on the embedded data; what is finished is kept.
-#     results/reproduce.sh [method ...]     # ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10, figure5
-#     SEEDS="0 1 2" results/reproduce.sh ours-mixed-all weak-at
-#     RUN=runs/thousand FLAGS="--steps 1000" results/reproduce.sh ours-transfer-masked weak-at doa-10
+# Every method, attack, table and figure of the paper on the rendered faces; what is finished is kept.
+#     results/reproduce.sh [method ...]     # ours transfer mixed no-at weak-at doa-4 doa-10, figure5
+#     SEEDS="0 1 2" results/reproduce.sh mixed weak-at
 # After `generator.py --images 2 --epochs 300 --encoder-epochs 100 --run runs/long-0`, else G is the demo's, of all images:
-#     RUN=runs/long FLAGS="--images 2 --steps 2000 --lr 1e-3 --lr-end 1e-3" results/reproduce.sh ours-mixed-all weak-at doa-10
+#     RUN=runs/long FLAGS="--images 2 --steps 2000 --lr 1e-3 --lr-end 1e-3" results/reproduce.sh mixed weak-at doa-10
 # One photograph of each of 300 more persons, whom the demo's G never saw:
-#     RUN=runs/photographs-1 OTHERS=300 FLAGS="--synthetic-persons 670 --images 1" results/reproduce.sh ours-transfer weak-at doa-10
+#     RUN=runs/photographs-1 OTHERS=300 FLAGS="--synthetic-persons 670 --images 1" results/reproduce.sh ours transfer weak-at
 # After `generator.py --data folder --root LFW --run runs/lfw-0`:
-#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 3000" results/reproduce.sh ours-transfer weak-at doa-10
+#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 3000" results/reproduce.sh transfer weak-at doa-10
 # One photograph of each of half of LFW's train persons; G is made of the other half:
 #     RUN=runs/lfw-others HALVES=LFW FLAGS="--data folder --root LFW --steps 2000 --images 1" results/reproduce.sh ours weak-at
 # Plain commands, each of which goes on after a stop; on two cores start it twice with other methods.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 methods=("$@")
-[ $# -gt 0 ] || methods=(ours ours-transfer ours-mixed-all no-at weak-at doa-4 doa-10 figure5)
-declare -A flags=([ours]="" [ours-transfer]="--positive transfer" [ours-mixed]="--positive mixed"
-  [ours-mixed-all]="--positive mixed --attacked all"
-  [ours-transfer-masked]="--positive transfer --masks 4"
-  [weak-at-masked]="--method weak-at --attacked erased --masks 4"
-  [no-at]="--method no-at" [weak-at]="--method weak-at"
-  [doa-4]="--method doa --candidates 4" [doa-10]="--method doa --candidates 10")
-table1=clean,eyeglasses,square,eye_patch,evasion,grey_eye_patch,rule,rule_places,rule_one
+[ $# -gt 0 ] || methods=(ours transfer mixed no-at weak-at doa-4 doa-10 figure5)
 read -ra more <<<"${FLAGS:-}"
 for seed in ${SEEDS:-0}; do
   run=${RUN:-runs/synthetic-demo}-$seed
@@ -55,11 +47,14 @@ EOF
       done
       continue
     fi
-    # shellcheck disable=SC2086
-    "${train[@]}" ${flags[$method]}
-    attacks=$table1 defences=both
+    case $method in
+      doa-*) "${train[@]}" --method doa --candidates "${method#doa-}" ;;
+      *) "${train[@]}" --method "$method" ;;
+    esac
+    attacks=clean,eyeglasses,square,eye_patch,evasion defences=both
     [ "$method" != ours ] || attacks=all defences=all
     python attacks.py --run "$run" --method "$method" --attacks "$attacks" --defences "$defences"
+    python verify.py --run "$run" --method "$method" # the certificate
     case $method in weak-at* | doa-*) # Fig. 3, by networks that never saw a generated image
       [ ! -f "$run/generator.pt" ] || python -m results.figures "$run" "$method" ;;
     esac
