@@ -64,7 +64,9 @@ def load_image(path: File, crop: str | None = None, size: int = SIZE) -> torch.T
     crop: see `crop_box`. Raises UsageError naming the file and the reason.
     """
     try:
-        return torch.from_numpy(decode(path, crop, size))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks
+            return torch.from_numpy(decode(path, crop, size))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -94,12 +96,8 @@ def decode(path: File, crop: str | None, size: int) -> np.ndarray:
             left, top, right, bottom = crop_box(W, H, crop)
             # in the pixels that the decoder has left
             kx, ky = image.width / W, image.height / H
-            box = (
-                left * kx,
-                top * ky,
-                min(right * kx, image.width),
-                min(bottom * ky, image.height),
-            )
+            right, bottom = min(right * kx, image.width), min(bottom * ky, image.height)
+            box = (left * kx, top * ky, right, bottom)
             small = to_8_bit(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
             if small.mode == "RGBA":
                 white = Image.new("RGBA", small.size, "white")
