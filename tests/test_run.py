@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -479,6 +480,9 @@ def test_a_model_is_asked_what_the_photographs_should_be():
     assert np.argmax(areas) == 3 and areas[3] > 0.99  # in 0 to 255
     length = lambda x: mean(x) * (1 + 50 * torch.rand(len(x), 1, generator=rng))
     assert "by the other distance: --distance cosine" in check(length)[1]
+    images[:, :2] = torch.randint(256, (24, 2, 8, 8), generator=rng)  # the persons are in blue
+    warning = check(lambda x: mean(x)[:, :1])[-1]
+    assert 0.9 < float(re.search(r"(\S+) as BGR", warning)[1])
 
 
 def test_a_model_that_no_gradient_leaves_is_refused():
