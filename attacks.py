@@ -499,13 +499,14 @@ def optimise(
         losses, grad = [], torch.zeros_like(x)
         for features_of, anchor in batches:
             leaf = x.detach().requires_grad_(not last)
-            with torch.set_grad_enabled(not last), bfloat16:
-                patch = tanh_perturb(w, leaf) if tanh else leaf
-                patch = patch.expand(len(anchor), -1, -1)
-                # Eq. (7)
-                loss = effort.sign * squared_distance(features_of(patch), anchor)
-            if not last:
-                grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
+            with torch.set_grad_enabled(not last):
+                with bfloat16:
+                    patch = tanh_perturb(w, leaf) if tanh else leaf
+                    patch = patch.expand(len(anchor), -1, -1)
+                    # Eq. (7)
+                    loss = effort.sign * squared_distance(features_of(patch), anchor)
+                if not last:
+                    grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
             losses.append(loss.detach())
         loss = torch.cat(losses).mean(0, keepdim=True) if shared else torch.cat(losses)
         better = loss.isfinite() & (loss < best_loss)  # NaN never wins
