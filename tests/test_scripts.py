@@ -57,7 +57,7 @@ result = m.certify(m.MaskedVerifier(embed, embed(t)[0], boxes), holds, x)
 assert (result.bound <= result.score).all() and holds.any(1).all()
 assert m.is_different(embed(x), embed(t)[0], 1e-3) and not m.is_different(embed(x), embed(x)[0], 1)
 """,
-    "metrics": "assert m.auroc([1.0, 2.0], [3.0, 4.0]) == 1",
+    "metrics": "assert m.auroc(m.roc([1.0, 2.0], [3.0, 2.0])) == 0.875",
 }
 ALONE = """
 sys.path[0] = {folder!r}
