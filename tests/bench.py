@@ -1,19 +1,15 @@
 """Times every op of kernels/ and the loops around the model.
 
     python -m tests.bench [--ops adain ...] [--rounds 7] [--batch 128] [--out results/bench.csv]
-    python -m tests.bench --profile [flags of embed.py]     # where a training step's time goes
 
-The loops (on a CPU; F at a quarter of VGG16's channels): `pgd`, ten masked sign steps, against
-loops that do what ART's and torchattacks' PGD do, and against these (and kornia's augmentations)
-themselves when installed (requirements-bench.txt); `step`, a whole training step of "ours", against
-the same with a plain inner attack, with that of the released code, and with its way of running G
-too; `patch_local`, patch-local recomputation against the full pass.
+On a CPU, where an op is its reference: against what a user would write instead, in CPU time with
+one thread (the default), to which other load does not add. The loops there, with F at a quarter of
+VGG16's channels: `pgd`, ten masked sign steps; `step`, a whole training step of "ours";
+`patch_local`, recomputation against the full pass. On a GPU: the kernel against its reference and
+torch.compile of it, GB/s beside those of a copy, and a full-width step of every method.
 
-On a GPU: the kernel against its PyTorch reference and torch.compile of it, with GB/s beside the
-copy bandwidth measured in the same run. On a CPU, where an op is its reference: against what a user
-would write instead; with one thread (the default) in CPU time, to which other load does not add.
 One process, variants interleaved, median of the rounds with 10th and 90th percentile; `ratio` is
-the median over rounds of this variant's time by the op's own in the same round. An op whose output
+the median over rounds of this variant's time by the op's in the same round. An op whose output
 differs from the others' is not timed, and the exit status is 1. Rows are appended.
 """
 
@@ -22,15 +18,13 @@ import copy
 import csv
 import dataclasses
 import datetime
-import functools
-import importlib.util
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +34,7 @@ from torch.nn import functional as F
 
 import embed as embedding
 import generator as lord
+import kernels
 from data import run
 from kernels.adain import adain, adain_ref
 from kernels.augment import augment, augment_ref
@@ -53,6 +48,8 @@ from kernels.window_energy import window_energy, window_energy_ref
 COLUMNS = ["date", "op", "case", "variant", "device", "n", "median_ms", "p10_ms", "p90_ms"]
 COLUMNS += ["ratio", "gb_s", "copy_gb_s", "torch", "triton", "threads", "commit"]
 AREA, ASPECT = embedding.Config.cutout_area, embedding.Config.cutout_aspect
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+METHODS = ("ours", "transfer", "mixed", "no-at", "weak-at", "doa")
 
 
 @dataclass
@@ -66,24 +63,18 @@ class Case:
     check: Callable | None = None  # instead of comparing outputs, where they are random
 
 
-def draw_boxes(B: int, rng: torch.Generator, p: float = 0.5) -> Tensor:
-    return embedding.draw_boxes(B, 64, 64, p, AREA, ASPECT, rng)
-
-
-def is_images(x: Tensor | tuple) -> bool:
-    x = x[0] if isinstance(x, tuple) else x
-    return x.shape[1:] == (3, 64, 64) and bool((x >= 0).all() and (x <= 1).all())
+def draw_boxes(B: int, rng: torch.Generator) -> Tensor:
+    return embedding.draw_boxes(B, 64, 64, 0.5, AREA, ASPECT, rng)
 
 
 # What a user would write instead, on a CPU
 
 
 def cutout_loop(images: Tensor, whole: bool = False, masks: bool = False) -> tuple[Tensor, ...]:
-    """Erasing one image at a time in NumPy; whole: noise for all of the image, of which the
-    rectangle is used. masks: in float64, and where it erased is told as an image of ones and zeros
-    too, as in the released code."""
-    out, (_, C, H, W), boxes = images.numpy(), images.shape, np.zeros((len(images), 4), int)
-    out = out.astype(np.float64) if masks else out.copy()
+    """Erasing one image at a time in NumPy; whole: noise for all of the image. masks: in float64,
+    and with an image of ones and zeros that says where it erased, as in the released code."""
+    (_, C, H, W), boxes = images.shape, np.zeros((len(images), 4), int)
+    out = images.numpy().astype(np.float64 if masks else np.float32)
     erased = np.zeros(out.shape) if masks else None
     for b, image in enumerate(out):
         if np.random.rand() >= 0.5:
@@ -100,41 +91,35 @@ def cutout_loop(images: Tensor, whole: bool = False, masks: bool = False) -> tup
         boxes[b] = top, left, h, w
         if erased is not None:
             erased[b][at] = 1
-    found = torch.from_numpy(out).float(), torch.from_numpy(boxes)
-    return found if erased is None else (*found, torch.from_numpy(erased))
+    result = torch.from_numpy(out).float(), torch.from_numpy(boxes)
+    return result if erased is None else (*result, torch.from_numpy(erased))
 
 
 def doa_loop(
-    images: Tensor,
-    grad: Tensor,
-    size: int,
-    stride: int,
-    candidates: int,
-    masks: Tensor | None = None,
+    images: Tensor, grad: Tensor, size: int, stride: int, candidates: int, masks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """DOA's search one image and one place at a time, as the public codes do: sums, sorting,
     in-painting. masks (P, C, H, W): every window as an image of ones and zeros, as in the released
     code; else slices."""
     squares, pixels = grad.numpy() ** 2, images.numpy()
     places = positions(*images.shape[2:], size, size, stride).numpy()
-    best, painted = [], []
+    best, grey = [], []
     for b in range(len(images)):
         if masks is not None:
             energy = (squares[b] * masks.numpy()).sum((1, 2, 3))
             order = np.argsort(energy)[::-1][:candidates].copy()
             inside = masks.numpy()[order]
-            painted.extend(pixels[b] * (1 - inside) + 0.5 * inside)
+            grey.extend(pixels[b] * (1 - inside) + 0.5 * inside)
         else:
             energy = [squares[b, :, t : t + size, c : c + size].sum() for t, c in places]
             order = np.argsort(energy)[::-1][:candidates]
             for t, c in places[order]:
-                grey = pixels[b].copy()
-                grey[:, t : t + size, c : c + size] = 0.5
-                painted.append(grey)
+                grey.append(pixels[b].copy())
+                grey[-1][:, t : t + size, c : c + size] = 0.5
         best.append(places[order])
-    painted = torch.from_numpy(np.stack(painted)).unflatten(0, (len(images), candidates))
+    tried = torch.from_numpy(np.stack(grey)).unflatten(0, (len(images), candidates))
     # F's part: every in-painting is read once
-    return torch.from_numpy(np.stack(best)), painted.mean((2, 3, 4))
+    return torch.from_numpy(np.stack(best)), tried.mean((2, 3, 4))
 
 
 def doa(images: Tensor, grad: Tensor, size: int, stride: int, candidates: int) -> tuple:
@@ -181,8 +166,8 @@ def adain_plain(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return normal * scale[:, :, None, None] + offset[:, :, None, None]
 
 
-def both_ways(function: Callable, *leaves: Tensor) -> tuple[Tensor, ...]:
-    leaves = [v.detach().requires_grad_() for v in leaves]
+def both_ways(function: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [v.detach().requires_grad_() for v in inputs]
     y = function(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, y.detach())
 
@@ -191,65 +176,63 @@ def both_ways(function: Callable, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def cpu_cases(B: int) -> Iterator[Case]:
+    """The ops get channels_last, the layout of training, the loops the usual one."""
     rng = torch.Generator().manual_seed(0)
     images, grad, noise = torch.rand(3, B, 3, 64, 64, generator=rng)
     grad = grad - 0.5
     yield from patch_cases(B, images, grad)
-    boxes, (flips, shifts) = draw_boxes(B, rng), embedding.draw_moves(B, 5, rng)
-    pixels, one, moves = (images * 255).byte(), images.nbytes, (flips, shifts, boxes, noise)
-    given = dict(zip(("flips", "shifts", "boxes", "noise"), moves))
+    flips, shifts = embedding.draw_moves(B, 5, rng)
+    moves = {"flips": flips, "shifts": shifts, "boxes": draw_boxes(B, rng), "noise": noise}
+    pixels, one = (images * 255).byte(), images.nbytes
     variants = {
-        "op": lambda: augment(pixels, **given)[0],
-        "per-image loop": lambda: augment_loop(pixels, *moves),
+        "op": lambda: augment(pixels, **moves)[0],
+        "per-image loop": lambda: augment_loop(pixels, **moves),
     }
     yield Case("augment", f"B={B}, uint8", one // 4 + one, variants)
-    yield from kornia_cases(images)
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for layout in LAYOUTS:
         x = torch.randn(max(B // 4, 1), 64, 32, 32, generator=rng).contiguous(memory_format=layout)
         leaves = (x, *torch.rand(2, *x.shape[:2], generator=rng))
         variants = {
-            "op": functools.partial(both_ways, adain, *leaves),
-            "eager": functools.partial(both_ways, adain_plain, *leaves),
+            "op": partial(both_ways, adain, *leaves),
+            "eager": partial(both_ways, adain_plain, *leaves),
         }
         name = f"{tuple(x.shape)} {str(layout)[6:]}, both ways"
         yield Case("adain", name, 5 * x.nbytes, variants, 1e-2)
     yield from patch_local_cases(max(B // 4, 1))
     yield from pgd_cases(max(B // 4, 1))
-    for precision in dict.fromkeys(("float32", run.precision("auto", torch.device("cpu")))):
-        yield from step_cases(max(B // 4, 2), precision)
+    for precision in dict.fromkeys(("float32", run.resolve_precision("auto", torch.device("cpu")))):
+        yield step_case(max(B // 4, 2), precision)
 
 
 def patch_cases(B: int, images: Tensor, grad: Tensor) -> Iterator[Case]:
-    """What changes a rectangle of each image: cutout, DOA's search, the masked step, patches. The
-    ops get channels_last, the layout of training, the loops the usual one."""
+    """What changes a rectangle of each image: cutout, DOA's search, the masked step, patches."""
     rng, one = torch.Generator().manual_seed(1), images.nbytes
     x, g = (v.contiguous(memory_format=torch.channels_last) for v in (images, grad))
 
-    def erased(result: tuple) -> bool:
+    def erases(result: tuple) -> bool:
         out, boxes = result[:2]
-        inside, drawn = box_mask(boxes, 64, 64).flatten(1), (boxes[:, 2] > 0).float().mean()
+        inside, share = box_mask(boxes, 64, 64).flatten(1), (boxes[:, 2] > 0).float().mean()
         changed = (out != images).any(1).flatten(1)
-        random = out.flatten(2).transpose(1, 2)[inside]
-        moments = abs(random.mean() - 0.5) < 0.02 and abs(random.std() - 0.24) < 0.02
-        whole = bool((changed == inside).all()) and 0.3 < drawn < 0.7  # p is 0.5
-        return whole and is_images(out) and bool(moments)
+        noise = out.flatten(2).transpose(1, 2)[inside]
+        moments = abs(noise.mean() - 0.5) < 0.02 and abs(noise.std() - 0.24) < 0.02
+        in_range = bool((out >= 0).all() and (out <= 1).all())
+        return torch.equal(changed, inside) and 0.3 < share < 0.7 and in_range and bool(moments)
 
     variants = {
         "op": lambda: gaussian_cutout(x, boxes=draw_boxes(B, rng)),
         "NumPy loop, noise inside": lambda: cutout_loop(images),
         "NumPy loop, masks as images": lambda: cutout_loop(images, masks=True),
-        "NumPy loop, whole noise": lambda: cutout_loop(images, True),
+        "NumPy loop, whole noise": lambda: cutout_loop(images, whole=True),
     }
-    yield Case("gaussian_cutout", f"B={B}", 2 * one, variants, check=erased)
+    yield Case("gaussian_cutout", f"B={B}", 2 * one, variants, check=erases)
     places = positions(64, 64, 20, 20, 5)
     windows = torch.cat([places, torch.full_like(places, 20)], 1)
     windows = box_mask(windows, 64, 64).float().repeat(1, 3, 1, 1)
     for C in (1, 4, 10):
-        search = (images, grad, 20, 5, C)
         variants = {
-            "op": functools.partial(doa, x, g, 20, 5, C),
-            "NumPy loop": functools.partial(doa_loop, *search),
-            "NumPy loop, masks as images": functools.partial(doa_loop, *search, windows),
+            "op": partial(doa, x, g, 20, 5, C),
+            "NumPy loop": partial(doa_loop, images, grad, 20, 5, C, None),
+            "NumPy loop, masks as images": partial(doa_loop, images, grad, 20, 5, C, windows),
         }
         name = f"search, {C} in-painting{'s' * (C > 1)}, B={B}, 20x20, stride 5"
         yield Case("doa", name, (1 + 1 + C) * one, variants, 1e-5)
@@ -272,32 +255,6 @@ def patch_cases(B: int, images: Tensor, grad: Tensor) -> Iterator[Case]:
     }
     name = f"B={B}, 10x10, P={len(some)}"
     yield Case("place_patches", name, (1 + len(some)) * one, variants)
-
-
-def kornia_cases(images: Tensor) -> Iterator[Case]:
-    """Beside kornia's own augmentations, which draw their own moves, shift by bilinear resampling
-    and erase to one grey: timed, not compared."""
-    if not importlib.util.find_spec("kornia"):
-        return
-    from kornia import augmentation as K
-
-    B, rng, pixels = len(images), torch.Generator().manual_seed(2), (images * 255).byte()
-    erase = K.RandomErasing(scale=AREA, ratio=ASPECT, value=0.5, p=0.5)
-    affine = K.RandomAffine(0, translate=(5 / 64, 5 / 64), padding_mode="border", p=1.0)
-    moves = torch.nn.Sequential(K.RandomHorizontalFlip(p=0.5), affine, erase)
-    variants = {
-        "op": lambda: gaussian_cutout(images, boxes=draw_boxes(B, rng)),
-        "kornia RandomErasing": lambda: erase(images),
-    }
-    name = f"B={B}, own draws"
-    yield Case("gaussian_cutout", name, 2 * images.nbytes, variants, check=is_images)
-
-    def ours() -> Tensor:
-        flips, shifts = embedding.draw_moves(B, 5, rng)
-        return augment(pixels, flips=flips, shifts=shifts, boxes=draw_boxes(B, rng))[0]
-
-    variants = {"op": ours, "kornia flip, affine, erasing": lambda: moves(images)}
-    yield Case("augment", name, 2 * images.nbytes, variants, check=is_images)
 
 
 # The loops around the model
@@ -344,49 +301,6 @@ def torchattacks_pgd(
     return x
 
 
-def installed_art(
-    plain: torch.nn.Module,
-    anchors: Tensor,
-    images: Tensor,
-    masks: Tensor,
-    steps: int,
-    alpha: float,
-    targeted: bool = False,
-) -> Callable | None:
-    """ART's own attack: away from the anchors, or towards them if targeted."""
-    if not importlib.util.find_spec("art"):
-        return None
-    from art.attacks.evasion import ProjectedGradientDescent
-    from art.estimators.classification import PyTorchClassifier
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        return (output - target).square().sum()
-
-    classifier = PyTorchClassifier(
-        plain, loss, images.shape[1:], anchors.shape[1], clip_values=(0, 1), device_type="cpu"
-    )
-    classifier.reduce_labels = lambda y: y  # features stand where ART expects labels
-    classifier._reduce_labels = False
-    how = {"eps": 1.0, "eps_step": alpha, "max_iter": steps, "batch_size": len(images)}
-    how |= {"targeted": targeted, "verbose": False}
-    attack = ProjectedGradientDescent(classifier, **how)
-    x, y, mask = images.numpy(), anchors.numpy(), masks.numpy().astype(np.float32)
-    return lambda: torch.from_numpy(attack.generate(x, y=y, mask=mask))
-
-
-def installed_torchattacks(
-    plain: Plain, anchors: Tensor, images: Tensor, steps: int, alpha: float
-) -> Callable | None:
-    """Without a mask, which it does not have: its images may be anything, so it is timed beside,
-    not compared."""
-    if not importlib.util.find_spec("torchattacks"):
-        return None
-    import torchattacks
-
-    attack = torchattacks.PGD(plain, eps=1.0, alpha=alpha, steps=steps, random_start=False)
-    return lambda: attack(images, torch.arange(len(images)) % anchors.shape[1])
-
-
 def pgd_cases(B: int) -> Iterator[Case]:
     torch.manual_seed(0)
     embed = embedding.Embedding(0.25, standardise=True)
@@ -394,36 +308,28 @@ def pgd_cases(B: int) -> Iterator[Case]:
     images, other = torch.rand(2, B, 3, 64, 64)
     with torch.no_grad():
         anchors = embed(other)
-    away = torch.full((B,), alpha)
-
-    def ours(boxes: Tensor) -> Tensor:
-        attack = functools.partial(embedding.inner_attack, steps=steps)
-        return embedding.local_attack(attack, embed, images, anchors, away, boxes)
 
     def loss(features: Tensor) -> Tensor:
         return (features - anchors).square().sum()
 
-    def reached(images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def reached(attack: Callable, *inputs) -> Tensor:
         """What is compared: the mean distance, since a sign of a gradient near zero may fall either
         way, and then leads elsewhere."""
-        with torch.no_grad():
-            return (embed(images) - anchors).square().sum(1).sqrt().mean()
+        with torch.enable_grad():
+            attacked = attack(*inputs)
+        return (embed(attacked) - anchors).square().sum(1).sqrt().mean()
 
     for size in (10, 20):
-        boxes = torch.tensor([[20, 24, size, size]]).repeat(B, 1)
-        how = (images, box_mask(boxes, 64, 64), steps, alpha)
-        runs = {
-            "op": functools.partial(ours, boxes),
-            "loop as in ART": functools.partial(art_pgd, plain, loss, *how),
-            "loop as in torchattacks": functools.partial(torchattacks_pgd, plain, loss, *how),
-            "ART": installed_art(plain, anchors, *how),
+        boxes, away = torch.tensor([[20, 24, size, size]]).repeat(B, 1), torch.full((B,), alpha)
+        loop = (plain, loss, images, box_mask(boxes, 64, 64), steps, alpha)
+        ours = (embedding.inner_attack, embed, images, anchors, away, boxes, steps)
+        variants = {
+            "op": partial(reached, *ours),
+            "loop as in ART": partial(reached, art_pgd, *loop),
+            "loop as in torchattacks": partial(reached, torchattacks_pgd, *loop),
         }
-        variants = {k: lambda f=f: reached(f()) for k, f in runs.items() if f}
         yield Case("pgd", f"B={B}, {size}x{size}, {steps} steps", 0, variants, 0.02)
-    if whole := installed_torchattacks(plain, anchors, images, steps, alpha):
-        boxes = torch.tensor([[0, 0, 64, 64]]).repeat(B, 1)
-        variants = {"op": lambda: ours(boxes), "torchattacks, its own loss": whole}
-        yield Case("pgd", f"B={B}, whole images, {steps} steps", 0, variants, check=is_images)
 
 
 def patch_local_cases(B: int) -> Iterator[Case]:
@@ -432,47 +338,47 @@ def patch_local_cases(B: int) -> Iterator[Case]:
     images, other = torch.rand(2, B, 3, 64, 64)
     with torch.no_grad():
         anchors = embed(other)
+
+    def gradient(features: Callable, leaf: Tensor, inside: tuple) -> tuple[Tensor, Tensor]:
+        leaf = leaf.clone().requires_grad_()
+        distance = (features(leaf) - anchors).square().sum(1)
+        (grad,) = torch.autograd.grad(distance.sum(), leaf)
+        return distance.detach(), grad[inside] / grad[inside].abs().max()
+
+    def ten(prepare: Callable, *rest) -> tuple[Tensor, Tensor]:
+        features = prepare()
+        return [gradient(features, *rest) for _ in range(10)][-1]
+
     for size in (10, 20):
-        boxes, top, left = torch.tensor([[20, 24, size, size]]).repeat(B, 1), 20, 24
-        inside = (..., slice(top, top + size), slice(left, left + size))
-        cached, patch = PatchLocal(embed, images, boxes), images[inside].contiguous()
-
-        def near(local=cached, patch=patch) -> tuple[Tensor, Tensor]:
-            leaf = patch.clone().requires_grad_()
-            distance = (local(leaf) - anchors).square().sum(1)
-            (grad,) = torch.autograd.grad(distance.sum(), leaf)
-            return distance.detach(), grad / grad.abs().max()
-
-        def full(inside=inside) -> tuple[Tensor, Tensor]:
-            leaf = images.clone().requires_grad_()
-            distance = (embed(leaf) - anchors).square().sum(1)
-            (grad,) = torch.autograd.grad(distance.sum(), leaf)
-            return distance.detach(), grad[inside] / grad[inside].abs().max()
-
-        def all_of_it(boxes=boxes, near=near) -> tuple[Tensor, Tensor]:
-            local = PatchLocal(embed, images, boxes)
-            return [near(local) for _ in range(10)][-1]
-
-        name = f"B={B}, {size}x{size}, {cached.layers} of 18 layers"
-        one = {"op": near, "full pass": full}
-        yield Case("patch_local", f"{name}, one step", 0, one, 1e-4, 0.05)
-        ten = {"op": all_of_it, "full pass": lambda full=full: [full() for _ in range(10)][-1]}
-        yield Case("patch_local", f"{name}, 10 steps and cache", 0, ten, 1e-4, 0.05)
+        boxes = torch.tensor([[20, 24, size, size]]).repeat(B, 1)
+        inside = (..., slice(20, 20 + size), slice(24, 24 + size))
+        local, patch = PatchLocal(embed, images, boxes), images[inside].contiguous()
+        name = f"B={B}, {size}x{size}, {local.layers} of 18 layers"
+        variants = {
+            "op": partial(gradient, local, patch, (...,)),
+            "full pass": partial(gradient, embed, images, inside),
+        }
+        yield Case("patch_local", f"{name}, one step", 0, variants, 1e-4, 0.05)
+        variants = {
+            "op": partial(ten, partial(PatchLocal, embed, images, boxes), patch, (...,)),
+            "full pass": partial(ten, lambda: embed, images, inside),
+        }
+        yield Case("patch_local", f"{name}, 10 steps and cache", 0, variants, 1e-4, 0.05)
 
 
 def plain_step(
     config: embedding.Config,
     model: Plain,
     adam: torch.optim.Optimizer,
-    people: embedding.Sampler,
-    made: Callable,
+    sampler: embedding.Sampler,
+    G: Callable,
     rng: torch.Generator,
     cached: bool,
 ) -> Tensor:
     """A step of "ours" whose inner attack has weight gradients, NumPy on the host, and x and t one
     after the other; not `cached`: the anchors run again in every step, as in the released code."""
-    q = embedding.quadruplets(config, model, people, made, rng)
-    found, alpha = [], config.attack_alpha / 255
+    q = embedding.generated_quadruplets(config, model, sampler, G, rng)
+    attacked, alpha = [], config.attack_alpha / 255
     sides = ((q.x, q.x_boxes, q.y, q.fy, alpha), (q.t, q.t_boxes, q.u, q.fu, -alpha))
     for images, boxes, anchor, feature, step in sides:
         erased = boxes[:, 2] > 0
@@ -484,8 +390,8 @@ def plain_step(
             (model(leaf) - (feature if cached else model(anchor))).square().sum().backward()
             moved = np.clip(x + step * np.sign(leaf.grad.numpy()), 0, 1)
             x = np.where(mask, moved, x).astype(np.float32)
-        found.append(images.index_put((erased,), torch.from_numpy(x)))
-    fx, fy, ft, fu = (model(v.contiguous()) for v in (found[0], q.y, found[1], q.u))
+        attacked.append(images.index_put((erased,), torch.from_numpy(x)))
+    fx, fy, ft, fu = (model(v.contiguous()) for v in (attacked[0], q.y, attacked[1], q.u))
     loss = embedding.two_pair_loss(fx, fy, ft, fu, config.margin, config.hinge)
     adam.zero_grad()
     loss.backward()
@@ -500,7 +406,7 @@ def plain_maker(generator: lord.Lord, images: Tensor) -> Callable:
     inner = copy.deepcopy(generator).to(memory_format=torch.contiguous_format)
     classes, _ = lord.encode(generator, images)
 
-    def made(identity: Tensor, content: Tensor, _: Tensor | None = None) -> Tensor:
+    def make(identity: Tensor, content: Tensor) -> Tensor:
         g, z = inner.generator, classes[identity]
         x = inner.content_encoder(images[content].float() / 255)
         for layer in g.dense:
@@ -511,53 +417,56 @@ def plain_maker(generator: lord.Lord, images: Tensor) -> Callable:
             x = adain_plain(conv(F.interpolate(x, scale_factor=2.0)), 1 + scale, offset)
         return torch.sigmoid(g.conv7(F.leaky_relu(g.conv5(x), 0.2)))
 
-    return made
+    return make
 
 
-def step_cases(B: int, precision: str) -> Iterator[Case]:
-    """Rate 0, the same random numbers: every run repeats the first. The others in float32."""
-    config = embedding.Config(width=0.25, batch=B, standardise=True, precision=precision)
-    plain = dataclasses.replace(config, precision="float32")
+def step_case(
+    B: int, precision: str, width: float = 0.25, method: str = "ours", device: str = "cpu"
+) -> Case:
+    """Rate 0, the same random numbers: every run repeats the first. The others in float32, on a
+    CPU alone."""
+    config = embedding.Config(
+        method=method, width=width, batch=B, standardise=True, precision=precision
+    )
     torch.manual_seed(0)
-    embed = embedding.Embedding(0.25, config.dim, True)
-    images = torch.randint(0, 256, (8 * 8, 3, 64, 64), dtype=torch.uint8)
-    people = embedding.Sampler(images, torch.arange(8).repeat_interleave(8))
-    generator = lord.Lord(lord.Config(**{**lord.PRESETS["demo"], "preset": "demo"}))
+    embed = embedding.Embedding(width, config.dim, True).to(device)
+    images = torch.randint(0, 256, (8 * 8, 3, 64, 64), dtype=torch.uint8).to(device)
+    sampler = embedding.Sampler(images, torch.arange(8, device=device).repeat_interleave(8))
+    generator = lord.Lord(lord.Config(**{**lord.PRESETS["demo"], "preset": "demo"})).to(device)
     generator = generator.eval().requires_grad_(False)
     codes = lord.encode(generator, images)
-    copies = lord.decode(generator, *codes).half()
-    made = embedding.Generated(generator.generator, *codes, copies)
-    adam, rng = torch.optim.Adam(embed.parameters(), lr=0.0), torch.Generator()
+    G = embedding.Generated(generator.generator, *codes, lord.decode(generator, *codes).half())
+    adam, rng = torch.optim.Adam(embed.parameters(), lr=0.0), torch.Generator(device)
 
     def ours() -> Tensor:
         rng.manual_seed(1)
-        step = (config, embed, adam, people, made, rng, config.attack_alpha)
-        found = embedding.train_step(*step)
-        return torch.tensor([found[k] for k in ("loss", "d_positive", "d_negative")])
+        alpha = config.attack_alpha
+        values = embedding.train_step(config, embed, adam, sampler, G, rng, alpha)
+        return torch.tensor([values[k] for k in ("loss", "d_positive", "d_negative")])
 
-    def theirs(cached: bool, made=made) -> Callable:
-        model = Plain(embed)
+    def theirs(cached: bool, G: Callable) -> Callable:
+        model, plain = Plain(embed), dataclasses.replace(config, precision="float32")
         adam = torch.optim.Adam(model.parameters(), lr=0.0)
-        step = (plain, model, adam, people, made)
+        step = (plain, model, adam, sampler, G)
         return lambda: plain_step(*step, rng.manual_seed(1), cached)
 
-    variants = {
-        "op": ours,
-        "anchors cached": theirs(True),
-        "as in the released code": theirs(False),
-        "as in the released code, G too": theirs(False, plain_maker(generator, images)),
-    }
-    name = f"ours, B={B} quadruplets, {config.attack_steps} inner steps, {precision}"
-    yield Case("step", name, 0, variants, 0.02)
+    variants = {"op": ours}
+    if device == "cpu":
+        variants["anchors cached"] = theirs(True, G)
+        variants["as in the released code"] = theirs(False, G)
+        made = plain_maker(generator, images)
+        variants["as in the released code, G too"] = theirs(False, made)
+    name = f"{method}, B={B} quadruplets, {config.attack_steps} inner steps, {precision}"
+    return Case("step", name, 0, variants, 0.02)
 
 
 # The kernels on a GPU
 
 
-def three(op: Callable, ref: Callable, *arguments, **named) -> dict[str, Callable]:
+def three(op: Callable, ref: Callable, *inputs, **named) -> dict[str, Callable]:
     compiled = torch.compile(ref, dynamic=False)
     functions = {"op": op, "reference": ref, "compiled reference": compiled}
-    return {k: functools.partial(f, *arguments, **named) for k, f in functions.items()}
+    return {k: partial(f, *inputs, **named) for k, f in functions.items()}
 
 
 def gpu_cases(B: int) -> Iterator[Case]:
@@ -567,41 +476,43 @@ def gpu_cases(B: int) -> Iterator[Case]:
     alphas, share = boxes[:, 0] * 0 + 0.1, (boxes[:, 2] * boxes[:, 3]).float().mean().item() / 4096
     places = positions(64, 64, 20, 20, 5, "cuda")[:10]
     patch = torch.rand(1, 1, 3, 20, 20).cuda()
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout in (torch.contiguous_format, torch.channels_last):
+    kinds = [(d, m) for d in (torch.float32, torch.bfloat16) for m in LAYOUTS]
+    for dtype, layout in kinds:
 
-            def random(*shape: int, dtype=dtype, layout=layout) -> Tensor:
-                x = torch.rand(shape, generator=rng, device="cuda").to(dtype)
-                return x.contiguous(memory_format=layout)
+        def random(*shape: int, dtype=dtype, layout=layout) -> Tensor:
+            x = torch.rand(shape, generator=rng, device="cuda").to(dtype)
+            return x.contiguous(memory_format=layout)
 
-            x, grad, noise = (random(B, 3, 64, 64) for _ in range(3))
-            grad, one, kind = grad - 0.5, x.nbytes, f"{str(dtype)[6:]} {str(layout)[6:]}"
-            name, eps = f"B={B} {kind}", 1e-6 if dtype is torch.float32 else 2**-7
-            step = three(masked_step, masked_step_ref, x, grad, alphas, boxes)
-            yield Case("masked_step", name, int((2 + share) * one), step)
-            cut = three(gaussian_cutout, gaussian_cutout_ref, x, boxes=boxes, noise=noise)
-            yield Case("gaussian_cutout", name, 2 * one, cut)
-            small = x[: B // 8]
-            paste = three(place_patches, place_patches_ref, small, patch.to(dtype), places)
-            yield Case("place_patches", f"{name}, P=10", (1 + 10) * small.nbytes, paste)
-            energy = three(window_energy, window_energy_ref, grad, 20, 20, 5)
-            yield Case("window_energy", name, one, energy, 1e-2)
-            if layout is torch.contiguous_format:
-                w = to_tanh(x).to(dtype).flatten(2)
-                squash = three(tanh_perturb, tanh_perturb_ref, w, grad.flatten(2))
-                yield Case("tanh_perturb", name, 3 * one, squash, eps)
-            if dtype is torch.float32:
-                given = {"flips": flips, "shifts": shifts, "boxes": boxes, "noise": noise}
-                pixels = (x * 255).byte()
-                move = three(augment, augment_ref, pixels, **given, layout=layout)
-                yield Case("augment", f"{name} from uint8", pixels.nbytes + one, move, eps)
-            planes, size = random(64, 256, 64, 64) - 0.5, "(64, 256, 64, 64)"
-            leaves = (planes, *torch.rand(2, 64, 256, generator=rng, device="cuda"))
-            ways = three(adain, adain_ref, *leaves)
-            traffic = 2 * planes.nbytes
-            yield Case("adain", f"{size} {kind} forward", traffic, ways, max(eps, 1e-4))
-            ways = {k: functools.partial(both_ways, f.func, *leaves) for k, f in ways.items()}
-            yield Case("adain", f"{size} {kind} both ways", 5 * planes.nbytes, ways, 0.05)
+        x, grad, noise = (random(B, 3, 64, 64) for _ in range(3))
+        grad, one, kind = grad - 0.5, x.nbytes, f"{str(dtype)[6:]} {str(layout)[6:]}"
+        name, eps = f"B={B} {kind}", 1e-6 if dtype is torch.float32 else 2**-7
+        step = three(masked_step, masked_step_ref, x, grad, alphas, boxes)
+        yield Case("masked_step", name, int((2 + share) * one), step)
+        cut = three(gaussian_cutout, gaussian_cutout_ref, x, boxes=boxes, noise=noise)
+        yield Case("gaussian_cutout", name, 2 * one, cut)
+        small = x[: B // 8]
+        paste = three(place_patches, place_patches_ref, small, patch.to(dtype), places)
+        yield Case("place_patches", f"{name}, P=10", (1 + 10) * small.nbytes, paste)
+        energy = three(window_energy, window_energy_ref, grad, 20, 20, 5)
+        yield Case("window_energy", name, one, energy, 1e-2)
+        if layout is torch.contiguous_format:
+            w = to_tanh(x).to(dtype).flatten(2)
+            squash = three(tanh_perturb, tanh_perturb_ref, w, grad.flatten(2))
+            yield Case("tanh_perturb", name, 3 * one, squash, eps)
+        if dtype is torch.float32:
+            moves = {"flips": flips, "shifts": shifts, "boxes": boxes, "noise": noise}
+            pixels = (x * 255).byte()
+            move = three(augment, augment_ref, pixels, **moves, layout=layout)
+            yield Case("augment", f"{name} from uint8", pixels.nbytes + one, move, eps)
+        planes, size = random(64, 256, 64, 64) - 0.5, "(64, 256, 64, 64)"
+        leaves = (planes, *torch.rand(2, 64, 256, generator=rng, device="cuda"))
+        ways = three(adain, adain_ref, *leaves)
+        yield Case("adain", f"{size} {kind} forward", 2 * planes.nbytes, ways, max(eps, 1e-4))
+        ways = {k: partial(both_ways, f.func, *leaves) for k, f in ways.items()}
+        yield Case("adain", f"{size} {kind} both ways", 5 * planes.nbytes, ways, 0.05)
+    for method in METHODS:
+        for precision in ("float32", "bfloat16"):
+            yield step_case(128, precision, 1.0, method, "cuda")
 
 
 # Measuring
@@ -649,15 +560,15 @@ def measure(case: Case, rounds: int, cuda: bool) -> dict[str, dict[str, str]]:
             t = seconds(function, cuda)
             if n:
                 times[k].append(t)
-    own, *_ = times.values()
-    found = {}
+    ops, *_ = times.values()
+    table = {}
     for k, ts in times.items():
         median, low, high = np.percentile(ts, (50, 10, 90)).tolist()
         numbers = {"median_ms": median * 1e3, "p10_ms": low * 1e3, "p90_ms": high * 1e3}
-        numbers["ratio"] = statistics.median(t / o for t, o in zip(ts, own))
+        numbers["ratio"] = statistics.median(t / op for t, op in zip(ts, ops))
         numbers["gb_s"] = case.bytes / median / 1e9
-        found[k] = {name: f"{v:.4g}" for name, v in numbers.items()}
-    return found
+        table[k] = {name: f"{v:.4g}" for name, v in numbers.items()}
+    return table
 
 
 def copy_bandwidth(cuda: bool) -> float:
@@ -668,120 +579,7 @@ def copy_bandwidth(cuda: bool) -> float:
     return 2 * source.nbytes / statistics.median(times) / 1e9
 
 
-def said_by(*command: str) -> str:
-    git = ["git", "-C", str(Path(__file__).parent), *command]
-    return subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
-
-
-def about(rounds: int, cuda: bool) -> dict[str, object]:
-    """The columns that all rows of a run share."""
-    changed = said_by("status", "--porcelain", "--", "../*.py", "../kernels", "../data", ".")
-    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "n": rounds,
-        "copy_gb_s": f"{copy_bandwidth(cuda):.1f}",
-        "torch": torch.__version__,
-        "triton": triton or "",
-        "threads": torch.get_num_threads(),
-        "commit": said_by("rev-parse", "--short", "HEAD") + ("-changed" if changed else ""),
-    }
-
-
-# Where the time of a training step goes
-
-
-def profile(argv: Sequence[str], repeats: int = 5) -> int:
-    """Seconds of a training step and of its parts (medians), its FLOPs and the FLOP/s of a matrix
-    product, on 50 train persons."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import flop_registry
-
-    import data
-
-    class Count(TorchDispatchMode):  # FlopCounterMode hooks modules: torch.autograd.grad refuses
-        flops = 0
-
-        def __torch_dispatch__(self, function, types, inputs=(), named=None):
-            result = function(*inputs, **(named or {}))
-            if count := flop_registry.get(function._overloadpacket):
-                self.flops += count(*inputs, **(named or {}), out_val=result)
-            return result
-
-    config, args = embedding.parse(argv)
-    device = run.start(args.device)
-    faces, split = data.open_run(config, args.run)
-    persons = min(config.persons or 50, 50, len(split.train))
-    chosen = {"persons": persons, "precision": run.precision(config.precision, device)}
-    config = dataclasses.replace(config, **chosen)
-    index = embedding.trained_on(config, faces, split)
-    people = embedding.sampler_of(faces, index, device)
-    file, embed = (
-        embedding.generator_file(config, args.run),
-        embedding.new_embedding(config, device),
-    )
-    made = embedding.generated(config, file, faces, split, people) if file else None
-    if config.compile:
-        run.compile_(embed)
-    adam = torch.optim.Adam(
-        embed.parameters(), lr=config.lr, amsgrad=config.amsgrad, fused=device.type == "cuda"
-    )
-    rng, alpha = torch.Generator(device).manual_seed(config.seed), config.attack_alpha
-    # as the convolutions: bfloat16 operands made beforehand, or TF32 where these may take it
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    factors = torch.randn(2, *[8192 if device.type == "cuda" else 1024] * 2, device=device)
-    factors = factors.to(getattr(torch, config.precision))
-    spent: dict[str, list[float]] = {}
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def timed(name: str, call: Callable, *inputs):
-        began = now()
-        result = call(*inputs)
-        spent[name][-1] += now() - began
-        return result
-
-    mine = functools.partial(timed, "mining", embed)
-    generate = functools.partial(timed, "generator", made) if made else None
-    parts = ("step", "batch", "generator", "mining", "inner attack", "product")
-    for n in range(repeats + 1):
-        if n <= 1:  # the first one warms up
-            spent = {name: [] for name in parts}
-        for times in spent.values():
-            times.append(0.0)
-        timed("product", torch.mm, *factors)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            q = timed("batch", embedding.quadruplets, config, mine, people, generate, rng)
-            timed("inner attack", embedding.attacked, config, embed, q, alpha, rng)
-        timed("step", embedding.train_step, config, embed, adam, people, made, rng, alpha)
-    with Count() as counter:
-        embedding.train_step(config, embed, adam, people, made, rng, alpha)
-    m = {name: statistics.median(times) for name, times in spent.items()}
-    rest = zip(spent["batch"], spent["generator"], spent["mining"])
-    found = {"data": statistics.median(b - g - n for b, g, n in rest)}
-    found |= {k: m[k] for k in ("generator", "mining", "inner attack")}
-    found["update"] = m["step"] - m["batch"] - m["inner attack"]
-    for name, value in (*found.items(), ("step", m["step"])):
-        print(f"{name:14}{value * 1e3:10.2f} ms{value / m['step'] * 100:7.1f} %")
-    flops, side = counter.flops, len(factors[0])
-    peak = 2 * side**3 / m["product"]
-    print(
-        f"{flops / 1e9:.1f} GFLOP a step of {config.batch}, {flops / m['step'] / 1e9:.0f} GFLOP/s, "
-        f"{flops / m['step'] / peak:.0%} of the {peak / 1e9:.0f} of a {side} x {side} product here "
-        f"({config.precision}, {run.record(device)['device']}); "
-        f"medians of {repeats}"
-    )
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if "--profile" in argv:
-        return run.command("tests.bench", profile, [a for a in argv if a != "--profile"])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ops", nargs="*", help="only these")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, at least 5")
@@ -795,28 +593,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(a.threads)
     run.keep_memory()  # for all, as in a training
     cuda = torch.cuda.is_available()
-    shared, failed = about(a.rounds, cuda), False
+    shared = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "n": a.rounds,
+        "copy_gb_s": f"{copy_bandwidth(cuda):.1f}",
+        "torch": torch.__version__,
+        "triton": kernels.triton.__version__ if kernels.triton else "",
+        "threads": torch.get_num_threads(),
+        "commit": run.commit(),
+    }
     print(" ".join(f"{k}={v}" for k, v in shared.items()))
-    for case in gpu_cases(a.batch or 4096) if cuda else cpu_cases(a.batch or 128):
-        if a.ops and case.op not in a.ops:
-            continue
-        if wrong := agrees(case):
-            told = f"not timed, output differs: {', '.join(wrong)}"
-            print(f"{case.op} {case.name}: {told}", file=sys.stderr)
-            failed = True
-            continue
-        rows = []
-        for variant, numbers in measure(case, a.rounds, cuda).items():
-            rows.append(shared | {"op": case.op, "case": case.name, "variant": variant} | numbers)
-            print(f"{case.op:16} {case.name:48} {variant:28}", end=" ")
-            print(*(f"{k} {v:8}" for k, v in numbers.items()), flush=True)
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        new = not a.out.exists()
-        with a.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    failed, new = False, not a.out.exists()
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    with a.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        for case in gpu_cases(a.batch or 4096) if cuda else cpu_cases(a.batch or 128):
+            if a.ops and case.op not in a.ops:
+                continue
+            if wrong := agrees(case):
+                message = f"not timed, output differs: {', '.join(wrong)}"
+                print(f"{case.op} {case.name}: {message}", file=sys.stderr)
+                failed = True
+                continue
+            for k, numbers in measure(case, a.rounds, cuda).items():
+                writer.writerow(shared | {"op": case.op, "case": case.name, "variant": k} | numbers)
+                print(f"{case.op:16} {case.name:48} {k:28}", end=" ")
+                print(*(f"{name} {v:8}" for name, v in numbers.items()), flush=True)
+            file.flush()
     return int(failed)
 
 
