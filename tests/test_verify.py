@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,7 +278,7 @@ def test_batch_normalisation_in_train_mode_is_refused():
 
 # the command
 
-ROWS = "--target-images 4 --targets 2 --intruders 2 --persons 3 --patch 20 --mask 40".split()
+ROWS = "--target-images 4 --targets 2 --intruders 2 --persons 3 --patch 20 --mask 29".split()
 
 
 @pytest.fixture(scope="module")
@@ -287,14 +288,14 @@ def home(tmp_path_factory):
     sizes |= {"synthetic_persons": 10, "synthetic_images": 10, "dim": 16, "method": "mixed"}
     config = e.Config(**e.PRESETS["demo"] | {"preset": "demo"} | sizes)
     folder = tmp_path_factory.mktemp("run")
-    faces, _ = data.open_run(config, folder)
+    faces, split = data.open_run(config, folder)
     about = {"people": run.read_json(folder / "people.json")["sha256"]}
     about |= {"config": dataclasses.asdict(config), "model": small_f().state_dict()}
     run.save(folder / "mixed" / "embedding.pt", "embedding", **about)
     run.write(folder / "mixed" / "result.json", {"threshold": 2.0})
     for name, image in zip("ab", faces.images[[0, 15]]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
-    return folder, faces.images.float() / 255
+    return folder, faces.images.float() / 255, split
 
 
 def command(capsys, *argv):
@@ -303,7 +304,7 @@ def command(capsys, *argv):
 
 
 def test_rows_are_certificates_and_go_on(home, capsys, interrupted_at):
-    folder, images = home
+    folder, images, split = home
     file, argv = folder / "mixed" / "attacks" / "rule.csv", ["--run", folder, *ROWS]
     argv.append("--defences=both,basic")
     with interrupted_at(v, "certify_person", 3):
@@ -312,21 +313,38 @@ def test_rows_are_certificates_and_go_on(home, capsys, interrupted_at):
     with interrupted_at(v, "certify_person", 0) as calls:
         status, out, _ = command(capsys, *argv)
     assert status == 0 and len(calls) == 3 and file.read_text().startswith(begun)
-    assert "mixed rule: 9 masks, 2 targets, 38 pairs" in out  # 2 x (2 x (3 + 2) + 3 x 3)
+    assert "mixed rule: 25 masks, 2 targets, 38 pairs" in out  # 2 x (2 x (3 + 2) + 3 x 3)
     rows = [*csv.DictReader(file.read_text().splitlines())]
     assert list(rows[0]) == [*a.COLUMNS, "row", "col", "bound", *(f"bound_{s}" for s in v.SMALLER)]
     roles = [row["role"] for row in rows]
     assert [roles.count(role) for role in ("genuine", "intruder", "validation")] == [12, 8, 18]
-    boxes, _ = v.cover(64, 64, (20, 20), (40, 40))
+    # the pairs that attacks.py judges
+    person = torch.arange(len(images)) // 10
+    for row in rows[3], rows[8], rows[13]:  # intruders, mirrored and selected or not
+        p, several = int(row["anchor"]) // 10, a.stable_generator(0, row["target"], "intruders")
+        own = small_f()(images[10 * p : 10 * p + 4])
+        best = int(torch.cdist(own, own).square().sum(0).argmin()) * int(row["selection"])
+        assert int(row["anchor"]) == 10 * p + best
+        tested, _ = a.choose_intruders(person, p, split.target, split.validation, 2, 0, several)
+        assert int(row["candidate"]) == tested[0]
+    boxes, _ = v.cover(64, 64, (20, 20), (29, 29))
+    masks = masks_of(boxes, 64, 64)
     for row in rows[4], rows[9], rows[-1]:  # an intruder, mirrored and not; one of validation
         anchor = small_f()(images[[int(row["anchor"])]])[0]
         image, mirroring = images[int(row["candidate"])], int(row["mirroring"])
         d = brute_force(small_f(), anchor, image, boxes, mirroring)
-        inside = holding(masks_of(boxes, 64, 64), int(row["row"]), int(row["col"]), 20, 20)
-        assert float(row["distance"]) == pytest.approx(float(d.max()), rel=1e-5)
-        assert float(row["bound"]) == pytest.approx(float(d[inside].max()), rel=1e-5)
-        bounds = [float(row[key]) for key in ("bound", "bound_8", "bound_6", "bound_4", "bound_2")]
-        assert bounds == sorted(bounds)
+        known = d[holding(masks, int(row["row"]), int(row["col"]), 20, 20)].max()
+        two = min(d[holding(masks, r, c, 2, 2)].max() for r, c in places(64, 64, 2, 2))
+        numbers = torch.tensor([float(row[key]) for key in ("distance", "bound", "bound_2")])
+        torch.testing.assert_close(numbers, torch.stack([d.max(), known, two]))
+    assert any(float(row["bound_8"]) < float(row["bound_2"]) for row in rows)
+
+
+def test_persons_with_the_most_images_set_the_threshold():
+    faces = SimpleNamespace(person=torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]), names="abcde")
+    people = SimpleNamespace(faces=faces, far=[0, 1, 2, 3, 4], targets=[4])
+    assert v.threshold_setters(people, 2) == [2, 1]
+    assert v.threshold_setters(people, 9) == [2, 1, 3]  # one image makes no pair
 
 
 def test_a_pair_is_decided_by_f_and_by_the_rule(home, capsys):
@@ -372,7 +390,7 @@ def test_a_pair_is_decided_by_f_and_by_the_rule(home, capsys):
 
 
 def test_a_pair_is_decided_by_a_model_that_was_judged(home, capsys, tmp_path):
-    folder, images = home
+    folder, images, _ = home
     file = tmp_path / "net.py"
     file.write_text("embed = lambda x: x.mean((2, 3)) + 0.1")
     pair = [folder / "a.png", folder / "b.png", "--run", tmp_path, "--model", f"{file}:embed"]
@@ -397,11 +415,13 @@ def test_a_pair_is_decided_by_a_model_that_was_judged(home, capsys, tmp_path):
     (["--mask", "10"], "--patch, --mask: a mask of 10x10 against a patch of 10x10"),
     (["--patch", "1,2,3"], "give 1 or 2 numbers"), (["--model", "m.py:f"], "give --data folder"),
     (["a.png", "b.png"], "mixed/result.json: no such file: train to the end first"),
+    (["a.png", "b.png"], "mixed/result.json: cannot be read (threshold nan): train to the end"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(home, capsys, monkeypatch, argv, line):
     monkeypatch.chdir(home[0])
     result = home[0] / "mixed" / "result.json"
-    if "train" in line:
+    run.write(result, {"threshold": math.nan if "nan" in line else 2.0})
+    if "no such file: train" in line:
         result.unlink()
     status, _, err = command(capsys, "--run", home[0], *argv)
     run.write(result, {"threshold": 2.0})
