@@ -198,8 +198,8 @@ def bootstrap(
     """
     everyone = np.unique(np.concatenate([targets for pair in pairs for _, targets in pair]))
     T = len(everyone)
-    if n < 1:
-        raise ValueError("a resampling or more is needed")
+    if n < 1 or any(len(values) != len(targets) for pair in pairs for values, targets in pair):
+        raise ValueError("as many targets as distances are needed, and a resampling or more")
     times = np.random.default_rng(seed).multinomial(T, np.full(T, 1 / T), size=n)
     result = np.full((len(pairs), n), math.nan)
     for number, pair in enumerate(pairs):

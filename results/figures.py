@@ -17,15 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import data
-import embed
 import numpy as np
 import torch
-from data import model, run
 from torch import Tensor
 
+import data
+import embed
 import generator
 from attacks import scale, square_positions
+from data import model, run
 from metrics import (
     ERRORS,
     METHODS,
