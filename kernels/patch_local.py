@@ -1,5 +1,5 @@
-"""Patch-local recomputation: F of images that differ from known ones only inside a box each, as in
-the inner attack (Sec. 3.1) and in App. C.
+"""F of images that differ from earlier ones inside a box each, from that box alone: for the inner
+attack (Sec. 3.1) and App. C.
 
 A change inside a box changes only a window of each map: one pixel more on all sides after a 3x3
 convolution, half of it after a max-pool. Convolutions are linear, so that of the changed map is
@@ -7,8 +7,8 @@ that of the map with a hole in the window's place, computed once, plus that of t
 window may reach over the edge: there the hole's map is -inf, zero after the ReLU. After some layers
 the window is pasted into the map of the whole image, and the rest runs in full. Exact up to
 rounding; 1.5 to 2 times as fast on a CPU; no Triton. `embed` is what `embed.Embedding` is:
-`standardised`, `trunk` (3x3 convolutions, ReLU, 2x2 max-pools) and `head`; any other callable is
-run on whole images.
+`standardised`, `trunk` (3x3 convolutions, ReLU, 2x2 max-pools) and `head`; any other callable runs
+on whole images.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ GRID = 4  # pixels: windows start and end on it, so that two max-pools can be fo
 
 
 def is_supported(embed: Any) -> bool:
-    """Whether the layers of embed can be followed."""
+    """Return whether embed has layers that can be followed."""
     return all(hasattr(embed, name) for name in ("standardised", "trunk", "head"))
 
 
 def align(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (B, 4) of one size, alike modulo GRID, that cover the given ones; those that are alike
-    stay as they are."""
+    """Widen boxes (B, 4) to one size, alike modulo GRID; those that are alike stay as they are."""
     covers = boxes.clone()
     for k, n in enumerate((height, width)):
         start, size = boxes[:, k], boxes[:, k + 2]
@@ -43,8 +42,8 @@ def align(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def rows_of(corners: Tensor, h: int, w: int, H: int, W: int) -> Tensor:
-    """Where pixels of h x w windows at corners (B, 2) lie among (B, H, W), flat (B h w,); B H W for
-    those outside."""
+    """Number the pixels of h x w windows at corners (B, 2) among those of (B, H, W), flat
+    (B h w,); B H W for those outside."""
     B, device = len(corners), corners.device
     row = (corners[:, :1] + torch.arange(h, device=device))[:, :, None]
     col = (corners[:, 1:] + torch.arange(w, device=device))[:, None]
@@ -53,12 +52,12 @@ def rows_of(corners: Tensor, h: int, w: int, H: int, W: int) -> Tensor:
 
 
 def pixels_of(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B H W + 1, C), the last row zero."""
+    """Lay out maps (B, C, H, W) as rows (B H W + 1, C), the last row zero."""
     return F.pad(x.permute(0, 2, 3, 1).flatten(0, 2), (0, 0, 0, 1))
 
 
 class PatchLocal:
-    """F of `images` with other pixels inside one box each, (B or 1, 3, h, w) -> (B, dim); the
+    """F of `images` with other pixels inside one box each, (B, 3, h, w) -> (B, dim); the
     weights must stay.
 
     boxes (B, 4) = (top, left, height, width) of one size, alike modulo 2 to the power of the pools
@@ -116,8 +115,8 @@ class PatchLocal:
 
     @staticmethod
     def grow(start: int, size: int, pooled: bool) -> tuple[int, int, int, slice]:
-        """One direction of a window after a convolution: where the old one begins in it, its size,
-        padding and crop."""
+        """Follow one direction of a window through a convolution: return where the old one begins
+        in it, its size, padding and crop."""
         low, high = start - 1, start + size + 1
         if pooled:  # whole cells of the max-pool that follows
             low, high = low // 2 * 2, -(-high // 2) * 2
@@ -134,7 +133,7 @@ class PatchLocal:
                 x = F.conv2d(x, unit.weight, None, 1, padding)[:, :, rows, cols]
                 x = (x + kept).relu_()
         B, C, H, W = self.shape
-        window = x.permute(0, 2, 3, 1).expand(B, -1, -1, -1).reshape(-1, C).to(self.map.dtype)
+        window = x.permute(0, 2, 3, 1).reshape(-1, C).to(self.map.dtype)
         x = self.map.index_copy(0, self.at, window)[:-1].view(B, H, W, C).permute(0, 3, 1, 2)
         for unit in self.units[self.layers :]:
             x = unit(x) if isinstance(unit, nn.MaxPool2d) else unit(x).relu_()
@@ -144,8 +143,8 @@ class PatchLocal:
 def box_windows(
     boxes: Tensor, height: int, width: int, groups: int = 2
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Groups of boxes (B, 4) alike in shape, tall or wide: which rows, and for each a window (n, 4)
-    around its box.
+    """Group boxes (B, 4) alike in shape, tall or wide: yield the rows of each group, and for each
+    row a window (n, 4) around its box.
 
     The windows of a group have one size and lie on the grid. Groups alike in area have larger
     windows: an inner attack takes 1.1 times as long. Boxes that are all the same are their own
@@ -201,9 +200,9 @@ def local_views(
 def local_features(
     embed: Any, images: Tensor, pixels: Tensor, mirroring: bool = False
 ) -> Callable[[Tensor], Tensor] | None:
-    """values (N, C, P) -> features (N, D) of `images` (N, C, H, W) with these pixels (N, P)
-    replaced; with mirroring (2 N, D), those of their mirrors last. None where embed is not known,
-    or the pixels lie too far apart to gain anything.
+    """Make the function values (N, C, P) -> features (N, D) of `images` (N, C, H, W) with these
+    pixels (N, P) replaced; with mirroring (2 N, D), those of their mirrors last. None where embed
+    has no layers to follow, or the pixels lie too far apart to gain anything.
     """
     N, C, H, W = images.shape
     if not is_supported(embed) or not pixels.shape[1]:

@@ -8,14 +8,12 @@ import ast
 import dataclasses
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import attacks
 import data
 import embed as e
 import generator as g
@@ -91,10 +89,8 @@ def quadruplets(config, embed, sampler, seed=0):
 
 def test_a_distance_is_the_mean_over_the_views():
     features, anchors = torch.randn(4, 3, 5, generator=rng()), torch.randn(4, 5, generator=rng(1))
-    by_hand = [
-        sum(((features[i, v] - anchors[i]) ** 2).sum() for v in range(3)) / 3 for i in range(4)
-    ]
-    torch.testing.assert_close(e.squared_distance(features, anchors), torch.stack(by_hand))
+    by_hand = sum(((features[:, v] - anchors) ** 2).sum(1) for v in range(3)) / 3
+    torch.testing.assert_close(e.squared_distance(features, anchors), by_hand)
     one = ((features[:, 0] - anchors) ** 2).sum(1)
     torch.testing.assert_close(e.squared_distance(features[:, 0], anchors), one)
     to_one = ((features - anchors[2]) ** 2).sum(2).mean(1)
@@ -404,7 +400,9 @@ def test_a_real_y_is_moved_by_itself():
     images = torch.randint(0, 256, (3, 3, SIDE, SIDE), dtype=torch.uint8)
     sampler = e.Sampler(images, torch.arange(3))  # one image each: y is x
     q = e.real_quadruplets(settings("weak-at", batch=20), Linear(), sampler, rng())
-    assert float((q.x != q.y).flatten(1).any(1).double().mean()) > 0.8
+    still = images[q.index[:20]] / 255
+    for one, other in ((q.x, q.y), (q.x, still), (q.y, still)):
+        assert float((one != other).flatten(1).any(1).double().mean()) > 0.8
 
 
 def test_generated_images_come_from_codes_or_copies():
@@ -422,17 +420,12 @@ def test_real_pairs_need_two_images_of_a_person():
     alone = type("Faces", (), {"person": torch.arange(4), "names": ()})
     split = data.Split((0, 1, 2), (3,), (), 0)
     for method in METHODS:
-        if method not in ("weak-at", "doa", "mixed"):
-            assert e.training_images(settings(method, persons=0), alone, split).tolist() == [
-                0,
-                1,
-                2,
-            ]
-            continue
-        with pytest.raises(run.UsageError, match=f"--method {method}: .*two images.*--images 1"):
-            e.training_images(settings(method, persons=0), alone, split)
         config = settings(method, persons=0, images=1)  # y is x, moved otherwise
-        assert e.training_images(config, alone, split).tolist() == [0, 1, 2]
+        if method in ("weak-at", "doa", "mixed"):
+            more = dataclasses.replace(config, images=0)
+            with pytest.raises(run.UsageError, match=f"--method {method}: .*two images"):
+                e.training_images(more, alone, split)
+        assert torch.equal(e.training_images(config, alone, split), torch.arange(3))
 
 
 # a step
@@ -518,14 +511,9 @@ def test_collapse_and_non_finite_values_are_noticed():
 # validation
 
 
-def test_auroc_is_scikit_learns():
-    from sklearn.metrics import roc_auc_score
-
-    genuine = torch.rand(50, generator=rng()).mul(10).round()
-    intruder = torch.rand(80, generator=rng(1)).mul(14).round()
-    truth = torch.cat([torch.zeros(50), torch.ones(80)])
-    wanted = roc_auc_score(truth, torch.cat([genuine, intruder]))
-    assert e.auroc(genuine, intruder) == pytest.approx(wanted)
+def test_auroc_counts_ties_half():
+    genuine, intruder = torch.tensor([2.0, 1, 0, 1]), torch.tensor([1.0, 3.0])
+    assert e.auroc(genuine, intruder) == (1 + 2 / 2 + 4) / 8
 
 
 def test_validation_is_of_fresh_real_pairs_by_hand():
@@ -534,8 +522,9 @@ def test_validation_is_of_fresh_real_pairs_by_hand():
     x, y, t = sampler.draw(1000, 1, rng(), same_person=True)
     fx, fy, ft = (embed(images[i].float() / 255) for i in (x, y, t[:, 0]))
     plus, minus = (fx - fy).norm(dim=1), (fx - ft).norm(dim=1)
-    found = e.validate(settings(margin=4.0), embed, sampler, rng())
-    loss = (plus**2 + (4 - minus).clamp(min=0) ** 2).mean()
+    margin = float(minus.median())
+    found = e.validate(settings(margin=margin), embed, sampler, rng())
+    loss = (plus**2 + (margin - minus).clamp(min=0) ** 2).mean()
     assert found["val_loss"] == pytest.approx(float(loss), rel=1e-4)
     higher = (minus[:, None] > plus).double() + 0.5 * (minus[:, None] == plus).double()
     assert found["val_auroc"] == pytest.approx(float(higher.mean()), abs=1e-4)
@@ -604,18 +593,16 @@ def log_of(folder):
 
 @pytest.mark.parametrize("method", ["ours", "weak-at"])  # the last weights, the best weights
 def test_interrupted_training_goes_on_bit_for_bit(run_of, capsys, interrupted_at, method):
-    flags = [*FLAGS, "--run", str(run_of(f"stopped-{method}")), "--method", method]
-    config, args = e.parse(flags)
-    folder = args.run / method
+    flags = [*FLAGS, "--run", str(run_of("stopped")), "--method", method]
+    folder = Path("runs/stopped", method)
     assert e.main(flags) == 0
     whole, log = weights(folder), log_of(folder)
     assert [line["step"] for line in log] == [2, 4, 6]
     assert all(0 <= line["val_auroc"] <= 1 for line in log)
-    assert {"loss", "d_positive", "d_negative", "gradient", "val_loss"} <= set(log[0])
     result = json.loads((folder / "result.json").read_text())
     assert result["threshold"] > 0 and result["made_of"]["config"]["method"] == method
     assert result["selected"] == ("best" if method == "weak-at" else "last")
-    assert bool(result["made_of"]["generator"]) == config.generated
+    assert bool(result["made_of"]["generator"]) == (method == "ours")
     assert {"seconds", "seconds_per_step", "device", "torch", "python", "commit"} <= set(result)
     assert "root" not in result["made_of"]["config"]  # photographs may move
     capsys.readouterr()
@@ -702,26 +689,6 @@ def test_the_folder_of_each_method():
     assert name("--attack-steps", "7") == "ours"
 
 
-def test_an_unfinished_overwrite_keeps_the_old_result_and_is_not_taken_for_it(
-    run_of, capsys, interrupted_at
-):
-    flags = [*FLAGS, "--run", str(run_of("over")), *WEAK, "--select", "last"]
-    folder = Path("runs/over/weak-at-1")
-    assert e.main(flags) == 0
-    kept = {n: (folder / n).read_bytes() for n in ("result.json", "embedding.pt")}
-    with interrupted_at(e, "train_step", 1):  # before the first checkpoint of the new training
-        assert e.main([*flags, "--overwrite", "--margin", "5"]) == 130
-    assert {n: (folder / n).read_bytes() for n in kept} == kept
-    capsys.readouterr()
-    assert e.main(flags) == 2 and "margin (5.0 before, 10.0 now)" in capsys.readouterr().err
-    assert e.main([*flags, "--margin", "5"]) == 0 and not (folder / "training.ckpt").exists()
-    went_on = weights(folder)
-    result = json.loads((folder / "result.json").read_text())
-    assert result["made_of"]["config"]["margin"] == 5
-    assert e.main([*flags, "--overwrite", "--margin", "5"]) == 0
-    assert equal(weights(folder), went_on)
-
-
 def test_generators_that_are_refused_and_the_demos_own(run_of, monkeypatch, capsys):
     """One line each, before any training: one that saw the test persons, none, a broken one."""
     folder = run_of("generators")
@@ -750,47 +717,30 @@ def test_generators_that_are_refused_and_the_demos_own(run_of, monkeypatch, caps
     assert file.read_bytes() == good
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--method", "nonsense"], "nonsense"),
-        (["--persons", "5000"], "--persons 5000: there are only 8 train persons"),
-        (["--persons", "1"], "--persons 1: give 2 or more"),
-        (["--validation-persons", "1"], "--validation-persons 1"),
-        (["--weights", "absent.pth"], "absent.pth"),
-        (["--cutout-area", "0.2,0.1"], "--cutout-area 0.2,0.1"),
-        (["--attack-alpha", "256"], "--attack-alpha 256"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, flags, named):
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert e.main([*FLAGS, *flags, "--run", "runs/bad", "--overwrite"]) == 2
-    err = [line for line in capfd.readouterr().err.splitlines() if line.startswith("embed.py:")]
-    assert len(err) == 1 and named in err[0]
-    assert not Path("runs/bad/ours/embedding.pt").exists()
+    for flags, text in {
+        "--persons 5000": "--persons 5000: there are only 8 train persons",
+        "--persons 1": "--persons 1: give 2 or more",
+        "--validation-persons 1": "--validation-persons 1",
+        "--cutout-area 0.2,0.1": "--cutout-area 0.2,0.1: give two numbers, the lower first",
+    }.items():
+        assert e.main([*FLAGS, *flags.split(), "--run", "runs/bad"]) == 2
+        line = capfd.readouterr().err.splitlines()[-1]
+        assert line.startswith("embed.py:") and text in line
 
 
-def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_checkpoints_that_are_refused(tmp_path):
     state = e.Embedding(1 / 32, 16).state_dict()
-
-    def put(name, **config):
-        run.save(name, "embedding", config=dataclasses.asdict(settings(**config)), model=state)
-
-    put("good.pt")
-    assert equal(e.load_embedding("good.pt").state_dict(), state)
-    put("width.pt", width=0.125)
-    put("huge.pt", width=60)  # a small file that asks for a huge network
-    run.save("other.pt", "generator", model=state)
-    run.save("list.pt", "embedding", config=[1, 2], model=state)
-    begun = time.perf_counter()
-    for name in ("width.pt", "huge.pt", "other.pt", "list.pt", "absent.pt"):
-        with pytest.raises(run.UsageError, match=name) as error:
-            e.load_embedding(name)
-        assert "\n" not in str(error.value)
-        fits = name in ("other.pt", "absent.pt")
-        assert ("do not fit together" in str(error.value)) != fits
-    assert time.perf_counter() - begun < 10
+    good = dataclasses.asdict(settings())
+    huge = good | {"width": 60}  # a small file that asks for a huge network
+    for config in (good | {"width": 0.125}, huge, [1, 2], good):
+        run.save(tmp_path / "F.pt", "embedding", config=config, model=state)
+        if config is good:
+            assert equal(e.load_embedding(tmp_path / "F.pt").state_dict(), state)
+            continue
+        with pytest.raises(run.UsageError, match="F.pt.*do not fit together"):
+            e.load_embedding(tmp_path / "F.pt")
 
 
 def test_a_non_finite_step_names_itself_the_images_and_the_checkpoint(run_of, monkeypatch, capsys):
@@ -815,34 +765,28 @@ def test_a_non_finite_step_names_itself_the_images_and_the_checkpoint(run_of, mo
 
 
 def test_what_a_run_was_made_of_is_compared(run_of, capsys, interrupted_at):
-    """Other persons, another split, another G: one line that names the file, never a result that
-    mixes them."""
+    """Other persons, images or another G: one line that names the file, never a mixed result."""
     folder = run_of("made-of")
     flags = [*FLAGS, "--run", str(folder)]
-
-    def refused(text, argv, main=e.main):
-        capsys.readouterr()
-        assert main([str(v) for v in argv]) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if "rendering" not in line]
-        assert len(lines) == 1 and text in lines[0], lines
-
     with interrupted_at(e, "train_step", 4):
         assert e.main(flags) == 130
-    file, part = folder / "generator.pt", folder / "ours/training.ckpt"
-    good, content = file.read_bytes(), torch.load(file, weights_only=True)
-    torch.save(content | {"lord": {k: v / 2 for k, v in content["lord"].items()}}, file)
-    refused("training.ckpt: other settings: generator (", flags)
-    file.write_bytes(good)
-    good, state = part.read_bytes(), torch.load(part, weights_only=True)
-    torch.save(state | {"made_of": state["made_of"] | {"images": "0" * 16}}, part)
-    refused("training.ckpt: other settings: images (", flags)
-    part.write_bytes(good)
-    assert e.main(flags) == 0 and [line["step"] for line in log_of(folder / "ours")] == [2, 4, 6]
-    refused("people.json: another split: split seed (0 before, 5 now)", [*flags, "--split-seed", 5])
     found, split = data.open_run(e.parse(FLAGS)[0], folder)
     train, target = split.train[:-1] + split.target[:1], (*split.target[1:], split.train[-1])
     other = dataclasses.replace(split, train=train, target=target)
-    data.write_manifest(folder / "people.json", found, other)
-    refused("result.json: other settings: people (", flags)
-    few = ["--run", folder, "--targets", 2, "--intruders", 2]
-    refused("trained on other persons", few, attacks.main)
+    file, part, people = folder / "generator.pt", folder / "ours/training.ckpt", "people.json"
+    content, state = (torch.load(path, weights_only=True) for path in (file, part))
+    halved = content | {"lord": {k: v / 2 for k, v in content["lord"].items()}}
+    moved = state | {"made_of": state["made_of"] | {"images": "0" * 16}}
+    for name, path, change in (
+        ("generator", file, lambda: torch.save(halved, file)),
+        ("images", part, lambda: torch.save(moved, part)),
+        ("people", folder / people, lambda: data.write_manifest(folder / people, found, other)),
+    ):
+        good = path.read_bytes()
+        change()
+        capsys.readouterr()
+        assert e.main(flags) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "rendering" not in line]
+        assert len(lines) == 1 and f"training.ckpt: other settings: {name} (" in lines[0]
+        path.write_bytes(good)
+    assert e.main(flags) == 0 and [line["step"] for line in log_of(folder / "ours")] == [2, 4, 6]

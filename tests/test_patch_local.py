@@ -1,7 +1,5 @@
 """Patch-local recomputation is the full pass: at every layer boundary, in attacks, on and off."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,24 +7,23 @@ import torch.nn.functional as F
 import attacks
 import embed as e
 from kernels.masked_step import masked_step_ref
-from kernels.patch_local import PatchLocal, align, box_windows, local_attack, local_features
+from kernels.patch_local import (
+    PatchLocal,
+    align,
+    box_windows,
+    local_features,
+    local_views,
+    local_views_ref,
+)
 
 BOXES = {
     "centre": (27, 27, 10, 10),
     "corner": (0, 0, 10, 10),
-    "far corner": (54, 54, 10, 10),
-    "edge": (31, 0, 9, 11),
     "flush edge": (5, 50, 6, 14),
     "one pixel": (33, 32, 1, 1),
     "most of the image": (3, 2, 57, 61),
     "all of the image": (0, 0, 64, 64),
 }
-SWITCHES = [
-    ((27, 27, 10, 10), 7),
-    ((22, 22, 20, 20), 6),
-    ((24, 16, 16, 32), 6),
-    ((0, 0, 64, 64), 0),
-]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +54,18 @@ def compare(model, images, boxes, local):
 
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-@pytest.mark.parametrize("layers", range(19))
-def test_features_and_gradients_at_every_switch_over(model, box, layers):
+def test_features_and_gradients_at_every_switch_over(model, box):
     images, boxes = rand(2, 3, 64, 64), torch.tensor([box] * 2)
-    local = PatchLocal(model, images, boxes, layers)
-    assert local.layers == layers
-    differences, gradient = compare(model, images, boxes, local)
-    assert max(differences) < 1e-10 and gradient > 0
+    for layers in range(19):
+        local = PatchLocal(model, images, boxes, layers)
+        assert local.layers == layers
+        differences, gradient = compare(model, images, boxes, local)
+        assert max(differences) < 1e-10 and gradient > 0, layers
 
 
-@pytest.mark.parametrize("box, least", SWITCHES)
+@pytest.mark.parametrize(
+    "box, least", [((27, 27, 10, 10), 7), ((24, 16, 16, 32), 6), ((0, 0, 64, 64), 0)]
+)
 def test_float32_within_rounding_and_where_it_switches_by_itself(box, least):
     torch.manual_seed(1)
     model, images = e.Embedding(1 / 8), rand(4, 3, 64, 64).float()
@@ -78,25 +77,17 @@ def test_float32_within_rounding_and_where_it_switches_by_itself(box, least):
 
 
 def test_places_and_sizes_of_each_sample(model):
-    given = [[0, 0, 10, 10], [15, 20, 10, 10], [54, 54, 10, 10], [33, 7, 3, 12]]
-    given = torch.tensor([*given, [20, 39, 10, 10], [53, 1, 11, 9]])
+    boxes = [[0, 0, 10, 10], [15, 20, 10, 10], [54, 54, 10, 10], [33, 7, 3, 12]]
+    boxes = torch.tensor([*boxes, [20, 39, 10, 10], [53, 1, 11, 9]])
     images = rand(6, 3, 64, 64)
-    local = PatchLocal(model, images, align(given, 64, 64))
+    local = PatchLocal(model, images, align(boxes, 64, 64))
     low, high = local.boxes[:, :2], local.boxes[:, :2] + local.boxes[:, 2:]
-    assert (low <= given[:, :2]).all() and (high >= given[:, :2] + given[:, 2:]).all()
+    assert (low <= boxes[:, :2]).all() and (high >= boxes[:, :2] + boxes[:, 2:]).all()
     assert (low >= 0).all() and (high <= 64).all()
     assert (local.boxes[:, 2:] == local.boxes[0, 2:]).all() and local.layers >= 6
     assert max(compare(model, images, local.boxes, local)[0]) < 1e-10
-    same = torch.tensor([[15, 35, 10, 10], [15, 19, 10, 10]])
-    assert torch.equal(align(same, 64, 64), same)
-
-
-def test_one_patch_for_all(model):
-    images, patch = rand(3, 3, 64, 64), rand(1, 3, 10, 12, seed=3)
-    boxes = torch.tensor([[5, 9, 10, 12]] * 3)
-    for layers in (0, 1, 6, 18):
-        local = PatchLocal(model, images, boxes, layers)
-        assert torch.allclose(local(patch), local(patch.repeat(3, 1, 1, 1)), atol=1e-12)
+    alike = torch.tensor([[15, 35, 10, 10], [15, 19, 10, 10]])
+    assert torch.equal(align(alike, 64, 64), alike)
 
 
 def test_boxes_that_do_not_go_together(model):
@@ -115,25 +106,27 @@ def test_boxes_that_do_not_go_together(model):
 def test_inner_attack_on_windows_is_the_one_on_whole_images(model, monkeypatch):
     # in float64, where rounding turns no sign
     monkeypatch.setattr(e, "masked_step", masked_step_ref)
-    ran, rng = [], torch.Generator().manual_seed(3)
+    shapes, rng = [], torch.Generator().manual_seed(3)
     images, anchors = rand(24, 3, 64, 64), model(rand(24, 3, 64, 64, seed=1))
     alpha = torch.tensor([0.1, -0.1], dtype=torch.float64).repeat(12)
     boxes = e.draw_boxes(24, 64, 64, 1.0, (0.02, 0.2), (0.5, 2.0), rng)
     edges = [[0, 0, 5, 9], [57, 0, 7, 7], [0, 60, 12, 4], [61, 61, 3, 3]]
     boxes[:6] = torch.tensor([*edges, [0, 0, 64, 64], [9, 9, 0, 0]])
     call = PatchLocal.__call__
-    watched = lambda self, x: ran.append(x.shape) or call(self, x)
+    watched = lambda self, x: shapes.append(x.shape) or call(self, x)
     monkeypatch.setattr(PatchLocal, "__call__", watched)
-    attack = functools.partial(e.inner_attack, steps=3)
-    for several in (boxes, boxes[:1].repeat(24, 1), boxes[3:4]):
-        n, ran[:] = len(several), []
-        parts = (images[:n], anchors[:n], alpha[:n], several)
-        near, whole = local_attack(attack, model, *parts), attack(model, *parts)
-        assert ran and ran[0][2] < 64
+    for some in (boxes, boxes[:1].repeat(24, 1), boxes[3:4]):
+        n, shapes[:] = len(some), []
+        inputs = (model, images[:n], anchors[:n], alpha[:n], some, 3)
+        near = e.inner_attack(*inputs)
+        assert shapes and shapes[0][2] < 64
+        with monkeypatch.context() as patch:
+            patch.setattr(e, "local_views", local_views_ref)
+            whole = e.inner_attack(*inputs)
         assert float((near - whole).abs().max()) < 1e-9 and not torch.equal(whole, images[:n])
 
 
-def test_windows_lie_on_the_grid_around_their_boxes():
+def test_windows_lie_on_the_grid_around_their_boxes(model):
     rng = torch.Generator().manual_seed(3)
     boxes = e.draw_boxes(24, 64, 64, 1.0, (0.02, 0.2), (0.5, 2.0), rng)
     boxes[:2] = torch.tensor([[61, 61, 3, 3], [9, 9, 0, 0]])
@@ -145,100 +138,61 @@ def test_windows_lie_on_the_grid_around_their_boxes():
         assert bool((high >= boxes[rows, :2] + boxes[rows, 2:]).all()) and bool((high <= 64).all())
         assert bool((low % 4 == 0).all()) and len(window[:, 2:].unique(dim=0)) == 1
     assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(24))
+    images = rand(24, 3, 64, 64)
+    for (rows, place, inside, view), (_, window) in zip(local_views(model, images, boxes), groups):
+        top, left, h, w = window[3].tolist()
+        image = images[rows[3]]
+        assert torch.equal(images[place][3], image[:, top : top + h, left : left + w])
+        assert inside[3].tolist() == (boxes[rows[3]] - torch.tensor([top, left, 0, 0])).tolist()
+        assert torch.allclose(view(images[place]), model(images[rows]))
 
 
 # attacks
 
 
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
-def squares(n):
-    return torch.stack(
-        [attacks.square_mask(*place) for place in [(15, 35), (20, 30), (35, 15)][:n]]
-    )
-
-
-MASKS = {
-    "eyeglasses": attacks.eyeglasses_mask(),
-    "squares": squares(3),
-    "corner": attacks.square_mask(0, 54),
-    "square": attacks.square_mask(20, 20),
-}
-
-
-@pytest.fixture
-def on_and_off(monkeypatch):
-    """What a call gives with windows, and with whole images."""
-
-    def both(call):
-        on = call()
-        with monkeypatch.context() as patch:
-            patch.setattr(attacks, "local_features", None)
-            return on, call()
-
-    return both
+def on_and_off(monkeypatch, *inputs):
+    """Eq. (7)'s attack with windows, which must be what it is with whole images."""
+    on = attacks.tanh_attack(*inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "local_features", None)
+        off = attacks.tanh_attack(*inputs)
+    assert torch.allclose(on.images, off.images, rtol=0, atol=1e-9)
+    assert torch.allclose(on.distance, off.distance, atol=1e-9)
+    assert not torch.allclose(on.images, inputs[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("mirroring", [True, False], ids=["mirrored", "plain"])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_attack_is_the_same_on_and_off(model, on_and_off, mask, mirroring):
-    images, anchor, seen = rand(3, 3, 64, 64), model(rand(1, 3, 64, 64, seed=5))[0], []
-    effort = attacks.Effort(iterations=4, lr=0.1, restarts=2, chunk=4)
-    judge = attacks.Mirrored(model) if mirroring else model
-    handle = model.register_forward_hook(lambda *_: seen.append(1))
-    given = (judge, images, anchor, mask, effort)
-    on, off = on_and_off(lambda: attacks.tanh_attack(*given, seeded()))
-    handle.remove()
-    per_pass = 3 if mirroring else 2  # chunks of the six rows
-    scoring = 2 if mirroring else 1  # the best of one restart, and of two
-    # whole images only where it is switched off, to score, and thrice in the check
-    assert len(seen) == per_pass * 5 + 2 * (2 * scoring + 3)
-    assert torch.allclose(on.images, off.images, rtol=0, atol=1e-9)
-    assert torch.allclose(on.distance, off.distance, atol=1e-9)
-    assert not torch.allclose(on.images, images, atol=1e-3) and on.gradients == off.gradients
+def test_attack_is_the_same_on_and_off(model, monkeypatch, mirroring):
+    images, anchor = rand(3, 3, 64, 64), model(rand(1, 3, 64, 64, seed=5))[0]
+    judge, effort = attacks.Mirrored(model) if mirroring else model, attacks.Effort(4, 0.1, 2)
+    places = [attacks.square_mask(*place) for place in ((15, 35), (20, 30), (0, 54))]
+    for mask in (attacks.eyeglasses_mask(), torch.stack(places)):
+        assert local_features(model, images, attacks.mask_pixels(mask, images)) is not None
+        on_and_off(monkeypatch, judge, images, anchor, mask, effort)
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (112, 96), (150, 150), (33, 47)])
+@pytest.mark.parametrize("height, width", [(112, 96), (150, 150), (33, 47)])
 def test_attack_at_the_far_corner_of_another_size_is_the_same_on_and_off(
-    model, on_and_off, monkeypatch, height, width
+    model, monkeypatch, height, width
 ):
     """Maps with an odd number of rows, of which a max-pool drops the last."""
     whole = model.head
     monkeypatch.setattr(model, "head", lambda x: whole(F.adaptive_avg_pool2d(x, 2)))
     images, anchor = rand(2, 3, height, width), model(rand(1, 3, height, width, seed=5))[0]
     h, w = height * 10 // 64, width * 10 // 64
-    mask = attacks.square_mask(height - h, width - w, None, height, width)
+    mask = attacks.square_mask(height - h, width - w, height, width)
     pixels = attacks.mask_pixels(mask, images)
     assert local_features(model, images, pixels) is not None  # it is tried
-    given = (model, images, anchor, mask, attacks.Effort(3, 0.1, 1))
-    on, off = on_and_off(lambda: attacks.tanh_attack(*given, seeded()))
-    assert torch.allclose(on.images, off.images, rtol=0, atol=1e-9)
-    assert torch.allclose(on.distance, off.distance, atol=1e-9)
-    assert (on.distance < attacks.distances(model, images, anchor)).all()
+    effort = attacks.Effort(3, 0.1, 1)
+    on_and_off(monkeypatch, model, images, anchor, mask, effort)
 
 
-def test_square_and_universal_patch_are_the_same_on_and_off(model, on_and_off):
-    images, anchor = rand(2, 3, 64, 64), model(rand(1, 3, 64, 64, seed=5))[0]
-    places = [(15, 15), (20, 35), (35, 25)]
-    effort, search = attacks.Effort(2, 0.1, 1), attacks.Effort(2, 0.1)
-    given = (model, images, anchor)
-    on, off = on_and_off(lambda: attacks.square_attack(*given, places, effort, search, seeded()))
-    assert torch.equal(on.extra["row"], off.extra["row"])
-    assert torch.allclose(on.images, off.images, atol=1e-9)
-    mask, effort = attacks.eye_patch_mask(), attacks.Effort(3, 0.1, chunk=2)
-    on, off = on_and_off(lambda: attacks.universal_patch(*given, mask, effort, seeded())[0])
-    assert torch.allclose(on, off, atol=1e-9)
-
-
-def test_whole_images_and_transforms_fall_back(model):
-    images, anchor = rand(1, 3, 64, 64), torch.zeros(8, dtype=torch.double)
-    pixels = torch.arange(4096)[None]
+def test_whole_images_and_other_models_fall_back(model):
+    images, pixels = rand(1, 3, 64, 64), torch.arange(4096)[None]
     assert local_features(model, images, pixels, True) is None
     assert local_features(lambda x: x.flatten(1), images, pixels[:, :5], True) is None
-    same = torch.tensor([[[0.0, 0, 1, 0, 1]]], dtype=torch.double)
-    effort = attacks.Effort(1, restarts=1, eot=attacks.Eot(same, same[0]))
-    mask = attacks.square_mask(20, 20)
-    result = attacks.tanh_attack(model, images, anchor, mask, effort, seeded())
-    assert result.images.shape == images.shape
+    boxes = torch.tensor([[0, 0, 64, 64]])
+    for embed in (model, lambda x: x.flatten(1)):
+        ((rows, place, inside, view),) = local_views(embed, images, boxes)
+        assert torch.equal(images[place], images[rows]) and torch.equal(images[rows], images)
+        assert torch.equal(inside, boxes) and view is embed
