@@ -1277,10 +1277,8 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
     result |= {"crop": faces.crop, "persons": len(persons), "data": faces.data}
     result["threshold"] = genuine_threshold(embed, images, person)
     run.write(args.run / name / "result.json", result)
-    # the figures that need rows of their own
-    needs = {"intruders": "eyeglasses", "7": "square"}
-    figures = [key for key, attack in needs.items() if (rows / f"{attack}.csv").exists()]
-    return run.run_stage("metrics", ["--run", str(args.run), "--figures", "6", "roc", *figures])
+    figures = ["6", "roc", *(["7"] if "square" in config.attacks else [])]
+    return run.run_stage("metrics", ["--run", str(args.run), "--figures", *figures])
 
 
 def attack_run(argv: Sequence[str] | None) -> int:

@@ -19,9 +19,9 @@ from data.model import model_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-NAMES = ("clean", "eyeglasses", "square", "evasion", "rule")
+NAMES = ("clean", "eyeglasses", "square", "evasion")
 SMALL = "--min-images 4 --targets 2 --intruders 2 --clean-intruders 4 --iterations 3"
-SMALL += " --evasion-iterations 3 --square-stride 20 --rule-mask 40 --size 32"
+SMALL += " --evasion-iterations 3 --square-stride 20 --size 32"
 # the mean colours of a four by four grid, as a function, a module, and what makes one
 NET = """
 import torch
@@ -64,12 +64,9 @@ def batched(x): return flat(x) - flat(x).mean(0)
 def detached(x): return flat(x.detach())
 def rounded(x): return flat((x * 255).round())
 def inplace(x): return flat(x.sub_(0.5))
-norm = torch.nn.BatchNorm1d(48)
-def training(x): return norm(flat(x))
-def elsewhere(x): return flat(x).to("meta")
 def late(x):
     seen.append(len(x))
-    return flat(x) / (len(seen) < 9)
+    return flat(x) / (len(seen) < 10)
 """
 
 
@@ -96,6 +93,7 @@ def home(tmp_path_factory):
     write_people(home / "people")
     (home / "net.py").write_text(NET)
     (home / "bad.py").write_text(BAD)
+    (home / "broken.py").write_text("1 / 0\n")
     return home
 
 
@@ -120,91 +118,67 @@ def table(folder, attack):
         return list(csv.DictReader(file))
 
 
-def pairs_of(folder, attack):
-    rows = table(folder, attack)
-    return {
-        (r["target"], r["candidate"]): float(r["distance"]) for r in rows if r["role"] == "intruder"
-    }
+def pairs_of(folder, attack, column="distance"):
+    rows = [row for row in table(folder, attack) if row["role"] == "intruder"]
+    return {(row["target"], row["candidate"]): float(row[column]) for row in rows}
 
 
-@pytest.mark.parametrize("size", [32, 45, 64])
+@pytest.mark.parametrize("size", [32, 45])
 def test_one_command_judges_it_at_any_size(home, judge, size):
     run = f"sized-{size}"
     status, out, errors = judge("net.py:embed", "--size", str(size), "--run", run)
     assert (status, errors) == (0, [])
     lines = out.splitlines()
     assert "runs this Python code" in lines[0]
-    told = f"net-embed: {size} x {size}, crop none, 2 targets of 4 persons, 4 pairs, preset model"
-    assert any(line.startswith(told) for line in lines), out
+    line = f"net-embed: {size} x {size}, crop none, 2 targets of 4 persons, 4 pairs, preset model"
+    assert any(text.startswith(line) for text in lines), out
     assert "clean AU-ROC 1.000, 24 genuine of 120 pairs" in lines and "WARNING" not in out
-    assert sys.modules["of_user_net"].sizes == [(3, size, size)] * len(
-        sys.modules["of_user_net"].sizes
-    )
-    folder = home / run / "net-embed/attacks"
-    counts = {"clean": 2 * (3 + 4), "evasion": 2 * 3, "rule": 2 * (3 + 2)}
+    assert {*sys.modules["of_user_net"].sizes} == {(3, size, size)}
+    folder, counts = home / run / "net-embed/attacks", {"clean": 2 * (3 + 4), "evasion": 2 * 3}
     for name in NAMES:
-        found = table(folder, name)
-        assert len(found) == counts.get(name, 2 * 2), name
+        assert len(table(folder, name)) == counts.get(name, 2 * 2), name
         about = json.loads((folder / f"{name}.json").read_text())
         assert about["model"] == "net.py:embed" and about["config"]["size"] == size
         assert about["outside_mask_max"] == 0.0
-        assert name == "clean" or about["reproducible"] is True
     clean = {(r["target"], r["candidate"]): float(r["distance"]) for r in table(folder, "clean")}
     for name, sign in (("eyeglasses", -1), ("square", -1), ("evasion", 1)):
-        moved = [
-            float(r["distance"]) - clean[r["target"], r["candidate"]] for r in table(folder, name)
-        ]
-        assert all(sign * change > 0 for change in moved), name
+        for row in table(folder, name):
+            moved = float(row["distance"]) - clean[row["target"], row["candidate"]]
+            assert sign * moved > 0, name
     with np.load(folder / "eyeglasses.npz") as shown:
         assert shown["attacked"].shape[2:] == (3, size, size)
-        assert shown["mask"][0].sum() == attacks.eyeglasses_mask(size, size).sum()
+        assert (shown["mask"][0] == attacks.eyeglasses_mask(size, size).numpy()).all()
     figures = metrics.summary(home / run)["net-embed"]
-    drawn = {path.name for path in (home / run / "figures").glob("*.png")}
-    assert {"figure6.png", "figure7.png", "roc.png", "places.png"} <= drawn
     assert figures["clean"]["auroc"] == 1.0 and {*figures} >= {*NAMES}
-    assert sum(line.startswith("net-embed ") for line in lines) >= 2 * len(NAMES)  # and its table
+    assert sum(text.startswith("net-embed ") for text in lines) >= 2 * len(NAMES)  # and its table
     assert (home / run / "tables.md").exists() and not (home / run / "people.json").exists()
 
 
 @pytest.mark.parametrize("name", ["module", "make", "Net", "net_for_test"])
-def test_a_module_what_makes_one_and_a_package_are_the_function(home, judge, name, monkeypatch):
+def test_a_module_what_makes_one_and_a_package_are_the_function(home, judge, name):
     flags = ("--attacks", "clean,eyeglasses", "--targets", "1")
     assert judge("net.py:embed", *flags, "--run", "forms")[0] == 0
-    model = f"net.py:{name}"
+    model, folder = f"net.py:{name}", f"net-{name}"
     if name == "net_for_test":  # a module of a package
-        (home / "package").mkdir(exist_ok=True)
+        (home / "package").mkdir()
         shutil.copy(home / "net.py", home / "package/net_for_test.py")
-        model = "package.net_for_test:make"
-    assert judge(model, *flags, "--run", "forms")[0] == 0
-    folder = model_name(model)
-    assert folder == {"net_for_test": "package.net_for_test-make"}.get(name, f"net-{name}")
-    for attack in flags[1].split(","):
+        model, folder = "package.net_for_test:make", "package.net_for_test-make"
+    assert judge(model, *flags, "--run", "forms")[0] == 0 and model_name(model) == folder
+    for attack in ("clean", "eyeglasses"):
         one, two = (table(home / "forms" / m / "attacks", attack) for m in ("net-embed", folder))
         assert one == two and len(one) > 1
 
 
-def test_a_module_normalises_for_itself(home, judge):
-    (home / "normal.py").write_text(
-        NET
-        + """
-class Normal(Net):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor([0.3, 0.5, 0.6]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.1, 0.2, 0.4]).view(3, 1, 1))
-
-    def forward(self, images):
-        return super().forward((images - self.mean) / self.std)
-"""
-    )
-    assert judge("normal.py:Normal", "--attacks", "clean", "--run", "normal")[0] == 0
-    faces = data.load("folder", "people", size=32)
-    images = faces.images.double() / 255 / torch.tensor([0.1, 0.2, 0.4]).view(3, 1, 1)
+def test_a_module_normalises_for_itself_and_rows_are_its_distances(home, judge):
+    normal = NET.replace("adaptive_avg_pool2d(images", "adaptive_avg_pool2d((images - 0.3) / 0.2")
+    (home / "normal.py").write_text(normal)
+    assert judge("normal.py:Net", "--attacks", "clean", "--run", "normal")[0] == 0
+    images = data.load("folder", "people", size=32).images.double() / 255
 
     def features(images):
-        return 2 * torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+        return 2 * torch.nn.functional.adaptive_avg_pool2d((images - 0.3) / 0.2, 4).flatten(1)
 
-    rows = table(home / "normal/normal-Normal/attacks", "clean")
+    rows = table(home / "normal/normal-Net/attacks", "clean")
     for row in rows:
         anchor, candidate = (images[int(row[k])][None] for k in ("anchor", "candidate"))
         views = features(torch.cat([candidate, candidate.flip(3)])) - features(anchor)
@@ -213,17 +187,12 @@ class Normal(Net):
     assert len(rows) == 14
 
 
-def test_a_class_of_torch_is_a_model_and_runs_go_by_photographs_and_name(home, judge):
-    assert judge("torch.nn:Flatten", "--attacks", "clean", "--data", "folder")[0] == 0
-    assert len(table(home / "runs/people-torch.nn-Flatten/torch.nn-Flatten/attacks", "clean")) == 14
-
-
-def test_a_file_named_as_a_script_hides_none_and_its_folder_is_searched(home, judge):
-    other = home / "other"
-    other.mkdir()
-    (other / "helper_for_test.py").write_text("half = 0.5\n")
-    (other / "embed.py").write_text("from helper_for_test import half\n" + NET)
-    assert judge("other/embed.py:embed", "--attacks", "clean", "--run", "hides")[0] == 0
+def test_runs_go_by_photographs_and_name_and_a_file_named_as_a_script_hides_none(home, judge):
+    (home / "other").mkdir()
+    (home / "other/helper_for_test.py").write_text("half = 0.5\n")
+    (home / "other/embed.py").write_text("from helper_for_test import half\n" + NET)
+    assert judge("other/embed.py:embed", "--attacks", "clean")[0] == 0
+    assert len(table(home / "runs/people-embed-embed/embed-embed/attacks", "clean")) == 14
     assert Path(embed.__file__).parent == ROOT
 
 
@@ -235,7 +204,7 @@ def test_goes_on_after_a_stop_and_refuses_another_model_or_size(home, judge, int
     with interrupted_at(attacks, "attack_target", 0) as calls:
         assert judge("changing.py:make", *flags)[0] == 2 and len(calls) == 1  # no clean rows
     status, out, _ = judge("changing.py:make", *flags, "--attacks", "clean,eyeglasses")
-    assert status == 0 and "changing-make eyeglasses: kept" in out
+    assert status == 0 and "changing-make eyeglasses: " in out and "kept" in out
     status, _, errors = judge("changing.py:make", *flags, "--size", "48")
     assert status == 2 and "size (32 before, 48 now)" in errors[0]
     (home / "changing.py").write_text(NET.replace("tensor(2.0)", "tensor(3.0)"))
@@ -245,68 +214,57 @@ def test_goes_on_after_a_stop_and_refuses_another_model_or_size(home, judge, int
 
 def test_weights_that_the_file_reads_count_as_the_model(home, judge):
     (home / "reads.py").write_text(NET + "\ninner.load_state_dict(torch.load('weights.pt'))\n")
-    flags = ("--attacks", "clean", "--run", "reads")
     for scale, status in ((1.0, 0), (1.0, 0), (1.5, 2)):
         torch.save({"scale": torch.tensor(scale)}, home / "weights.pt")
-        assert judge("reads.py:embed", *flags)[0] == status, scale
+        assert judge("reads.py:embed", "--attacks", "clean", "--run", "reads")[0] == status, scale
 
 
-@pytest.mark.parametrize(
-    "model, flags, told",
-    [
-        ("nowhere.py:embed", (), "no such file nowhere.py"),
-        ("net.py:nobody", (), "net.py has no nobody"),
-        ("net.py", (), "give FILE.py:NAME or package.module:NAME"),
-        ("no_such_package.net:embed", (), "cannot be loaded: ModuleNotFoundError"),
-        ("broken.py:embed", (), "cannot be loaded: ZeroDivisionError"),
-        ("net.py:number", (), "number is a int, wanted a function of images"),
-        ("net.py:Needs", (), "Needs is a type, wanted"),
-        ("bad.py:fails", (), "fails on the first images, cpu: RuntimeError"),
-        ("bad.py:stops", (), "fails on the first images, cpu: SystemExit: no licence"),
-        ("bad.py:deep", (), "gives float32 (2, 3, 32, 32) for 2 images, wanted float (2, D)"),
-        ("bad.py:words", (), "gives str for 2 images"),
-        ("bad.py:infinite", (), "not finite"),
-        ("bad.py:restless", (), "answers an image differently a second time"),
-        ("bad.py:batched", (), "answers an image differently alone and in a batch"),
-        ("bad.py:training", (), "BatchNorm1d in training mode"),
-        ("bad.py:detached", (), "no gradient reaches the images"),
-        ("bad.py:rounded", (), "the gradient for the images is zero"),
-        ("bad.py:inplace", (), "changes the images that it is given"),
-        ("bad.py:elsewhere", (), "fails on the first images, cpu: "),
-        ("bad.py:late", (), "not finite"),
-        ("net.py:embed", ("--size", "31"), "--size 31: give a number from 32 to 256"),
-        ("net.py:embed", ("--size", "257"), "--size 257: give a number from 32 to 256"),
-        ("net.py:embed", ("--min-images", "5"), "nobody has 5 images"),
-        ("net.py:embed", ("--attacks", "indirect"), "needs the generator"),
-        ("net.py:embed", ("--method", "ours"), "--method"),
-        ("net.py:embed", ("--distance", "taxi"), "--distance"),
-        ("net.py:embed", ("--root", "one"), "one person alone has no intruders"),
-        ("net.py:embed", ("--root", "nowhere"), "nowhere"),
-    ],
-)
-def test_what_cannot_be_judged_is_one_line_and_writes_nothing(home, judge, model, flags, told):
-    (home / "broken.py").write_text("1 / 0\n")
+WRONG = {
+    "nowhere.py:embed": "no such file nowhere.py",
+    "net.py:nobody": "net.py has no nobody",
+    "net.py": "give FILE.py:NAME or package.module:NAME",
+    "no_such_package.net:embed": "cannot be loaded: ModuleNotFoundError",
+    "broken.py:embed": "cannot be loaded: ZeroDivisionError",
+    "net.py:number": "number is a int, wanted a function of images",
+    "net.py:Needs": "Needs is a type, wanted",
+    "bad.py:fails": "fails on the first images, cpu: RuntimeError",
+    "bad.py:stops": "fails on the first images, cpu: SystemExit: no licence",
+    "bad.py:deep": "gives Tensor [2, 3, 32, 32] for 2 images, wanted (2, D)",
+    "bad.py:words": "gives str",
+    "bad.py:infinite": "not finite",
+    "bad.py:restless": "answers an image differently alone and in a batch",
+    "bad.py:batched": "answers an image differently alone and in a batch",
+    "bad.py:detached": "no gradient reaches the images",
+    "bad.py:rounded": "the gradient for the images is zero",
+    "bad.py:inplace": "changes its images in place",
+    "bad.py:late": "not finite",
+    "net.py:embed --size 31": "--size 31: give a number from 32 to 256",
+    "net.py:embed --min-images 5": "nobody has 5 images",
+    "net.py:embed --attacks indirect": "needs the generator",
+    "net.py:embed --method ours": "--method",
+    "net.py:embed --distance taxi": "--distance",
+    "net.py:embed --root one": "one person alone has no intruders",
+    "net.py:embed --root nowhere": "nowhere",
+    "net.py:embed --mask nowhere.png": "nowhere.png",
+    "net.py:embed --mask black.png": "of one colour",
+    "net.py:embed --judge bad.py:detached": "--judge bad.py:detached: no gradient",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_cannot_be_judged_is_one_line_and_writes_no_rows(home, judge, words):
     if not (home / "one").exists():
         write_people(home / "one", persons=1)
+        Image.new("RGB", (90, 60)).save(home / "black.png")
+    model, *flags = words.split()
     status, _, errors = judge(model, *flags, "--run", "bad")
     assert status == 2 and len(errors) == 1, errors
-    assert told in errors[0] and not (home / "bad").exists()
+    assert WRONG[words] in errors[0] and not [*home.glob("bad/*/attacks/*.csv")]
 
 
-def test_flags_that_need_others_are_one_line(home, judge, monkeypatch, capsys):
+def test_photographs_are_needed(judge):
     status, _, errors = judge("net.py:embed", root="")
     assert status == 2 and "give --data folder --root PHOTOS" in errors[0]
-    (home / "run").mkdir()
-    (home / "run/run.json").write_text(json.dumps({"data": "synthetic"}))
-    for flags, told in (
-        (("--size", "112"), "--size 112"),
-        (("--distance", "cosine"), "--distance cosine"),
-        (("--person-folder", "first"), "--person-folder"),
-        (("--judge", "net.py:embed"), "--judge"),
-    ):
-        assert attacks.main(["--run", "run", *flags]) == 2
-        assert told in capsys.readouterr().err
-    assert [path.name for path in (home / "run").iterdir()] == ["run.json"]
 
 
 def test_a_low_clean_figure_names_the_cause_and_shows_the_picture(home, judge):
@@ -318,11 +276,9 @@ def test_a_low_clean_figure_names_the_cause_and_shows_the_picture(home, judge):
     assert float(warning.split()[1]) < 0.75 and "frame, crop or range may be wrong" in warning
     picture = home / "bgr/bgr-embed/input.png"
     assert str(picture.relative_to(home)) in warning
-    seen = np.asarray(Image.open(picture))
-    person = np.asarray(
-        Image.open(home / "blue/p2/0.png").resize((32, 32), Image.Resampling.BICUBIC)
-    )
-    assert seen.shape == (32, 6 * 32, 3) and np.abs(seen[:, 64:96].astype(int) - person).max() < 9
+    seen, size = np.asarray(Image.open(picture)).astype(int), (32, 32)
+    person = Image.open(home / "blue/p2/0.png").resize(size, Image.Resampling.BICUBIC)
+    assert seen.shape == (32, 6 * 32, 3) and np.abs(seen[:, 64:96] - np.asarray(person)).max() < 9
 
 
 def test_cosine_is_asked_for_where_the_norm_says_nothing(home, judge):
@@ -340,7 +296,7 @@ def test_cosine_is_asked_for_where_the_norm_says_nothing(home, judge):
     assert max(float(row["distance"]) for row in rows) <= 2
 
 
-def test_photographs_of_a_target_are_limited_and_persons_found_two_folders_deep(home, judge):
+def test_photographs_of_a_target_are_limited_and_persons_lie_two_folders_deep(home, judge):
     for p in range(4):
         shutil.copytree(home / f"people/p{p}", home / f"deep/p{p}/monday")
         shutil.copytree(home / f"people/p{p}", home / f"deep/p{p}/tuesday")
@@ -354,146 +310,68 @@ def test_photographs_of_a_target_are_limited_and_persons_found_two_folders_deep(
 
 
 def test_a_mask_of_ones_own_is_one_more_attack(home, judge):
-    Image.new("RGB", (90, 60)).save(home / "black.png")
     picture = Image.new("L", (96, 96))
     picture.paste(255, (24, 48, 60, 72))
     picture.save(home / "own.png")
-    flags = ("--attacks", "clean", "--size", "48", "--run", "masked", "--mask")
-    for name, told in (("black.png", "of one colour"), ("nowhere.png", "nowhere.png")):
-        status, _, errors = judge("net.py:embed", *flags, name)
-        assert status == 2 and told in errors[0] and not (home / "masked").exists()
-    status, out, _ = judge("net.py:embed", *flags, "own.png")
+    flags = ("--attacks", "clean", "--size", "48", "--run", "masked", "--mask", "own.png")
+    status = judge("net.py:embed", *flags)[0]
     folder = home / "masked/net-embed/attacks"
     with np.load(folder / "mask.npz") as shown:
         mask, changed = shown["mask"][0], (shown["clean"] != shown["attacked"]).any((1, 2))
     wanted = np.zeros((48, 48), bool)
     wanted[24:36, 12:30] = True
     assert status == 0 and (mask == wanted).all() and not (changed & ~wanted).any()
-    clean, found = (pairs_of(folder, attack) for attack in ("clean", "mask"))
-    assert found and all(d < clean[pair] for pair, d in found.items())
-    assert (
-        "net-embed     mask " in out
-        and "net-embed mask: kept" in judge("net.py:embed", *flags, "own.png")[1]
-    )
+    clean, attacked = (pairs_of(folder, attack) for attack in ("clean", "mask"))
+    assert attacked and all(d < clean[pair] for pair, d in attacked.items())
+    assert "kept" in judge("net.py:embed", *flags)[1]
     picture.paste(255, (0, 0, 10, 10))
     picture.save(home / "own.png")
-    status, _, errors = judge("net.py:embed", *flags, "own.png")
+    status, _, errors = judge("net.py:embed", *flags)
     assert status == 2 and "mask (" in errors[0] and "--overwrite" in errors[0]
 
 
-def test_a_second_model_sees_the_patches_made_on_the_first(home, judge):
+def test_a_second_model_measures_what_was_made_on_the_first(home, judge):
+    """The column `judge`: its distances for the very same images, of 8 bits, mirrored too."""
     (home / "second.py").write_text(NET.replace("images, 4", "images, 8"))
-    flags = ("--attacks", "clean,eyeglasses", "--run", "judged", "--judge")
-    assert judge("net.py:embed", *flags, "net.py:embed")[2][0].count("give its file another name")
-    status, _, errors = judge("net.py:embed", *flags, "bad.py:detached")
-    assert status == 2 and "--judge bad.py:detached: no gradient" in errors[0]
-    assert not (home / "judged").exists()
-    status, out, _ = judge("net.py:embed", *flags, "second.py:embed")
+    flags = ("--attacks", "clean,eyeglasses", "--run", "judged")
+    status, out, _ = judge("net.py:embed", *flags, "--judge", "second.py:embed")
     assert status == 0 and "second-embed: clean AU-ROC 1.000" in out
-    assert "OK       transfer: does not beat the white box in second-embed" in out
-    folder = home / "judged/second-embed/attacks"
-    white, found = (pairs_of(folder, attack) for attack in ("eyeglasses", "transfer"))
-    assert {*white} == {*found} and sum(found.values()) > sum(white.values())
-    # the very images of the first model's rows, where both chose the same anchor, of 8 bits
-    second, first = sys.modules["of_user_second"].inner, home / "judged/net-embed/attacks"
-    with np.load(first / "eyeglasses.npz") as shown, np.load(folder / "transfer.npz") as seen:
+    folder, second = home / "judged/net-embed/attacks", sys.modules["of_user_second"].inner
+    assert not (home / "judged/second-embed").exists()
+    white, other = (pairs_of(folder, "eyeglasses", k) for k in ("distance", "judge"))
+    clean = pairs_of(folder, "clean", "judge")
+    assert sum(other.values()) > sum(white.values()) and {*other} <= {*clean}
+    with np.load(folder / "eyeglasses.npz") as shown, torch.no_grad():
         for t, target in enumerate(shown["target"]):
-            if (shown["anchor"][t] == seen["anchor"][t]).all():
-                assert (shown["attacked"][t] == seen["attacked"][t]).all()
-            images, anchor = (
-                torch.from_numpy(seen[k][t]).float() / 255 for k in ("attacked", "anchor")
-            )
-            with torch.no_grad():
-                views = torch.stack([second(x) for x in (images, images.flip(3))])
-                d = (views - second(anchor[None])).square().sum(2).mean(0).sqrt()
-            for candidate, distance in zip(seen["candidate"][t], d):
-                told = found[str(target), str(candidate)]
-                assert told == pytest.approx(distance.item(), rel=1e-5), "not as a saved picture"
-    (home / "net2.py").write_text(NET + "\n")  # another source is another attack
-    status, _, errors = judge("net2.py:embed", *flags, "second.py:embed")
-    assert status == 2 and "source (" in errors[0]
-    status, _, errors = judge("net.py:embed", *flags[:2], "--run", "judged", "--judge", "")
-    assert status == 0
-
-
-def test_the_universal_patch_is_a_picture_to_print(home, judge):
-    flags = ("--attacks", "clean,eye_patch", "--patch-train", "4", "--patch-iterations", "3")
-    assert judge("net.py:embed", *flags, "--size", "64", "--run", "printed")[0] == 0
-    folder = home / "printed/net-embed/attacks"
-    with np.load(folder / "eye_patch.npz") as shown:
-        for t, target in enumerate(shown["target"]):
-            patch = np.asarray(Image.open(folder / f"eye_patch/{target}.png"))
-            mask = shown["mask"][t]
-            assert (patch[..., 3] == 255 * mask).all() and patch.shape == (64, 64, 4)
-            attacked = shown["attacked"][t].transpose(0, 2, 3, 1)
-            assert len(attacked) and (attacked[:, mask] == patch[mask][:, :3]).all()
-
-
-@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-def test_verify_asks_the_model_by_the_threshold_of_its_run(home, judge, distance, capsys):
-    shutil.copy(home / "net.py", home / "asked.py")
-    run = f"asked-{distance}"
-    flags = ("--attacks", "clean", "--size", "48", "--distance", distance, "--run", run)
-    assert judge("asked.py:embed", *flags)[0] == 0
-    held = json.loads((home / run / "asked-embed/result.json").read_text())
-
-    def verify(one, two, model="asked.py:embed", run=run):
-        capsys.readouterr()
-        status = embed.main(["--verify", one, two, "--model", model, "--run", run])
-        return status, *capsys.readouterr()
-
-    def features(path):
-        image = data.load_image(path, size=48).float()[None] / 255
-        both = sys.modules["of_user_asked"].inner(torch.cat([image, image.flip(3)]))
-        return torch.nn.functional.normalize(both) if distance == "cosine" else both
-
-    apart = {"p0": [], "p1": []}  # from p0/0.png
-    for person, found in apart.items():
-        for k in range(4):
-            status, out, _ = verify("people/p0/0.png", f"people/{person}/{k}.png")
-            assert status == 0 and ("NOT the same" in out) == (person == "p1")
-            told = f"threshold {held['threshold']:.3f} (5 % of the genuine pairs of 4 persons"
-            assert told in out
-            found.append(float(out.split()[1]))
-            views = features(f"people/{person}/{k}.png") - features("people/p0/0.png")[:1]
-            d = views.square().sum(1).mean().sqrt().item()
-            assert found[-1] == pytest.approx(d, abs=6e-4)
-    assert max(apart["p0"]) < held["threshold"] < min(apart["p1"])
-    for given, told in (
-        (("people/p0/0.png", "nowhere.png"), "nowhere.png"),
-        (("people/p0/0.png", "people/p1/0.png", "net.py:embed"), "net-embed/result.json: no such"),
-        (("people/p0/0.png", "people/p1/0.png", "asked.py:embed", "none"), "name its --run"),
-    ):
-        status, _, err = verify(*given)
-        assert status == 2 and told in err and err.count("\n") == 1, err
-    (home / "asked.py").write_text(NET.replace("tensor(2.0)", "tensor(3.0)"))
-    status, _, err = verify("people/p0/0.png", "people/p1/0.png")
-    assert status == 2 and "its file or weights are not those" in err
-    assert embed.main(["--model", "asked.py:embed"]) == 2
-    assert "--model: it is that of --verify" in capsys.readouterr().err
+            images, anchor = (torch.from_numpy(shown[k][t]) / 255 for k in ("attacked", "anchor"))
+            views = torch.stack([second(x) for x in (images, images.flip(3))])
+            d = (views - second(anchor[None])).square().sum(2).mean(0).sqrt().tolist()
+            seen = [other[str(target), str(candidate)] for candidate in shown["candidate"][t]]
+            assert seen == pytest.approx(d, rel=1e-5)
+    status, _, errors = judge("net.py:embed", *flags)  # the first alone is another table
+    assert status == 2 and "judge (" in errors[0]
 
 
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no trained descriptor here")
-@pytest.mark.parametrize("size", [64, 112, 150])
-def test_a_trained_descriptor_at_its_own_size(home, judge, size):
-    if not (home / "lfw").exists():
-        big = [p for p in sorted((SHARED / "lfw").iterdir()) if len([*p.iterdir()]) >= 4][:5]
-        for person in big:
-            (home / "lfw" / person.name).mkdir(parents=True)
-            for photograph in sorted(person.iterdir())[:4]:
-                shutil.copy(photograph, home / "lfw" / person.name)
+def test_a_trained_descriptor_at_its_own_size(home, judge):
+    big = [p for p in sorted((SHARED / "lfw").iterdir()) if len([*p.iterdir()]) >= 4][:5]
+    for person in big:
+        (home / "lfw" / person.name).mkdir(parents=True)
+        for photograph in sorted(person.iterdir())[:4]:
+            shutil.copy(photograph, home / "lfw" / person.name)
     model = f"{SHARED / 'models' / 'facenet128.py'}:embed"
-    flags = ("--size", str(size), "--run", f"lfw-{size}", "--attacks", "clean")
-    status, out, _ = judge(model, *flags, "--targets", "1", root="lfw")
-    given = next(line for line in out.splitlines() if line.startswith("clean AU-ROC"))
-    assert status == 0 and float(given.split()[2].strip(",")) > 0.97 and "crop lfw" in out
+    flags = ("--size", "112", "--run", "lfw-112", "--attacks", "clean", "--targets", "1")
+    status, out, _ = judge(model, *flags, root="lfw")
+    line = next(line for line in out.splitlines() if line.startswith("clean AU-ROC"))
+    assert status == 0 and float(line.split()[2].strip(",")) > 0.97 and "crop lfw" in out
 
 
 def test_which_attacks_a_model_meets():
-    def asked(*flags):
-        return attacks.parse(["--model=net.py:f", "--data=folder", "--root=.", *flags])[0].attacks
+    def attacks_of(*flags):
+        flags = ["--model=net.py:f", "--data=folder", "--root=.", *flags]
+        return attacks.parse(flags)[0].attacks
 
-    usual = ("clean", "eyeglasses", "square", "evasion", "rule")
-    assert asked() == asked("--preset", "paper") == usual
-    assert asked("--attacks", "clean,eyeglasses") == ("clean", "eyeglasses")
-    assert asked("--attacks", "all") == tuple(a for a in attacks.ATTACKS if a != "indirect")
+    assert attacks_of() == attacks_of("--preset", "paper") == NAMES
+    assert attacks_of("--attacks", "clean,eyeglasses") == ("clean", "eyeglasses")
+    every = tuple(name for name in attacks.ATTACKS if name != "indirect")
+    assert attacks_of("--attacks", "all") == every
