@@ -419,13 +419,9 @@ except ImportError:
 def patched_features(embed: Embed, images: Tensor, pixels: Tensor) -> Embed:
     """Return the function that gives the features of images (n, C, H, W) with a patch (n, C, P)
     pasted over pixels (n, P)."""
-    local = None
-    if local_features is not None:  # what lies around the patch is computed once
-        mirroring = type(embed) is Mirrored
-        local = local_features(embed.embed if mirroring else embed, images, pixels, mirroring)
-    if local is None:
-        return lambda patch: embed(paste(images, patch, pixels))
-    return lambda patch: local(patch).unflatten(0, (-1, len(patch))).transpose(0, 1)  # (n, V, D)
+    # what lies around the patch is computed once, where the layers of embed can be followed
+    local = local_features and local_features(embed, images, pixels)
+    return local or (lambda patch: embed(paste(images, patch, pixels)))
 
 
 class SignSteps:

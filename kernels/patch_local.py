@@ -197,14 +197,14 @@ def local_views(
         yield rows, place, torch.cat([boxes[rows, :2] - corner, boxes[rows, 2:]], 1), view
 
 
-def local_features(
-    embed: Any, images: Tensor, pixels: Tensor, mirroring: bool = False
-) -> Callable[[Tensor], Tensor] | None:
-    """Make the function values (N, C, P) -> features (N, D) of `images` (N, C, H, W) with these
-    pixels (N, P) replaced; with mirroring (2 N, D), those of their mirrors last. None where embed
-    has no layers to follow, or the pixels lie too far apart to gain anything.
+def local_features(embed: Any, images: Tensor, pixels: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Make the function values (N, C, P) -> features (N, V, D) of `images` (N, C, H, W) with these
+    pixels (N, P) replaced. embed: F, or embed.py's `Mirrored` of it, two views. None where F has no
+    layers to follow, or the pixels lie too far apart to gain anything.
     """
     N, C, H, W = images.shape
+    mirroring = type(embed).__name__ == "Mirrored"
+    embed = embed.embed if mirroring else embed
     if not is_supported(embed) or not pixels.shape[1]:
         return None
     row, col = pixels // W, pixels % W  # (N, P)
@@ -221,7 +221,10 @@ def local_features(
     inside = (k // w + top[:, None]) * W + k % w + left[:, None]  # (V * N, h * w)
     crop = images.flatten(2).gather(2, inside[:, None].expand(-1, C, -1))  # (V * N, C, h * w)
     index = ((row - top[:, None]) * w + col - left[:, None])[:, None].expand(-1, C, -1)
-    views = len(crop) // N
-    return lambda values: local(
-        crop.scatter(2, index, values.repeat(views, 1, 1)).unflatten(2, (h, w))
-    )
+    V = len(crop) // N
+
+    def features_of(values: Tensor) -> Tensor:
+        patch = crop.scatter(2, index, values.repeat(V, 1, 1)).unflatten(2, (h, w))
+        return local(patch).unflatten(0, (V, N)).transpose(0, 1)  # (N, V, D)
+
+    return features_of

@@ -167,7 +167,7 @@ def test_attack_is_the_same_on_and_off(model, monkeypatch, mirroring):
     judge, effort = attacks.Mirrored(model) if mirroring else model, attacks.Effort(4, 0.1, 2)
     places = [attacks.square_mask(*place) for place in ((15, 35), (20, 30), (0, 54))]
     for mask in (attacks.eyeglasses_mask(), torch.stack(places)):
-        assert local_features(model, images, attacks.mask_pixels(mask, images)) is not None
+        assert local_features(judge, images, attacks.mask_pixels(mask, images)) is not None
         on_and_off(monkeypatch, judge, images, anchor, mask, effort)
 
 
@@ -189,8 +189,8 @@ def test_attack_at_the_far_corner_of_another_size_is_the_same_on_and_off(
 
 def test_whole_images_and_other_models_fall_back(model):
     images, pixels = rand(1, 3, 64, 64), torch.arange(4096)[None]
-    assert local_features(model, images, pixels, True) is None
-    assert local_features(lambda x: x.flatten(1), images, pixels[:, :5], True) is None
+    assert local_features(e.Mirrored(model), images, pixels) is None
+    assert local_features(e.Mirrored(lambda x: x.flatten(1)), images, pixels[:, :5]) is None
     boxes = torch.tensor([[0, 0, 64, 64]])
     for embed in (model, lambda x: x.flatten(1)):
         ((rows, place, inside, view),) = local_views(embed, images, boxes)
