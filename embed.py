@@ -3,8 +3,7 @@
     python embed.py --method ours                                # demo, rendered, two CPU cores
     python embed.py --method ours --preset paper --data celeba --root CELEBA    # the paper, one GPU
 
-In:  faces from `data/`; for methods that generate y and u the run's generator.pt (the demo has
-     one in data/demo/).
+In:  faces from `data/`; the run's generator.pt, but for weak-at and doa (demo: data/demo/).
 Out: runs/<data>-<preset>-<seed>/<method>/ with embedding.pt, log.jsonl, result.json, and in
      attacks/ the rows of clean and eyeglasses. After a stop the same command continues.
 
@@ -40,6 +39,8 @@ except ImportError:
     generator = None  # type: ignore[assignment]
 
 Embed = Callable[[Tensor], Tensor]
+Range = tuple[float, ...]  # lowest, highest
+Rng = torch.Generator
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,11 @@ def masked_step(x: Tensor, grad: Tensor, alpha: Tensor, boxes: Tensor) -> Tensor
 
 
 def gaussian_cutout(
-    images: Tensor, *, generator: torch.Generator | None, boxes: Tensor
+    images: Tensor, *, generator: Rng | None, boxes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace the pixels in boxes (B, 4) by noise N(0.5, 0.25^2), clipped to [0, 1] (App. A).
+    """Replace the pixels of images (B, C, H, W) in boxes (B, 4) by noise N(0.5, 0.25^2) (App. A).
 
-    images (B, C, H, W). Returns images, boxes and bool (B,), which are erased.
+    Returns images, boxes and bool (B,), which are erased.
     """
     images = images.clone()
     mask = box_mask(boxes, *images.shape[2:]).expand_as(images)
@@ -163,7 +164,7 @@ def gaussian_cutout(
 
 
 def augment(
-    images: Tensor, *, flips: Tensor, shifts: Tensor, boxes: Tensor, generator: torch.Generator
+    images: Tensor, *, flips: Tensor, shifts: Tensor, boxes: Tensor, generator: Rng
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mirror, shift (the edge is repeated) and erase images uint8 (B, 3, H, W), as in App. A.
 
@@ -206,9 +207,8 @@ def local_views(
 ) -> Iterator[tuple[Any, Any, Tensor, Embed]]:
     """Split images (B, 3, H, W) into groups of crops around boxes (B, 4), each with F of a crop.
 
-    Yields (rows, place, inside, view): the group's rows, its crops images[place], the boxes in the
-    crops' coordinates, and view(crops), F of the images with these crops. Here one group, the whole
-    images; the kernel gives windows, which cost half on a CPU.
+    Yields a group's rows, its crops images[place], the boxes inside them, and F of the images with
+    other crops. Here the whole images; the kernel's windows cost half on a CPU.
     """
     yield slice(None), slice(None), boxes, embed
 
@@ -224,12 +224,7 @@ except ImportError:
     pass
 
 
-Range = tuple[float, ...]  # lowest, highest
-
-
-def draw_boxes(
-    B: int, H: int, W: int, p: float, area: Range, aspect: Range, rng: torch.Generator
-) -> Tensor:
+def draw_boxes(B: int, H: int, W: int, p: float, area: Range, aspect: Range, rng: Rng) -> Tensor:
     """Draw rectangles (B, 4) = (top, left, height, width) of App. A; a row is all zero with 1 - p.
 
     Their share of the image is uniform in area, height / width uniform in aspect, drawn again until
@@ -247,7 +242,7 @@ def draw_boxes(
     return boxes.long() * (u[5, :, :1] < p)
 
 
-def draw_moves(B: int, shift: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_moves(B: int, shift: int, rng: Rng) -> tuple[Tensor, Tensor]:
     """Draw App. A's mirroring, bool (B,), and shifts (B, 2) = (down, right) of at most `shift`."""
     flips = torch.rand(B, generator=rng, device=rng.device) < 0.5
     return flips, torch.randint(-shift, shift + 1, (2, B), generator=rng, device=rng.device).T
@@ -296,7 +291,7 @@ class Embedding(nn.Module):
 class Mirrored(nn.Module):
     """F of an image and of its mirror image (Sec. 4.2): (N, 3, H, W) -> (N, 2 V, D), V views of F.
 
-    F gives (N, D), which is one view, or (N, V, D).
+    F gives (N, V, D), or (N, D), which is one view.
     """
 
     def __init__(self, embed: Embed) -> None:
@@ -350,13 +345,13 @@ class Sampler:
         paired = (self.count > 1).nonzero()[:, 0]
         self.paired = paired if len(paired) else self.count.nonzero()[:, 0]
 
-    def draw_image(self, person: Tensor, rng: torch.Generator) -> Tensor:
+    def draw_image(self, person: Tensor, rng: Rng) -> Tensor:
         """Draw an image index of each person (B,)."""
         r = torch.rand(person.shape, generator=rng, device=person.device)
         return self.table[person, (r * self.count[person]).long()]
 
     def draw(
-        self, batch: int, mine: int, rng: torch.Generator, same_person: bool = False
+        self, batch: int, mine: int, rng: Rng, same_person: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw image indices of x (B,), of a companion (B,) and of candidates t (B, mine).
 
@@ -385,7 +380,7 @@ class Generated:
     (N, 3, H, W), G(z_cl, z_co), since y = G(E_cl(x), E_co(x)) is the same in every step.
     """
 
-    def __init__(self, G: Embed, z_cl: Tensor, z_co: Tensor, copies: Tensor | None = None) -> None:
+    def __init__(self, G: Any, z_cl: Tensor, z_co: Tensor, copies: Tensor | None = None) -> None:
         self.G, self.z_cl, self.z_co, self.copies = G, z_cl, z_co, copies
 
     def __call__(self, identity: Tensor, content: Tensor) -> Tensor:
@@ -406,12 +401,10 @@ class Quadruplets(NamedTuple):
     t_boxes: Tensor
     fy: Tensor  # (B, dim), sg(F(y)) and sg(F(u)) of eq. (4)
     fu: Tensor
-    index: Tensor  # image indices of x and of every candidate t
+    image_index: Tensor  # image indices of x and of every candidate t
 
 
-def augment_real(
-    config: Config, images: Tensor, p: float, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def augment_real(config: Config, images: Tensor, p: float, rng: Rng) -> tuple[Tensor, Tensor]:
     """Augment photographs uint8 (B, 3, H, W) and erase a box of each with probability p (App. A).
 
     Returns float images and boxes (B, 4), all zero where nothing is erased.
@@ -424,7 +417,7 @@ def augment_real(
 
 @torch.no_grad()
 def generated_quadruplets(
-    config: Config, embed: Embed, sampler: Sampler, G: Generated, rng: torch.Generator
+    config: Config, embed: Embed, sampler: Sampler, G: Generated, rng: Rng
 ) -> Quadruplets:
     """Draw x, t and make y = G(E_cl(x), E_co(x)), u = G(E_cl(x), E_co(t)) (Sec. 2).
 
@@ -447,9 +440,7 @@ def generated_quadruplets(
 
 
 @torch.no_grad()
-def real_quadruplets(
-    config: Config, embed: Embed, sampler: Sampler, rng: torch.Generator
-) -> Quadruplets:
+def real_quadruplets(config: Config, embed: Embed, sampler: Sampler, rng: Rng) -> Quadruplets:
     """Draw x, t and a real y of x's person, u = y (eq. 6); nothing is erased: all are attacked."""
     B, n = config.batch, config.mine
     x_index, y_index, t_index = sampler.draw(B, n, rng, same_person=True)
@@ -468,7 +459,7 @@ def real_quadruplets(
 
 
 def mixed_quadruplets(
-    config: Config, embed: Embed, sampler: Sampler, G: Generated, rng: torch.Generator
+    config: Config, embed: Embed, sampler: Sampler, G: Generated, rng: Rng
 ) -> Quadruplets:
     """Draw real quadruplets for one half of the batch and those of transfer for the other.
 
@@ -529,7 +520,7 @@ def doa_boxes(
 
 
 def adversarial(
-    config: Config, embed: Embed, q: Quadruplets, alpha: float, rng: torch.Generator
+    config: Config, embed: Embed, q: Quadruplets, alpha: float, rng: Rng
 ) -> tuple[Tensor, Tensor]:
     """Attack x and t inside the patch of the method (Sec. 2.3, 3.1, App. A)."""
     B, _, H, W = q.x.shape
@@ -562,14 +553,14 @@ def train_step(
     embed: Embedding,
     adam: torch.optim.Optimizer,
     sampler: Sampler,
-    G: Generated | None,
-    rng: torch.Generator,
+    G: Any,
+    rng: Rng,
     alpha: float,
 ) -> dict[str, float]:
     """Take a step of eq. (3), (4) or (6). Returns loss, mean distances and the gradient's norm.
 
-    G is None for the methods of eq. (6). alpha is in 255ths. Raises FloatingPointError(what,
-    indices of the images) where loss or gradient is not finite.
+    G is a `Generated`, or None for the methods of eq. (6); alpha is in 255ths. Raises
+    FloatingPointError(what, indices of the images) where loss or gradient is not finite.
     """
     device, low = sampler.images.device.type, config.precision == "bfloat16"
     with torch.autocast(device, torch.bfloat16, low):
@@ -598,7 +589,7 @@ def train_step(
     # The only transfer to the host in a step
     values = torch.stack([loss.detach(), d_positive, d_negative, norm]).tolist()
     if not (math.isfinite(values[0]) and math.isfinite(values[3])):
-        raise FloatingPointError(f"loss {values[0]}, gradient norm {values[3]}", q.index)
+        raise FloatingPointError(f"loss {values[0]}, gradient norm {values[3]}", q.image_index)
     adam.step()
     return dict(zip(("loss", "d_positive", "d_negative", "gradient"), values))
 
@@ -624,7 +615,7 @@ def auroc(genuine: Tensor, intruder: Tensor) -> float:
 
 @torch.no_grad()
 def validate(
-    config: Config, embed: Embed, sampler: Sampler, rng: torch.Generator, pairs: int = 1000
+    config: Config, embed: Embed, sampler: Sampler, rng: Rng, pairs: int = 1000
 ) -> dict[str, float]:
     """Compute loss and AU-ROC on fresh pairs of the sampler's persons: x, y of x's person, t."""
     f = features(embed, sampler.images)
@@ -699,15 +690,13 @@ def parse(argv: Sequence[str] | None):
     )
     for name in ("persons", "train_persons"):
         if getattr(config, name) == 1:
-            raise run.UsageError(
-                f"{run.flag_of(name)} 1: give 2 or more, or 0 for all: t is of another person"
-            )
+            flag = run.flag_of(name)
+            raise run.UsageError(f"{flag} 1: give 2 or more, or 0 for all: t is of another person")
     for name in ("cutout_area", "cutout_aspect", "weak_area"):
         low, high = getattr(config, name)
         if low > high:
-            raise run.UsageError(
-                f"{run.flag_of(name)} {low},{high}: give two numbers, the lower first"
-            )
+            flag = run.flag_of(name)
+            raise run.UsageError(f"{flag} {low},{high}: give two numbers, the lower first")
     return config, args
 
 
@@ -781,10 +770,8 @@ def load_generated(config: Config, path: Path, faces, split, sampler: Sampler) -
 def training_images(config: Config, faces, split) -> Tensor:
     """Choose the indices of the images that F is trained on. Raises run.UsageError."""
     if config.persons > len(split.train):
-        raise run.UsageError(
-            f"--persons {config.persons}: there are only {len(split.train)} train persons: "
-            f"ask for fewer"
-        )
+        there = f"there are only {len(split.train)} train persons"
+        raise run.UsageError(f"--persons {config.persons}: {there}: take fewer")
     index = data.images_of(faces, split.train[: config.persons or None], config.images)
     real = config.method in ("mixed", "weak-at", "doa")
     if real and config.images != 1 and int(faces.person[index].bincount().max()) < 2:
@@ -799,8 +786,7 @@ def train(argv: Sequence[str] | None) -> int:
     """Run `python embed.py`: train F by one method, then evaluate it."""
     config, args = parse(argv)
     device, folder = run.start(args.device), args.run / config.name
-    precision = run.resolve_precision(config.precision, device)
-    config = dataclasses.replace(config, precision=precision)
+    config = dataclasses.replace(config, precision=run.resolve_precision(config.precision, device))
     step_config = dataclasses.replace(config, batch=run.share("--batch", config.batch))
     with run.rank_0_first():
         faces, split = data.open_run(config, args.run)
@@ -823,11 +809,8 @@ def train(argv: Sequence[str] | None) -> int:
         print(f"{folder} is trained already (--overwrite trains it again)")
         return 0 if args.no_evaluation else evaluate(config, args)
     G = load_generated(config, file, faces, split, sampler) if file else None
-    print(
-        f"{config.name}: {len(sampler.images)} images of {len(sampler.count)} persons, "
-        f"{config.steps} steps of {config.batch} on {device}, {config.precision}",
-        flush=True,
-    )
+    size = f"{len(sampler.images)} images of {len(sampler.count)} persons"
+    print(f"{config.name}: {size}, {config.steps} steps of {config.batch} on {device}", flush=True)
 
     rng = torch.Generator(device)
     while training.step < config.steps:
@@ -850,15 +833,9 @@ def train(argv: Sequence[str] | None) -> int:
             keep = scores["val_auroc"] > training.best
             training.best = max(scores["val_auroc"], training.best)
         if keep and run.rank() == 0:
-            run.save(
-                folder / "embedding.pt",
-                "embedding",
-                config=made_of["config"],
-                people=made_of["people"],
-                commit=run.commit(),
-                step=training.step,
-                model=embed.state_dict(),
-            )
+            about = {"commit": run.commit(), "step": training.step, "model": embed.state_dict()}
+            origin = {k: made_of[k] for k in ("config", "people")}
+            run.save(folder / "embedding.pt", "embedding", **origin, **about)
         line = training.log(config.steps, **scores)
         if is_collapsed(line.get("d_negative", math.inf), config):
             print(
