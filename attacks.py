@@ -332,8 +332,8 @@ def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]
 
     Raises ValueError for what would become a wrong number without a word: images that are not float
     (N, C, H, W) in [0, 1]; anchors that are not finite features (D,) or (N, D) of one view; an
-    embed whose features are not finite (N, D) or (N, V, D), or differ alone and in a batch, as in
-    training mode, by 0.02 of their norm and more (rounding: 2e-6).
+    embed whose features are not finite (N, D) or (N, V, D), or differ alone and in a batch by more
+    than a thousandth of their norm (rounding: 2e-6; training mode: 0.02 and more).
     """
     for name, x in (("images", images), *(("anchor", anchor) for anchor in anchors)):
         if getattr(x, "dtype", None) not in (torch.float32, torch.float64):
@@ -1106,9 +1106,11 @@ def attack_target(
             rows.append([*row, role, *values])
     shown = {"anchor": anchor_image[0], "clean": images[:4], "attacked": result.images[:4]}
     shown |= {key: result.extra[key] for key in ("pattern",) if key in result.extra}
-    example = {k: (v * 255).round().to(torch.uint8).cpu().numpy() for k, v in shown.items()}
-    example |= {"candidate": chosen[:4], "distance": result.distance[:4].cpu().numpy()}
-    example["mask"] = (result.mask if result.mask.dim() == 2 else result.mask[0]).numpy()
+    mask = result.mask if result.mask.dim() == 2 else result.mask[0]
+    example: dict[str, Any] = {"candidate": chosen[:4], "mask": mask.numpy()}
+    example["distance"] = result.distance[:4].cpu().numpy()
+    for key, image in shown.items():
+        example[key] = (image * 255).round().to(torch.uint8).cpu().numpy()
     stats["seconds"] = time.monotonic() - began
     return [*COLUMNS, *more], rows, stats, {} if name == "clean" else example
 
@@ -1125,8 +1127,8 @@ def add_example(path: Path, target: str, example: dict, finished: Sequence[str])
     fewest = min(map(len, arrays["clean"]))
     for key in ("clean", "attacked", "candidate", "distance"):
         arrays[key] = [images[:fewest] for images in arrays[key]]
-    stacked = {key: np.stack(values) for key, values in arrays.items()}
-    run.write(path, functools.partial(np.savez_compressed, **stacked))
+    stacked: dict[str, Any] = {key: np.stack(values) for key, values in arrays.items()}
+    run.write(path, lambda file: np.savez_compressed(file, **stacked))
 
 
 def write_rows(

@@ -551,10 +551,12 @@ def test_indirect_takes_the_stronger_by_true_distance(small):
 
 
 def test_distal_reaches_the_anchor_from_noise(small):
-    anchor, shape = small(faces(1, 5))[0].detach(), (2, 3, 64, 64)
+    anchor, shape, rng = small(faces(1, 5))[0].detach(), (2, 3, 64, 64), seeded()
+    noise, everywhere = torch.rand(shape, generator=rng), torch.ones(64, 64, dtype=torch.bool)
     result = attacks.distal_attack(small, shape, anchor, Effort(80, 0.1, 1), seeded())
-    start = attacks.distances(small, torch.rand(shape, generator=seeded()), anchor)
-    assert (result.distance < 0.1 * start).all()
+    want = tanh_attack(small, noise, anchor, everywhere, Effort(80, 0.1, 1), rng)
+    assert torch.equal(result.images, want.images)
+    assert (result.distance < 0.1 * attacks.distances(small, noise, anchor)).all()
 
 
 def test_eot_attacks_a_fixed_set_and_is_measured_under_another(small):
