@@ -102,14 +102,9 @@ class Run:
 # Areas and rates
 
 
-class Roc(NamedTuple):
-    """How many distances lie below each delta that makes a difference, rising from none to all.
-
-    Both (..., K): a row of counts for each resampling, or one. Every figure here is made of it.
-    """
-
-    genuine: np.ndarray
-    intruders: np.ndarray
+# genuine images and intruders below each delta that makes a difference, counts (..., K) rising from
+# none to all, a row for each resampling; every figure is made of it
+Roc = tuple[np.ndarray, np.ndarray]
 
 
 def check_distances(values: Any) -> np.ndarray:
@@ -124,7 +119,7 @@ def roc(genuine: Any, intruders: Any) -> Roc:
     """Count the distances of genuine images (k,) and of intruders (n,) below every delta."""
     g, i = np.sort(check_distances(genuine)), np.sort(check_distances(intruders))
     deltas = np.append(np.unique(np.concatenate([g, i])), math.inf)
-    return Roc(np.searchsorted(g, deltas), np.searchsorted(i, deltas))
+    return np.searchsorted(g, deltas), np.searchsorted(i, deltas)
 
 
 def auroc(curve: Roc) -> np.ndarray:
@@ -215,10 +210,11 @@ def bootstrap(
         step = max(1, 50_000 // len(deltas))
         for start in range(0, n, step):
             some = times[start : start + step].astype(float)
-            curve = Roc(some @ below[0], some @ below[1])
-            met = (curve.genuine[:, -1] > 0) & (curve.intruders[:, -1] > 0) & (T > 1)
+            genuine, intruders = some @ below[0], some @ below[1]  # (step, K)
+            met = (genuine[:, -1] > 0) & (intruders[:, -1] > 0) & (T > 1)
             with np.errstate(divide="ignore", invalid="ignore"):
-                result[number, start : start + step] = np.where(met, figure(curve), math.nan)
+                values = figure((genuine, intruders))
+            result[number, start : start + step] = np.where(met, values, math.nan)
     return result
 
 
@@ -374,13 +370,11 @@ def measure(
     """Compute the figures of one method under one attack, None without its rows or clean ones.
 
     Over several runs: means, distinct targets, pairs summed, `range` [lowest, highest] of each
-    mean, `runs` how many had the rows; the intervals are those of the means. `detected`: the share
-    at an FPR of at most 5 %; `fpr`: the actual one. `tar_at_far_0.1`: the share of the genuine
-    images that pass where 10 % of unattacked intruders do, `asr_at_far_0.1`: that of the attacked
-    ones; None where fewer than ten errors are expected. `eer`: where both errors are equal.
-    `clean_same_pairs`: the AU-ROC of the attacked pairs without the attack, what it is to be set
-    beside (None: no such rows). `of`, for `worst`: the attacks it is the strongest of. Raises
-    ValueError for a name that neither the paper nor the runs know.
+    mean, `runs` how many had the rows; the intervals are those of the means. `tar_at_far_0.1`: the
+    share of the genuine images that pass where 10 % of unattacked intruders do, `asr_at_far_0.1`:
+    that of the attacked ones; None where fewer than ten errors are expected. `clean_same_pairs`:
+    the AU-ROC of the attacked pairs without the attack. `of`: what `worst` is the strongest of.
+    Raises ValueError for a name that neither the paper nor the runs know.
     """
     present = {k for one in runs for m, attacks in one.methods.items() for k in (m, *attacks)}
     if unknown := {method, name.removesuffix(JUDGE)} - present - {*METHODS, *ATTACKS, *DERIVED}:
@@ -399,9 +393,9 @@ def measure(
     areas, detections = [m.areas for m in each], [m.detection for m in each]
     detection = functools.partial(detection_at_fpr, evading=each[0].evading)
     spreads = {"interval": (auroc, areas), "aupr_interval": (aupr, areas)}
+    several_targets = all(m.figures["n_targets"] > 1 for m in each)
     for key, (figure, pairs) in (spreads | {"detected_interval": (detection, detections)}).items():
-        one_target = any(m.figures["n_targets"] < 2 for m in each)
-        ends = interval(bootstrap(figure, pairs).mean(0)) if not one_target else (None, None)
+        ends = interval(bootstrap(figure, pairs).mean(0)) if several_targets else (None, None)
         result[key] = [*ends]
     if len(runs) > 1:
         several = [k for k in means if result[k] is not None and k != "clean_same_pairs"]
@@ -528,8 +522,8 @@ def check_harm(attacks: Attacks) -> Iterator[str]:
             genuine, intruders = compared_rows(under(attacks, *setting), name)
             if same := same_pairs(under(attacks, *setting), intruders):
                 before, after = (auroc(roc_of(genuine, rows)) for rows in (same, intruders))
-                where = "mirroring {}, selection {}".format(*setting)
-                line = f"{name}: AU-ROC from {before:.3f} to {after:.3f} ({where})"
+                where = "" if setting == (1, 1) else " with mirroring {}, selection {}"
+                line = f"{name}: AU-ROC from {before:.3f} to {after:.3f}{where.format(*setting)}"
                 yield line if after > before else ""
 
 

@@ -1,4 +1,4 @@
-"""Figures 1-9 of a run, ROC curves, the point in one picture; the distances of Fig. 3.
+"""Figures 1-9 of a run, ROC curves; the distances of Fig. 3.
 
     python -m results.figures                              # photographs.png, from committed rows
     python -m results.figures draw attacks OUT RUN 2 5 roc  # as `python metrics.py --run RUN` does
@@ -30,7 +30,6 @@ from metrics import (
     ERRORS,
     METHODS,
     Run,
-    by_pair,
     compared_rows,
     measure,
     names,
@@ -309,41 +308,6 @@ def figure_roc(one: Run, across: int = 3) -> Any:
     return figure
 
 
-def figure_point(one: Run, without: str = "no-at") -> Any:
-    """The point in one picture: an intruder whom adversarial eyeglasses let pass F trained without
-    patches, and not F trained with them; distances beside the threshold of validation persons."""
-    best = [m for m in ("mixed", "transfer", "ours") if m in one.methods][:1]
-    shown: dict[str, dict] = {}
-    for method in (without, *best):
-        keys = "target", "anchor", "clean", "attacked", "candidate", "distance"
-        arrays = load_arrays(one.folder / method / "attacks" / "eyeglasses.npz", *keys)
-        result = run.read_json(one.folder / method / "result.json", RUN_FIRST)
-        clean = by_pair(pick(under(one.methods[method], 1, 1), "clean", "intruder"))
-        shown[method] = {"threshold": float(result["threshold"])}
-        for target, anchor, *each in zip(*arrays):
-            for before, after, candidate, distance in zip(*each):
-                if (pair := (str(target), int(candidate))) in clean:
-                    distances = clean[pair].distance, float(distance)
-                    shown[method][pair] = distances, (anchor, before, after)
-    if len(shown) < 2:
-        raise run.UsageError(f"{one.folder}: only {without}: train another method")
-    weak, strong = shown.values()
-    common = [p for p in weak if p in strong and p != "threshold"]
-    fooled = [p for p in common if weak[p][0][1] < weak["threshold"] <= weak[p][0][0]]
-    refused = [p for p in fooled if strong[p][0][1] >= strong["threshold"]]
-    if not refused:
-        raise run.UsageError(f"{one.folder}: no pair shows it")
-    rows = []
-    for method, pairs in shown.items():
-        distances, images = pairs[refused[0]]
-        delta, titles = pairs["threshold"], [f"{LABELS.get(method, method)}\ntarget"]
-        for name, d in zip(("intruder", "the same, eyeglasses"), distances):
-            answer = f">= {delta:.2f}: refused" if d >= delta else f"< {delta:.2f}: ACCEPTED"
-            titles.append(f"{name}\n{d:.2f} {answer}")
-        rows.append([(picture(image), title) for image, title in zip(images, titles)])
-    return sheet(rows, 1.7)
-
-
 def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")) -> Any:
     """AU-ROC of each method by the number of photographs of each train person; 95 % bars."""
     figure, axes = canvas(1, len(attacks), 3.0 * len(attacks), 3.2, sharey=True)
@@ -367,7 +331,7 @@ def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")
 
 
 FIGURES = {str(n): globals()[f"figure_{n}"] for n in range(1, 10)}
-FIGURES |= {"roc": figure_roc, "point": figure_point}
+FIGURES["roc"] = figure_roc
 
 
 def save(figure: Any, path: Path) -> None:

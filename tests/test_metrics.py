@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,17 +75,6 @@ def test_figures_by_hand():
     assert one == pytest.approx(seven)
 
 
-def test_intruder_as_positive_class_fits_the_published_pairs():
-    # an attack that carries a seventh of the intruders all the way: eyeglasses on ours, published
-    # 0.868 / 0.896
-    rng = np.random.default_rng(0)
-    genuine = rng.normal(1.0, 0.25, 20000)
-    intruders = np.r_[rng.normal(0.7, 0.3, 3000), rng.normal(1.9, 0.3, 17000)]
-    curve = roc(genuine, intruders)
-    assert 0.84 < auroc(curve) < 0.9 and auroc(curve) + 0.01 < aupr(curve) < auroc(curve) + 0.06
-    assert aupr(roc(-intruders, -genuine)) < auroc(curve) - 0.05
-
-
 D, T, NAN = [1.0, 2.0], ["a", "b"], math.nan
 WRONG = {
     "nan": lambda: roc([1.0, NAN], D),
@@ -107,15 +97,12 @@ def test_no_figure_of_what_cannot_be(call):
     assert str(error.value)
 
 
-def at_half(curve):
-    return detection_at_fpr(curve, 0.5)
+FIGURES = {"auroc": auroc, "aupr": aupr, "detection": detection_at_fpr}
+FIGURES["at half"] = partial(detection_at_fpr, fpr=0.5)
+FIGURES["evading"] = partial(detection_at_fpr, evading=True)
 
 
-def evading(curve):
-    return detection_at_fpr(curve, evading=True)
-
-
-@pytest.mark.parametrize("figure", [auroc, aupr, detection_at_fpr, at_half, evading])
+@pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES.keys())
 def test_bootstrap_equals_a_loop_over_resampled_targets(figure):
     rng = np.random.default_rng(1)
     g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)  # ties
@@ -510,9 +497,7 @@ def pictures_of(run):
 def test_figures_show_the_rows(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     one = pictures_of(tmp_path)
-    assert metrics.main(["--run", str(tmp_path)]) == 0
-    (lacking,) = [t for t in capsys.readouterr().out.splitlines() if "not made" in t]
-    assert lacking == "figures not made: point (no-at/attacks/eyeglasses.npz: no such file)"
+    assert metrics.main(["--run", str(tmp_path)]) == 0 and "not made" not in capsys.readouterr().out
     made = {path.name for path in (tmp_path / "figures").iterdir()}
     assert made == {*(f"figure{n}.png" for n in range(1, 10)), "roc.png"}
     legend = figures.figure_5(one).axes[0].get_legend().get_texts()
