@@ -84,11 +84,6 @@ class _TanhPerturb(torch.autograd.Function):
         return None, result
 
 
-def to_tanh(x: Tensor) -> Tensor:
-    """w = atanh((2 x - 1) * 0.999999), float32, App. C: x' = x (to 5e-7) when delta = 0."""
-    return torch.atanh((2 * x.float() - 1) * 0.999999)
-
-
 def tanh_perturb_ref(w: Tensor, delta: Tensor) -> Tensor:
     """Plain PyTorch of `tanh_perturb`."""
     wide = torch.promote_types(w.dtype, torch.float32)
@@ -98,8 +93,8 @@ def tanh_perturb_ref(w: Tensor, delta: Tensor) -> Tensor:
 def tanh_perturb(w: Tensor, delta: Tensor) -> Tensor:
     """x' = (tanh(w + delta) + 1) / 2, differentiable in delta.
 
-    w:       (N, C, P), see `to_tanh`: the P pixels under the mask; any dtype of float32, float16,
-             bfloat16 (and float64, without a kernel); no gradient flows to it
+    w:       (N, C, P), the P pixels x under the mask as atanh((2 x - 1) * 0.999999); float32,
+             float16 or bfloat16 (and float64, without a kernel); no gradient flows to it
     delta:   (N or 1, C, P), any of these dtypes: one for each image or one for all
     returns  (N, C, P) of w's dtype; arithmetic in float32 at least
     Raises ValueError for another shape, dtype or device, and for w that requires a gradient.
