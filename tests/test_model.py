@@ -18,7 +18,6 @@ import metrics
 from data.model import model_name
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 NAMES = ("clean", "eyeglasses", "square", "evasion")
 SMALL = "--min-images 4 --targets 2 --intruders 2 --clean-intruders 4 --iterations 3"
 SMALL += " --evasion-iterations 3 --square-stride 20 --size 32"
@@ -58,7 +57,6 @@ def fails(x): return x @ torch.rand(5, 5)
 def stops(x): raise SystemExit("no licence")
 def deep(x): return x
 def words(x): return "features"
-def infinite(x): return flat(x) / 0
 def restless(x): return flat(x) + torch.rand(())
 def batched(x): return flat(x) - flat(x).mean(0)
 def detached(x): return flat(x.detach())
@@ -231,7 +229,6 @@ WRONG = {
     "bad.py:stops": "fails on the first images, cpu: SystemExit: no licence",
     "bad.py:deep": "gives Tensor [2, 3, 32, 32] for 2 images, wanted (2, D)",
     "bad.py:words": "gives str",
-    "bad.py:infinite": "not finite",
     "bad.py:restless": "answers an image differently alone and in a batch",
     "bad.py:batched": "answers an image differently alone and in a batch",
     "bad.py:detached": "no gradient reaches the images",
@@ -260,11 +257,6 @@ def test_what_cannot_be_judged_is_one_line_and_writes_no_rows(home, judge, words
     status, _, errors = judge(model, *flags, "--run", "bad")
     assert status == 2 and len(errors) == 1, errors
     assert WRONG[words] in errors[0] and not [*home.glob("bad/*/attacks/*.csv")]
-
-
-def test_photographs_are_needed(judge):
-    status, _, errors = judge("net.py:embed", root="")
-    assert status == 2 and "give --data folder --root PHOTOS" in errors[0]
 
 
 def test_a_low_clean_figure_names_the_cause_and_shows_the_picture(home, judge):
@@ -352,21 +344,10 @@ def test_a_second_model_measures_what_was_made_on_the_first(home, judge):
     assert status == 2 and "judge (" in errors[0]
 
 
-@pytest.mark.skipif(not (SHARED / "models").exists(), reason="no trained descriptor here")
-def test_a_trained_descriptor_at_its_own_size(home, judge):
-    big = [p for p in sorted((SHARED / "lfw").iterdir()) if len([*p.iterdir()]) >= 4][:5]
-    for person in big:
-        (home / "lfw" / person.name).mkdir(parents=True)
-        for photograph in sorted(person.iterdir())[:4]:
-            shutil.copy(photograph, home / "lfw" / person.name)
-    model = f"{SHARED / 'models' / 'facenet128.py'}:embed"
-    flags = ("--size", "112", "--run", "lfw-112", "--attacks", "clean", "--targets", "1")
-    status, out, _ = judge(model, *flags, root="lfw")
-    line = next(line for line in out.splitlines() if line.startswith("clean AU-ROC"))
-    assert status == 0 and float(line.split()[2].strip(",")) > 0.97 and "crop lfw" in out
+def test_which_attacks_a_model_meets(judge):
+    status, _, errors = judge("net.py:embed", root="")
+    assert status == 2 and "give --data folder --root PHOTOS" in errors[0]
 
-
-def test_which_attacks_a_model_meets():
     def attacks_of(*flags):
         flags = ["--model=net.py:f", "--data=folder", "--root=.", *flags]
         return attacks.parse(flags)[0].attacks
