@@ -34,7 +34,7 @@ BLOCK = 1024
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether an op launches its kernel for x: on CUDA or in the interpreter, unless x is empty."""
+    """Tell whether an op launches its kernel for x: on CUDA or in the interpreter, unless empty."""
     interpreted = INTERPRETED and os.environ.get("TRITON_INTERPRET") == "1"
     return triton is not None and (x.is_cuda or interpreted) and x.numel() > 0
 
@@ -57,7 +57,7 @@ def expect(
 
 
 def memory_format(name: str, x: Tensor) -> torch.memory_format:
-    """contiguous_format or channels_last of x (B, C, H, W); ValueError for any other strides."""
+    """Return contiguous_format or channels_last of x (B, C, H, W); ValueError for other strides."""
     for layout in (torch.contiguous_format, torch.channels_last):
         if x.is_contiguous(memory_format=layout):
             return layout
@@ -79,7 +79,8 @@ def launch(kernel: Any, x: Tensor, layout: torch.memory_format, *arguments, **co
 def elements(
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
 ):
-    """Sample, offsets in its memory, whether they are in it, and their channel, row and column."""
+    """Compute a sample, offsets in its memory, whether they are in it, and their channel, row and
+    column."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     pixel = i // C if LAST else i % (H * W)
@@ -89,7 +90,7 @@ def elements(
 
 @jit
 def in_box(boxes, b, row, col):
-    """Whether pixels lie in the rectangle (top, left, height, width) of sample b."""
+    """Tell whether pixels lie in the rectangle (top, left, height, width) of sample b."""
     top, left = tl.load(boxes + 4 * b), tl.load(boxes + 4 * b + 1)
     bottom, right = top + tl.load(boxes + 4 * b + 2), left + tl.load(boxes + 4 * b + 3)
     return (row >= top) & (row < bottom) & (col >= left) & (col < right)

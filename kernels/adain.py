@@ -38,18 +38,15 @@ def _forward_kernel(
     ONE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """All pixels of CHANNELS channels of one sample, ROWS pixels at a time (ONE: all at once)."""
+    """Normalise CHANNELS channels of one sample, ROWS pixels at a time (ONE: all at once)."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mine = (c < C)[None, :]
     r = tl.arange(0, ROWS)[:, None]
     at = b * (C * HW) + (r * C + c[None, :] if CHANNELS_LAST else c[None, :] * HW + r)
     jump = C if CHANNELS_LAST else 1
-    s, o = (
-        tl.load(scale + b * C + c, mask=c < C, other=0),
-        tl.load(offset + b * C + c, mask=c < C, other=0),
-    )
-    s, o = s.to(tl.float32), o.to(tl.float32)
+    s = tl.load(scale + b * C + c, mask=c < C, other=0).to(tl.float32)
+    o = tl.load(offset + b * C + c, mask=c < C, other=0).to(tl.float32)
     if ONE:
         inside = (r < HW) & mine
         a = _leaky(tl.load(x + at, mask=inside, other=0), inside, slope)
@@ -105,10 +102,8 @@ def _backward_kernel(
     at = b * (C * HW) + (r * C + c[None, :] if CHANNELS_LAST else c[None, :] * HW + r)
     jump = C if CHANNELS_LAST else 1
     per = b * C + c
-    m, k = (
-        tl.load(mean + per, mask=c < C, other=0)[None, :],
-        tl.load(rstd + per, mask=c < C, other=0)[None, :],
-    )
+    m = tl.load(mean + per, mask=c < C, other=0)[None, :]
+    k = tl.load(rstd + per, mask=c < C, other=0)[None, :]
     s = tl.load(scale + per, mask=c < C, other=0).to(tl.float32)[None, :]
     if ONE:
         inside = (r < HW) & mine
@@ -144,12 +139,11 @@ def _backward_kernel(
 
 
 def _tile(HW: int, itemsize: int, channels_last: bool, tensors: int) -> dict[str, int]:
-    """Tile and warps of a kernel that holds `tensors` planes at once: at most 64 values of a tile a
-    thread, else it loops."""
+    """Choose tile and warps of a kernel that keeps `tensors` planes at once: at most 64 values of a
+    tile a thread, else it loops."""
     rows = triton.next_power_of_2(HW)
-    channels = (
-        32 // itemsize if channels_last else max(1, 1024 // rows)
-    )  # 32 bytes: the least a GPU reads
+    # 32 bytes are the least a GPU reads
+    channels = 32 // itemsize if channels_last else max(1, 1024 // rows)
     one = rows * channels <= 32768 // tensors
     if not one:
         rows, channels = (256, 32) if channels_last else (4096, 1)
@@ -193,10 +187,8 @@ class _AdaIN(torch.autograd.Function):
         x, scale, mean, rstd = ctx.saved_tensors
         B, C, H, W = x.shape
         grad_x = torch.empty_like(x, memory_format=ctx.layout)
-        grad_scale, grad_offset = (
-            torch.empty_like(scale),
-            torch.empty_like(scale, dtype=ctx.offset_dtype),
-        )
+        grad_scale = torch.empty_like(scale)
+        grad_offset = torch.empty_like(scale, dtype=ctx.offset_dtype)
         tile = _tile(H * W, x.element_size(), ctx.layout is torch.channels_last, 2)
         with torch.cuda.device_of(x):
             _backward_kernel[(B, triton.cdiv(C, tile["CHANNELS"]))](
@@ -234,8 +226,8 @@ def adain_ref(
 def adain(
     x: Tensor, scale: Tensor, offset: Tensor, slope: float = 0.2, eps: float = 1e-5
 ) -> Tensor:
-    """scale * (a - mean(a)) / sqrt(var(a) + eps) + offset with a = LeakyReLU(x); mean and biased
-    variance over H and W.
+    """Compute scale * (a - mean(a)) / sqrt(var(a) + eps) + offset with a = LeakyReLU(x); mean and
+    biased variance over H and W.
 
     x:       (B, C, H, W), float32, float16 or bfloat16, contiguous or channels_last; differentiable
     scale, offset: (B, C), any of these dtypes, contiguous; differentiable
@@ -254,13 +246,12 @@ def adain(
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance (biased) and mean over H and W of x (B, C, H, W), each (B, C)."""
+    """Compute variance (biased) and mean over H and W of x (B, C, H, W), each (B, C)."""
     if x.is_cuda:
         return torch.var_mean(x, (2, 3), correction=0)
+    # a fifth of var_mean's time in channels_last
     mean = x.mean((2, 3))
-    return (x - mean[:, :, None, None]).square_().mean(
-        (2, 3)
-    ), mean  # a fifth of var_mean's time in channels_last
+    return (x - mean[:, :, None, None]).square_().mean((2, 3)), mean
 
 
 class AdaIN(torch.autograd.Function):
@@ -283,14 +274,12 @@ class AdaIN(torch.autograd.Function):
         d_scale = ((grad * x).sum((2, 3)) - mean * d_offset) * rstd
         a, b = scale * rstd, -scale * rstd.square() * d_scale / n
         c = -a * d_offset / n - b * mean
-        d_x = torch.addcmul(c[:, :, None, None], x, b[:, :, None, None]).addcmul_(
-            grad, a[:, :, None, None]
-        )
-        return d_x, d_scale, d_offset, None
+        d_x = torch.addcmul(c[:, :, None, None], x, b[:, :, None, None])
+        return d_x.addcmul_(grad, a[:, :, None, None]), d_scale, d_offset, None
 
 
 def leaky_adain(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """`adain` of LeakyReLU(0.2), which may change x in place: the kernel on a GPU, else `AdaIN`."""
+    """Apply LeakyReLU(0.2), maybe in x itself, and AdaIN: the kernel on a GPU, else `AdaIN`."""
     if runs_triton(x) and x.is_cuda:
         return adain(x, scale, offset)
     return AdaIN.apply(F.leaky_relu(x, 0.2, inplace=True), scale, offset)

@@ -34,7 +34,7 @@ def _kernel(
 
 
 def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
-    """bool (B, 1, height, width), True inside boxes int (B, 4) = (top, left, height, width)."""
+    """Make masks bool (B, 1, height, width), True in boxes (B, 4) = (top, left, height, width)."""
     top, left, h, w = boxes[:, :, None].unbind(1)  # (B, 1)
     row = torch.arange(height, device=boxes.device)
     col = torch.arange(width, device=boxes.device)
@@ -57,7 +57,7 @@ def masked_step_ref(x: Tensor, grad: Tensor, alpha: Tensor, boxes: Tensor) -> Te
 
 @torch.no_grad()
 def masked_step(x: Tensor, grad: Tensor, alpha: Tensor, boxes: Tensor) -> Tensor:
-    """x + alpha * sign(grad) inside the boxes, clipped to [0, 1]; x itself outside. sign(0) = 0.
+    """Step x + alpha * sign(grad) in the boxes, clipped to [0, 1]; sign(0) = 0, x stays outside.
 
     x:      (B, C, H, W) float32, float16 or bfloat16, contiguous or channels_last
     grad:   (B, C, H, W), any of these dtypes; another memory layout than x's is copied to it first

@@ -32,7 +32,7 @@ def _kernel(
     PH: tl.constexpr,
     PW: tl.constexpr,
 ):
-    """BLOCK elements of one image, kept in registers while P images are written."""
+    """Keep BLOCK elements of one image in registers while P images are written."""
     b, i, valid, channel, row, col = elements(C, H, W, BLOCK, CHANNELS_LAST)
     image = tl.load(images + b * (C * H * W) + i, mask=valid, other=0)
     B = tl.num_programs(0)
@@ -47,7 +47,7 @@ def _kernel(
 
 
 def _empty(images: Tensor, P: int) -> Tensor:
-    """Room for P versions of each image (B, P, C, H, W): all images of one place lie together, in
+    """Allocate P versions of each image (B, P, C, H, W): all images of one place lie together, in
     the images' memory layout, so that a model takes them as they are."""
     layout, (B, C, H, W) = memory_format("place_patches: images", images), images.shape
     out = torch.empty(
@@ -59,8 +59,8 @@ def _empty(images: Tensor, P: int) -> Tensor:
 def positions(
     H: int, W: int, h: int, w: int, stride: int = 1, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """int64 (P, 2) = (top, left), row by row: range(0, H - h + 1, stride) and the flush edge, in
-    both directions."""
+    """List places int64 (P, 2) = (top, left), row by row: range(0, H - h + 1, stride) and the flush
+    edge, in both directions."""
     if not (1 <= h <= H and 1 <= w <= W and stride >= 1):
         raise ValueError(f"positions: {h}x{w} with stride {stride} does not fit a {H}x{W} image")
     tops, lefts = (sorted({*range(0, n + 1, stride), n}) for n in (H - h, W - w))
@@ -68,7 +68,7 @@ def positions(
 
 
 def _slices(images: Tensor) -> Any:
-    """The same memory where slices of it can be written by NumPy, a fraction of torch's time."""
+    """Return the same memory where NumPy can write slices of it, in a fraction of torch's time."""
     return images if images.dtype != torch.float32 or images.is_cuda else images.detach().numpy()
 
 
@@ -93,7 +93,7 @@ def place_patches_ref(images: Tensor, patches: Any, positions: Tensor, size: Any
 def place_patches(
     images: Tensor, patches: Tensor | float, positions: Tensor, size: tuple | None = None
 ) -> Tensor:
-    """Every image with its patch at each of P places.
+    """Paste a patch into every image at each of P places.
 
     images:    (B, C, H, W), float32, float16 or bfloat16, contiguous or channels_last; no gradient
                flows to them
@@ -140,7 +140,7 @@ def place_patches(
 
 @torch.no_grad()
 def painted(images: Tensor, grey: float, places: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
-    """The images with a grey patch at the first of their places, then at the second, ...
+    """Paint the images with a grey patch at the first of their places, then at the second, ...
 
     images (B, C, H, W), places (B, K, 2), size (h, w) as in `place_patches`; K times (B, C, H, W),
     in the images' memory layout. On a CPU the patch moves over one copy of the images, so use each

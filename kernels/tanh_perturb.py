@@ -14,7 +14,7 @@ from . import FLOATS, expect, jit, runs_triton, tl, triton
 
 @jit
 def _squash(z):
-    """(tanh(z) + 1) / 2 and its derivative, without overflow or cancellation."""
+    """Compute (tanh(z) + 1) / 2 and its derivative, without overflow or cancellation."""
     e = tl.exp(-2 * tl.abs(z))
     return tl.where(z >= 0, 1.0, e) / (1 + e), 2 * e / ((1 + e) * (1 + e))
 
@@ -42,7 +42,8 @@ def _backward_kernel(
     SHARED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """BLOCK elements of one delta; one shared by the batch adds up its samples, ROWS at a time."""
+    """Write BLOCK elements of one delta's gradient; one shared by the batch adds up its samples,
+    ROWS at a time."""
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N if SHARED else 1, ROWS):
@@ -72,10 +73,12 @@ class _TanhPerturb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (w, delta), (size, delta_n) = ctx.saved_tensors, ctx.sizes
-        grad, result, shared = grad.contiguous(), torch.empty_like(delta), len(delta) < len(w)
-        # one delta for the batch: small blocks, so that there are enough programs, and 16 samples
-        # in flight in each
+        w, delta = ctx.saved_tensors
+        size, delta_n = ctx.sizes
+        grad, result = grad.contiguous(), torch.empty_like(delta)
+        shared = len(delta) < len(w)
+        # One delta for the batch: small blocks, so that there are enough programs, and 16 samples
+        # in flight in each.
         block, rows = (64, 16) if shared else (WIDE, 1)
         with torch.cuda.device_of(grad):
             grid = (len(delta), triton.cdiv(size, block))
@@ -91,7 +94,7 @@ def tanh_perturb_ref(w: Tensor, delta: Tensor) -> Tensor:
 
 
 def tanh_perturb(w: Tensor, delta: Tensor) -> Tensor:
-    """x' = (tanh(w + delta) + 1) / 2, differentiable in delta.
+    """Compute x' = (tanh(w + delta) + 1) / 2, differentiable in delta.
 
     w:       (N, C, P), the P pixels x under the mask as atanh((2 x - 1) * 0.999999); float32,
              float16 or bfloat16 (and float64, without a kernel); no gradient flows to it

@@ -16,7 +16,8 @@ def upsample_conv_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, 2 H, 2 W); differentiable."""
+    """Upsample x (B, C, H, W), then convolve it by weight (O, C, 3, 3) and bias (O,): (B, O, 2 H,
+    2 W), differentiable."""
     taps = F.pad(weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))  # (C, O, 5, 5)
     taps = taps[..., 1:] + taps[..., :-1]
     return F.conv_transpose2d(x, taps[..., 1:, :] + taps[..., :-1, :], bias, stride=2, padding=1)

@@ -31,7 +31,7 @@ def _kernel(
     BLOCK_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """BLOCK_H x BLOCK_W positions of one image: walks over their pixels in tiles ROWS x COLS."""
+    """Sum BLOCK_H x BLOCK_W positions of one image, over their pixels in tiles of ROWS x COLS."""
     b = tl.program_id(0).to(tl.int64)
     first_h, first_w = tl.program_id(1) * BLOCK_H, tl.program_id(2) * BLOCK_W
     ph, pw = first_h + tl.arange(0, BLOCK_H), first_w + tl.arange(0, BLOCK_W)
@@ -82,7 +82,7 @@ def window_energy_ref(grad: Tensor, h: int, w: int, stride: int = 1) -> Tensor:
 
 @torch.no_grad()
 def window_energy(grad: Tensor, h: int, w: int, stride: int = 1) -> Tensor:
-    """Sum over channels and an h x w window of grad^2, at each of `positions(H, W, h, w, stride)`.
+    """Sum grad^2 over channels and an h x w window, at each of `positions(H, W, h, w, stride)`.
 
     grad:    (B, C, H, W), float32, float16 or bfloat16, contiguous or channels_last
     returns  float32 (B, P), in the order of `positions`, flush edges included; sums in float32

@@ -1,4 +1,4 @@
-"""Shapes, types and layouts that the tests of the kernels share; an error for each wrong argument."""
+"""Shapes, types and layouts that the tests of the kernels share, and their wrong arguments."""
 
 import pytest
 import torch

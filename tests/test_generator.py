@@ -1,4 +1,4 @@
-"""generator.py: both stages by hand-made values, the shortcuts, probes, checkpoints, the command."""
+"""generator.py: both stages by hand-made values, the shortcuts, probes, the command."""
 
 import ast
 import dataclasses

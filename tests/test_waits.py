@@ -41,7 +41,7 @@ class Rng(torch.Generator):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what waits for the GPU, and answers: a number is 1, none of `any` is true, nonzero finds
+    """Notes what waits for the GPU, and answers: a number is 1, none of `any` is true, nonzero is
     a half of all, two whole numbers are the sides of the eyeglasses' box."""
 
     def __init__(self) -> None:
