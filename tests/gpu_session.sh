@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a machine with a GPU is for, in order: every kernel against its reference, bench, estimates,
-# beside them a full-width step of every method in both precisions and compiled, the experiments.
+# What a machine with a GPU is for, in order: every kernel against its reference, the bench with a
+# full-width step of every method in both precisions, the experiments.
 #     OUT=folder tests/gpu_session.sh [methods of results/reproduce.sh]
 #     DEVICE=cpu OUT=folder tests/gpu_session.sh     # tries this script: small, without experiments
 # A call stops at LIMIT seconds (default 540); a part that has ended leaves its mark in runs/gpu
@@ -36,20 +36,9 @@ ops="masked_step gaussian_cutout augment window_energy place_patches tanh_pertur
 for name in $ops embed attacks generator; do
   part "test_$name" python3 -m pytest -q "tests/test_$name.py"
 done
-full="--width 1 --batch 128 --attack-steps 10" small=() # F as in the paper; the demo's G
-if [ "$device" = cpu ]; then
-  full="--width 0.125 --batch 4 --attack-steps 2"
-  small=(--ops masked_step doa step --batch 16 --rounds 5)
-fi
+small=()
+[ "$device" = cpu ] && small=(--ops masked_step doa step --batch 16 --rounds 5)
 part bench python3 -m tests.bench "${small[@]}" --out "$out/bench.csv"
-part estimates python3 -m tests.count
-for method in ours no-at weak-at doa; do
-  for how in "--precision float32" "--precision bfloat16" "--precision bfloat16 --compile"; do
-    # shellcheck disable=SC2086
-    part "profile-$method-${how//[^a-z0-9]/}" python3 -m tests.bench --profile --method "$method" \
-      $full $how --device "$device" --run "$out/profile"
-  done
-done
 [ "$device" = cpu ] || part reproduce bash results/reproduce.sh "$@" # all goes on by itself
 cat "$out"/*.failed 2> /dev/null && { echo "done, but for these"; exit 1; }
 echo done
