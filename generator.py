@@ -498,8 +498,9 @@ def draw_pairs(person: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def parse(argv: Sequence[str] | None):
     """Read Config and flags from the command line. Raises run.UsageError."""
     about = "Train the disentangled generator (Sec. 2, App. A)."
-    bounds = {k: (0, run.LARGEST) for k in ("seed", "split_seed", "train_persons", "images")}
-    bounds |= {k: (1e-12, 1e9) for k in ("lr", "encoder_lr")}
+    bounds: dict[str, tuple] = {k: (1e-12, 1e9) for k in ("lr", "encoder_lr")}
+    for name in ("seed", "split_seed", "train_persons", "images"):
+        bounds[name] = (0, run.LARGEST)
     return run.parse(Config, PRESETS, argv, about, bounds=bounds)
 
 

@@ -299,22 +299,14 @@ def test_u_has_the_class_of_x_and_the_content_of_t():
     assert y.shape == u.shape == x.shape and float(u.min()) >= 0 and float(u.max()) <= 1
 
 
-def test_checkpoints_that_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="no such file"):
-        g.load_generator("absent.pt")
+def test_a_checkpoint_of_another_width_is_refused(tmp_path):
     config = dataclasses.asdict(g.Config(**TINY))
     state = g.Lord(g.Config(**TINY)).state_dict()
-    runs.save("width.pt", "generator", config={**config, "class_dim": 9}, lord=state)
-    runs.save("other.pt", "embedding", config=config, lord=state)
-    runs.save("good.pt", "generator", config=config, lord=state)
-    whole = Path("good.pt").read_bytes()
-    Path("short.pt").write_bytes(whole[: len(whole) // 2])
-    for name in ("width.pt", "other.pt", "short.pt"):
-        with pytest.raises(UsageError, match=name) as error:
-            g.load_generator(name)
-        assert "\n" not in str(error.value)
-    lord, _ = g.load_generator("good.pt")
+    runs.save(tmp_path / "good.pt", "generator", config=config, lord=state)
+    runs.save(tmp_path / "width.pt", "generator", config={**config, "class_dim": 9}, lord=state)
+    with pytest.raises(UsageError, match="width.pt: cannot be read .*: train it again$"):
+        g.load_generator(tmp_path / "width.pt")
+    lord, _ = g.load_generator(tmp_path / "good.pt")
     assert not lord.training and not any(p.requires_grad for p in lord.parameters())
 
 
