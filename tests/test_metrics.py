@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+import data
+import embed
+import generator
 import metrics
 from data.run import UsageError
 from metrics import aupr, auroc, bootstrap, detection_at_fpr, eer, interval, passing_at_far, roc
@@ -105,11 +109,9 @@ FIGURES["evading"] = partial(detection_at_fpr, evading=True)
 @pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES.keys())
 def test_bootstrap_equals_a_loop_over_resampled_targets(figure):
     rng = np.random.default_rng(1)
-    g, gt = rng.integers(0, 9, 40).astype(float), rng.integers(0, 5, 40)  # ties
-    i, it = (
-        rng.integers(2, 12, 90).astype(float),
-        rng.integers(0, 6, 90),
-    )  # target 5 has these alone
+    # ties, an intruder nearest of all, and a target that has intruders alone
+    g, gt = rng.integers(1, 9, 40).astype(float), rng.integers(0, 5, 40)
+    i, it = rng.integers(0, 12, 90).astype(float), rng.integers(0, 6, 90)
     fast = bootstrap(figure, [((g, gt), (i, it)), ((g[:20], gt[:20]), (i, it))], n=60, seed=3)
     for row, k in zip(fast, (40, 20)):
         slow = []
@@ -392,7 +394,7 @@ HEALTH = {  # the check, sidecars and rows with which it passes, and with which 
     ),
     "evasion": (
         "more effort",
-        {"evasion": attack(CLEAN, **WEAK), "evasion-5": attack(evaded(1, 1, 1, 1), **STRONG)},
+        {"evasion": attack(CLEAN[:4], **WEAK), "evasion-5": attack(CLEAN[:4], **STRONG)},
         {"evasion": attack(evaded(1, 1, 1, 1), **WEAK), "evasion-5": attack(CLEAN, **STRONG)},
     ),
     "random search": (
@@ -447,7 +449,7 @@ def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
     assert tables.trainings(out)["ours"]["log"] == [{"step": 1}]
     # persons of photographs became numbers, of all in the manifest; no path stays
     rows = metrics.read_run(out).methods["ours"]["clean"].rows
-    assert {r.target for r in rows} == {"person-0001", "person-0002"}
+    assert {r.candidate: r.target for r in rows}[1] == "person-0001"  # a, after Aaron
     assert json.loads((out / "attacks.json").read_text())["ours/clean"] == {
         "n": 8,
         "model": "net.py:f",
@@ -456,8 +458,7 @@ def test_packed_rows_read_as_the_single_files_did(run, tmp_path, capsys):
     assert json.loads((out / "people.json").read_text()).keys() == {*people} - {"train"}
     assert "Aaron" not in "".join(p.read_text() for p in out.glob("*.json"))
     before = (out / "attacks.csv.gz").read_bytes()
-    tables.pack(run, out)
-    assert (out / "attacks.csv.gz").read_bytes() == before
+    assert before[4:8] == bytes(4)  # gzip's time: the same bytes for the same rows
     for broken in (before[:-20], b"no gzip"):
         (out / "attacks.csv.gz").write_bytes(broken)
         assert metrics.main(["--run", str(out)]) == 2
@@ -538,3 +539,56 @@ def test_a_network_compares_y_and_u_with_x_and_t():
     assert d.tolist() == [[1, 5], [3, 3.5], [1, 0.5], [4, 4]]  # x-y, x-u, t-u, t-x
     assert values["x_y"] == 3 and values["t_u"] == 0.75 and values["y_nearer_to_x_than_t"] == 0.5
     assert values["u_nearer_to_x_than_to_t"] == 0 and values["u_nearer_to_t_than_x_is"] == 1
+
+
+def test_distances_of_figure_3_are_those_of_target_persons(tmp_path, monkeypatch):
+    demo = Path(data.__file__).parent / "demo"
+    faces = data.load("synthetic", persons=6, images_per_person=4)
+    split = data.split_persons(faces, 2, 2, 2, min_target_images=4)
+    data.write_manifest(tmp_path / "people.json", faces, split)
+    made = json.loads((demo / "run.json").read_text())
+    made |= {"options": {"persons": 6, "images_per_person": 4}}
+    (tmp_path / "run.json").write_text(json.dumps(made))
+    shutil.copy(demo / "generator.pt", tmp_path)
+    shutil.copytree(demo / "mixed", tmp_path / "weak-at")
+    figures.measure_distances(tmp_path, "weak-at", pairs=40)
+    # every pair there is, one by one
+    one, two = (faces.images[faces.person == p] for p in split.target)
+    f = embed.load_embedding(demo / "mixed/embedding.pt")
+    lord, content = generator.load_generator(demo / "generator.pt")
+    pairs = {"real-real": [], "real-generated": []}
+    for x, t in ((one, two), (two, one)):
+        z_cl, z_co = generator.encode(lord, x)[0], generator.encode(lord, t)[1]
+        real, other = embed.features(f, t), embed.features(f, x)
+        for k in range(4):
+            u = generator.decode(lord, z_cl[k : k + 1].expand(4, -1), z_co)
+            generated = embed.features(f, (u * 255).round().byte())
+            pairs["real-generated"] += (real - generated).norm(dim=1).tolist()
+            pairs["real-real"] += (real - other[k]).norm(dim=1).tolist()
+    rows = [r.split(",") for r in (tmp_path / "weak-at/figure3.csv").read_text().splitlines()[1:]]
+    for kind, every in pairs.items():
+        values = [float(distance) for k, distance in rows if k == kind]
+        nearest = np.abs(np.subtract.outer(values, every)).min(1)
+        assert len(values) == 40 and nearest.max() < 1e-3 * np.median(every), kind
+    assert np.median(pairs["real-real"]) != pytest.approx(np.median(pairs["real-generated"]), 0.01)
+    # a face network that looks at colours alone, on validation and target persons
+    (tmp_path / "colours.py").write_text("def embed(images):\n    return images.mean((2, 3))\n")
+    network = f"{tmp_path / 'colours.py'}:embed"
+    if {faces.names[p] for p in split.validation + split.target} & {*content["train"]}:
+        with pytest.raises(UsageError, match="trained on"):
+            figures.measure_identity(tmp_path, network)
+    content["train"] = []
+    torch.save(content, tmp_path / "generator.pt")
+    pick = data.images_of(faces, split.validation + split.target)
+    pairs = [index[:9] for index in generator.draw_pairs(faces.person[pick], 0)]
+    monkeypatch.setattr(generator, "draw_pairs", lambda person, seed: pairs)
+    figures.measure_identity(tmp_path, network)
+    values = json.loads((tmp_path / "generator/identity-colours-embed.json").read_text())
+    pick = data.images_of(faces, split.validation + split.target)
+    x, t = (
+        faces.images[pick[i]].float() / 255 for i in generator.draw_pairs(faces.person[pick], 0)
+    )
+    y, u = generator.generate_pair(lord, x, t)
+    for key, a, b in (("x_y", x, y), ("x_u", x, u), ("t_u", t, u), ("t_x", t, x)):
+        expected = (a.mean((2, 3)) - b.mean((2, 3))).norm(dim=1).mean()
+        assert values[key] == pytest.approx(float(expected), rel=1e-4), key
