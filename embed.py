@@ -391,7 +391,7 @@ class Generated:
 
 
 class Quadruplets(NamedTuple):
-    """A batch after augmentation and mining, before any attack; generated y and u are never augmented."""
+    """A batch after augmentation and mining, before any attack; y and u of G are not augmented."""
 
     x: Tensor  # (B, 3, H, W), as y, t and u
     y: Tensor
