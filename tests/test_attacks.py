@@ -760,7 +760,11 @@ def test_the_eye_patch_is_trained_on_images_of_persons_that_are_not_attacked(
         tested, training = attacks.choose_intruders(loaded.person, index, near, far, 3, 4, rng)
         assert [int(row["candidate"]) for row in own] == tested
         assert {names[i] for i in training} <= {*split["validation"]}
-        views, anchor = Mirrored(model), features[int(own[0]["anchor"])]
+        views, a = Mirrored(model), int(own[0]["anchor"])
+        anchor = features[a]
+        with np.load(trained / "ours/attacks/eye_patch.npz") as shown:
+            [t] = np.flatnonzero(shown["target"] == target)
+            assert (shown["anchor"][t] == loaded.images[a].numpy()).all()
         want = []
         for index in (training, tested + training):
             inputs = views, x[index], anchor, PATCH, Effort(15, 0.2, 1, True)
@@ -782,6 +786,9 @@ def test_a_targets_rows_do_not_depend_on_those_beside(trained, command):
     fewer = rows(trained, "eyeglasses")
     same = [row for row in whole if row["target"] == fewer[0]["target"]]
     assert len(fewer) == len(same) == 3
+    names = json.loads((trained / "people.json").read_text())["target"]
+    order = lambda name: attacks.stable_generator(3, name).initial_seed()
+    assert fewer[0]["target"] == min(names, key=order)
     for a, b in zip(fewer, same):
         assert {**a, "distance": 0} == {**b, "distance": 0}
         assert float(a["distance"]) == pytest.approx(float(b["distance"]), rel=1e-3)
@@ -794,7 +801,7 @@ def test_goes_on_after_a_stop_and_refuses_other_settings(trained, command, capsy
     images = trained / "ours/attacks/eyeglasses.npz"
     assert command(*flags, "--overwrite") == 0
     whole, shown = rng("eyeglasses"), dict(np.load(images))
-    with interrupted_at(attacks, "attack_target", 3):
+    with interrupted_at(run, "append_rows", 3):  # its images are written already
         assert command(*flags, "--overwrite") == 130
     assert "goes on" in capsys.readouterr().err and rng("eyeglasses") == whole[:4]
     assert command(*flags, "--lr", "0.3") == 2

@@ -331,15 +331,15 @@ def test_a_second_model_measures_what_was_made_on_the_first(home, judge):
     folder, second = home / "judged/net-embed/attacks", sys.modules["of_user_second"].inner
     assert not (home / "judged/second-embed").exists()
     white, other = (pairs_of(folder, "eyeglasses", k) for k in ("distance", "judge"))
-    clean = pairs_of(folder, "clean", "judge")
-    assert sum(other.values()) > sum(white.values()) and {*other} <= {*clean}
+    assert sum(other.values()) > sum(white.values())
     with np.load(folder / "eyeglasses.npz") as shown, torch.no_grad():
         for t, target in enumerate(shown["target"]):
             images, anchor = (torch.from_numpy(shown[k][t]) / 255 for k in ("attacked", "anchor"))
-            views = torch.stack([second(x) for x in (images, images.flip(3))])
-            d = (views - second(anchor[None])).square().sum(2).mean(0).sqrt().tolist()
-            seen = [other[str(target), str(candidate)] for candidate in shown["candidate"][t]]
-            assert seen == pytest.approx(d, rel=1e-5)
+            for net, rows in ((sys.modules["of_user_net"].inner, white), (second, other)):
+                views = torch.stack([net(x) for x in (images, images.flip(3))])
+                d = (views - net(anchor[None])).square().sum(2).mean(0).sqrt().tolist()
+                seen = [rows[str(target), str(candidate)] for candidate in shown["candidate"][t]]
+                assert seen == pytest.approx(d, rel=1e-6)
     status, _, errors = judge("net.py:embed", *flags)  # the first alone is another table
     assert status == 2 and "judge (" in errors[0]
 
