@@ -82,7 +82,7 @@ class Line(NamedTuple):
 
 
 def lines_of(runs: Sequence[Run], paper: Mapping[str, Mapping[str, str]] | None = None):
-    """Make a line of each method, and of the paper's beside its methods: {method: {attack: figure}}."""
+    """Make a line of each method, beside the paper's figures {method: {attack: figure}}."""
     present, theirs = names(runs), paper or {}
     own = {*present} & {*METHODS}
     methods = [m for m in METHODS if m in own or (own and m in theirs)]
