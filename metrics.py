@@ -365,7 +365,12 @@ def merits(one: Run, method: str, name: str, setting: tuple[int, int] = (1, 1)) 
 
 
 def measure(
-    runs: Sequence[Run], method: str, name: str, mirroring: int = 1, selection: int = 1
+    runs: Sequence[Run],
+    method: str,
+    name: str,
+    mirroring: int = 1,
+    selection: int = 1,
+    pr: bool = False,
 ) -> dict[str, Any] | None:
     """Compute the figures of one method under one attack, None without its rows or clean ones.
 
@@ -374,7 +379,7 @@ def measure(
     share of the genuine images that pass where 10 % of unattacked intruders do, `asr_at_far_0.1`:
     that of the attacked ones; None where fewer than ten errors are expected. `clean_same_pairs`:
     the AU-ROC of the attacked pairs without the attack. `of`: what `worst` is the strongest of.
-    Raises ValueError for a name that neither the paper nor the runs know.
+    pr: `aupr_interval` too. Raises ValueError for a name that neither the paper nor the runs know.
     """
     present = {k for one in runs for m, attacks in one.methods.items() for k in (m, *attacks)}
     if unknown := {method, name.removesuffix(JUDGE)} - present - {*METHODS, *ATTACKS, *DERIVED}:
@@ -392,9 +397,11 @@ def measure(
     result["n_targets"] = len(set().union(*shared))
     areas, detections = [m.areas for m in each], [m.detection for m in each]
     detection = functools.partial(detection_at_fpr, evading=each[0].evading)
-    spreads = {"interval": (auroc, areas), "aupr_interval": (aupr, areas)}
+    spreads: dict[str, tuple[Any, list[Pair]]] = {"interval": (auroc, areas)}
+    spreads["detected_interval"] = detection, detections
+    spreads |= {"aupr_interval": (aupr, areas)} if pr else {}
     several_targets = all(m.figures["n_targets"] > 1 for m in each)
-    for key, (figure, pairs) in (spreads | {"detected_interval": (detection, detections)}).items():
+    for key, (figure, pairs) in spreads.items():
         ends = interval(bootstrap(figure, pairs).mean(0)) if several_targets else (None, None)
         result[key] = [*ends]
     if len(runs) > 1:
@@ -589,10 +596,10 @@ def parse_row(texts: Mapping[str, str]) -> Row:
                 raise ValueError(f"{name} is {texts[name]!r}, not a number") from None
     if values["role"] not in ROLES or not {values["mirroring"], values["selection"]} <= {0, 1}:
         raise ValueError(f"role, mirroring or selection is none of {', '.join(ROLES)}, 0, 1")
-    for name in FAR_OFF:
-        if not 0 <= values.get(name, 0) < math.inf:
+    for name in (n for n in FAR_OFF if n in values):
+        if not 0 <= values[name] < math.inf:
             raise ValueError(f"{name} is {texts[name]}, not finite and at least 0")
-        if name in CERTIFIED.values() and values.get(name, 0) > values["distance"]:
+        if name.startswith("bound") and values[name] > values["distance"]:
             raise ValueError(f"{name} is {texts[name]}, above the score {texts['distance']}")
     return Row(**values)
 
@@ -668,7 +675,7 @@ def summary(runs: Any, mirroring: int = 1, selection: int = 1) -> dict[str, dict
     result: dict[str, dict] = {}
     for method, attacks in names(runs).items():
         for name in attacks:
-            if figures := measure(runs, method, name, mirroring, selection):
+            if figures := measure(runs, method, name, mirroring, selection, pr=True):
                 result.setdefault(method, {})[name] = figures
     if not result:
         raise run.UsageError(
@@ -692,15 +699,22 @@ def show(argv: Sequence[str] | None) -> int:
     """Print the table and the checks; results/ writes tables.md and figures."""
     about = "Tables, figures and health checks from the rows of a run. FPR is the paper's, genuine "
     about += "refused (the biometric FRR): the intruder is the positive."
-    several = {"type": Path, "required": True, "nargs": "+"}
-    flags: dict[str, dict] = {
-        "run": several | {"help": "folders of embed.py; several: the mean over them"},
-        "json": {"action": "store_true", "help": "print the figures as JSON and write nothing"},
-        "figures": {"nargs": "*", "default": [], "help": "draw only these, or none (default: all)"},
-        "out": {"help": "where tables.md and figures/ go (default: the first run)"},
-    }
-    bounds = {"mirroring": (0, 1), "selection": (0, 1)}
-    config, args = run.parse(Config, {}, argv, about, bounds=bounds, **flags)
+    config, args = run.parse(
+        Config,
+        {},
+        argv,
+        about,
+        bounds={"mirroring": (0, 1), "selection": (0, 1)},
+        run={
+            "type": Path,
+            "required": True,
+            "nargs": "+",
+            "help": "folders of runs; mean of several",
+        },
+        json={"action": "store_true", "help": "print the figures as JSON and write nothing"},
+        figures={"nargs": "*", "default": [], "help": "draw only these, or none (default: all)"},
+        out={"help": "where tables.md and figures/ go (default: the first run)"},
+    )
     runs = [read_run(folder, config.rows) for folder in args.run]
     result = summary(runs, config.mirroring, config.selection)
     if args.json:

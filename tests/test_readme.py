@@ -65,7 +65,9 @@ def test_rows_that_are_compared_come_from_one_commit_and_setting():
         attacks = [(a, v) for one in runs for m in one.methods.values() for a, v in m.items()]
         assert len({v.sidecar["commit"] for _, v in attacks}) == 1, folder
         every = [tables.trainings(one.folder) for one in runs]
-        made = [tables.settings_of(held[m]) for held, one in zip(every, runs) for m in one.methods]
+        made = [
+            tables.settings_of(t[m]) for t, one in zip(every, runs) for m in one.methods if m in t
+        ]
         for key in ("steps", "batch", "images", "attack_steps", "attack_alpha", "lr", "preset"):
             assert len({settings[key] for settings in made}) == 1, (folder, key)
         efforts = {(a, v.sidecar["iterations"]) for a, v in attacks if "iterations" in v.sidecar}
