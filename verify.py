@@ -5,7 +5,8 @@
     python verify.py A.jpg B.jpg --run RUN --model FILE.py:NAME       # by a model of your own
     python verify.py --run RUN                                # the rule's rows, all target persons
 
-In:  result.json (the threshold) and embedding.pt of a run, or result.json of attacks.py --model.
+In:  result.json (the threshold) and embedding.pt of a run, or result.json of attacks.py --model;
+     for the rows <method>/attacks/clean.json too, whose persons, pairs and defences they are of.
 Out: for two photographs distance, threshold and answer; for a run <method>/attacks/rule.csv, for
      metrics.py, with the genuine pairs that set the rule's threshold.
 
@@ -25,14 +26,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +42,17 @@ except ImportError:
 
     def squared_distance(features: Tensor, anchor: Tensor) -> Tensor:
         """Compute the squared distance (N,) of features (N, V, D) or (N, D), a mean over V."""
-        views = features.flatten(1).unflatten(1, (-1, anchor.shape[-1]))
-        return (views - anchor.unsqueeze(-2)).square().sum(-1).mean(-1)
+        return (
+            (features.flatten(1).unflatten(1, (-1, anchor.shape[-1])) - anchor.unsqueeze(-2))
+            .square()
+            .sum(-1)
+            .mean(-1)
+        )
 
 
 try:
     import attacks
-    from attacks import Defence, check_inputs, extract, frozen, scale
+    from attacks import check_inputs, extract, frozen, scale
 except ImportError:
     attacks, frozen = None, contextlib.nullcontext  # type: ignore[assignment]
 
@@ -71,32 +74,18 @@ SMALLER = (2, 4, 6, 8)  # sides, of 64, of smaller patches whose bounds stand in
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of the rule and of whom it judges; a preset replaces some of the defaults."""
+    """Hold every setting of the rule; whom it judges stands in clean.json of attacks.py."""
 
-    preset: str = "paper"  # take the settings of demo | paper | model; by default the run's own
+    preset: str = "paper"  # take the mask of demo | paper | model; by default the run's own
     method: tuple[str, ...] = ("all",)  # not in the paper: judge by these methods of the run
-    defences: tuple[Defence, ...] = ("both",)  # Sec. 4.2: write rows under these defences
     model: str = ""  # not in the paper: FILE.py:NAME, judged by attacks.py before; its code is run
-    data: Literal["", "synthetic", "folder", "celeba"] = ""  # not in the paper: judge others
-    root: str = ""  # not in the paper: read the images of --data from this folder
-    crop: str = ""  # not in the paper: crop the images of --data, or the photographs, in this way
-    # not in the paper: of root/a/b take a, the first folder, or b, the last, as the person
-    person_folder: Literal["", "first", "last"] = ""
-    min_images: int = 10  # Sec. 4: take as targets only persons with so many images
-    target_images: int = 0  # not in the paper: use only the first n images of a target (0: all)
-    targets: int = 27  # Sec. 4: judge so many target persons
-    intruders: int = 64  # App. C, released code: judge so many intruders for each target
-    seed: int = -1  # not in the paper: seed every random choice (-1: the run's seed)
+    rows: str = "attacks"  # not in the paper: folder of clean.json, attacks-NAME after --data
     patch: tuple[int, ...] = (10,)  # not in the paper: side, or height and width, of 64 pixels
     mask: tuple[int, ...] = (12,)  # not in the paper: hide such patches by masks of this side
     persons: int = 20  # not in the paper: set the threshold by so many validation persons
 
 
-PRESETS: dict[str, dict] = {
-    "paper": {},
-    "demo": {"targets": 20, "intruders": 12, "mask": (14,)},
-    "model": {"targets": 10, "intruders": 10, "target_images": 12, "mask": (20,)},
-}
+PRESETS: dict[str, dict] = {"paper": {}, "demo": {"mask": (14,)}, "model": {"mask": (20,)}}
 
 
 def is_different(features: Tensor, anchor: Tensor, delta: float) -> Tensor:
@@ -115,26 +104,23 @@ def fill_around(images: Tensor, boxes: Tensor) -> Tensor:
     one over its distance, so nothing inside matters. A box over a whole image becomes 0.
     """
     N, _, H, W = images.shape
-    rows = torch.arange(N, device=images.device)
-    top, left, height, width = boxes.T
+    y = torch.arange(H, device=images.device)[:, None]  # (H, 1)
+    x = torch.arange(W, device=images.device)  # (W,)
+    top, left, height, width = boxes.T[:, :, None, None]  # (N, 1, 1) each
+    bottom, right = top + height, left + width
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (N, H, W)
     total: Any = 0
     weights: Any = 0
-    inside: Any = True
-    for dim, size, start, length in ((2, H, top, height), (3, W, left, width)):
-        shape = (N, 1, size, 1) if dim == 2 else (N, 1, 1, size)
-        pixels = torch.arange(size, device=images.device)
-        distance = pixels - start[:, None]  # (N, size)
-        inside = inside & ((distance >= 0) & (distance < length[:, None])).view(shape)
-        for edge in (start - 1, start + length):
-            exists = (edge >= 0) & (edge < size)
-            weight = exists[:, None] / (pixels - edge[:, None]).abs().clamp(min=1)  # (N, size)
-            # (N, C, W) of the row, (N, C, H) of the column
-            line = images.movedim(dim, 1)[rows, edge.clamp(0, size - 1)]
-            total = total + weight.view(shape) * line.unsqueeze(dim)
-            weights = weights + weight.view(shape)
+    for dim, pixels, edge in ((2, y, top - 1), (2, y, bottom), (3, x, left - 1), (3, x, right)):
+        size = images.shape[dim]
+        weight = ((edge >= 0) & (edge < size)) / (pixels - edge).abs().clamp(min=1)
+        # (N, C, 1, W) of the row, (N, C, H, 1) of the column
+        rows = torch.arange(N, device=images.device), edge.flatten().clamp(0, size - 1)
+        total = total + weight[:, None] * images.movedim(dim, 1)[rows].unsqueeze(dim)
+        weights = weights + weight[:, None]
     # both sums are rounded alike, so the mean of pixels in [0, 1] stays there
     mean = total / weights.clamp(min=1e-6)
-    return torch.where(inside, mean.to(images.dtype), images)
+    return torch.where(inside[:, None], mean.to(images.dtype), images)
 
 
 def hold_places(boxes: Tensor, patch: Size, height: int, width: int) -> Tensor:
@@ -250,133 +236,96 @@ def bound_patch(known: Certificate, boxes: Tensor, patch: Size, height: int, wid
 def parse(argv: Sequence[str] | None):
     """Return config and flags. Raises run.UsageError."""
     about = "Decide eq. (1) for two photographs, or for all target persons of a run."
-    photographs = {"positional": True, "nargs": "*", "metavar": "PHOTOGRAPH"}
-    photographs["help"] = "two: the target's, then the candidate's; none: all target persons"
-    lowest = {"seed": -1, "target_images": 0, "min_images": 2}
-    bounds = {name: (least, run.LARGEST) for name, least in lowest.items()}
-    config, args = run.parse(
-        Config, PRESETS, argv, about, attacks.choose_preset, bounds, photographs=photographs
-    )
+    which = "two: the target's, then the candidate's; none: all target persons"
+    photographs = {"positional": True, "nargs": "*", "metavar": "PHOTOGRAPH", "help": which}
+    preset = attacks.choose_preset
+    config, args = run.parse(Config, PRESETS, argv, about, preset, photographs=photographs)
     if len(args.photographs) not in (0, 2):
-        raise run.UsageError(
-            f"{' '.join(args.photographs)}: give two photographs, the target's and the candidate's"
-        )
-    if not config.model:
-        args.run = args.run or data.demo_run()
-    elif not args.run:
+        names = " ".join(args.photographs)
+        raise run.UsageError(f"{names}: give two photographs, the target's and the candidate's")
+    if config.model and not args.run:
         raise run.UsageError(f"--model {config.model}: give the --run of attacks.py --model")
-    elif not args.photographs and not config.data:
-        raise run.UsageError(f"--model {config.model}: give --data folder --root PHOTOS")
+    args.run = args.run or data.demo_run()
     return config, args
 
 
-def load_judge(config: Config, folder: Path, device: torch.device) -> tuple[Embed, Path, dict]:
-    """Load the F of a run, or --model as attacks.py judged it.
+def scale_size(sides: Size, size: int) -> Size:
+    """Scale a side, or height and width, of 64 pixels to images of size x size."""
+    return max(1, scale(sides[0], size)), max(1, scale(sides[-1], size))
 
-    Returns it with its folder and result.json, "embedding" being the digest that its rows name.
-    Raises run.UsageError.
-    """
+
+def load_model(text: str, about: dict, file: Path, device: torch.device) -> Embed:
+    """Load --model; about: its digest, size and distance in a file of attacks.py. Raises
+    run.UsageError where it is another model than that."""
+    flag, size = f"--model {text}", int(about["size"])
+    embed, source = model.load_model(flag, text, device)
+    with model.user_code(flag, f"fails on images of {size} x {size}"):
+        digest = model.model_digest(embed, source, attacks.fixed_images(size).to(device))
+    if digest != about["embedding"]:
+        why = f"its file or features are not those that {file} is of"
+        raise run.UsageError(f"{flag}: {why}: judge it again by attacks.py --overwrite")
+    return model.Cosine(embed) if about["distance"] == "cosine" else embed
+
+
+def verify_pair(config: Config, args: Any, folder: Path, device: torch.device) -> None:
+    """Decide eq. (1) for two photographs, with mirroring, and print what no patch could change."""
+    file, advice = folder / "result.json", "train to the end first, or name another --run"
     if config.model:
-        name, flag = model.model_name(config.model), f"--model {config.model}"
-        advice = f"let attacks.py {flag} judge it first, or name its --run"
-    else:
-        name, *others = attacks.choose_methods(config.method, folder)
-        if others:
-            raise run.UsageError(f"--method: choose one of {', '.join([name, *others])}")
-        advice = "train to the end first, or name another --run"
-    file = folder / name / "result.json"
+        advice = f"let attacks.py --model {config.model} judge it first, or name its --run"
     result = run.read_json(file, advice)
     with run.reading(file, advice):
-        if not 0 < float(result["threshold"]) < math.inf:
-            raise ValueError(f"threshold {result['threshold']}")
-        result["pairs"] = "genuine validation pairs"
+        delta, pairs = float(result["threshold"]), "genuine validation pairs"
+        if not 0 < delta < math.inf:
+            raise ValueError(f"threshold {delta}")
         if config.model:
-            result["pairs"] = f"the genuine pairs of {result['persons']} persons"
-    if not config.model:
-        weights = file.with_name("embedding.pt")
-        crop = attacks.read_run(folder)["crop"]
-        result |= {"embedding": run.digest(weights), "size": data.SIZE, "crop": crop}
-        return load_embedding(weights, device), file.parent, result
-    embed, source = model.load_model(flag, config.model, device)
-    images = attacks.fixed_images(int(result["size"])).to(device)
-    with model.user_code(flag, f"fails on images of {result['size']} x {result['size']}"):
-        digest = model.model_digest(embed, source, images)
-    if digest != result["embedding"]:
-        raise run.UsageError(
-            f"{flag}: its file or features are not those that {file} is of: "
-            "judge it again by attacks.py --overwrite"
-        )
-    embed = model.Cosine(embed) if result["distance"] == "cosine" else embed
-    return embed, file.parent, result
-
-
-def verify_pair(config: Config, args: Any, device: torch.device) -> int:
-    """Decide eq. (1) for two photographs, with mirroring, and print what no patch could change."""
-    embed, folder, result = load_judge(config, args.run, device)
-    crop, size = config.crop or result["crop"] or None, int(result["size"])
+            pairs = f"the genuine pairs of {result['persons']} persons"
+    if config.model:
+        embed = load_model(config.model, result, file, device)
+    else:
+        weights, crop = folder / "embedding.pt", attacks.read_run(args.run)["crop"]
+        embed = load_embedding(weights, device)
+        result = {"embedding": run.digest(weights), "size": data.SIZE, "crop": crop}
+    crop, size = result["crop"] or None, int(result["size"])
     images = [data.load_image(path, crop=crop, size=size) for path in args.photographs]
     target, candidate = (image[None].to(device).float() / 255 for image in images)
     with model.user_code(f"--model {config.model}" if config.model else f"{folder}"):
         anchor = extract(embed, target)[0]
         features = extract(Mirrored(embed), candidate)
-    distance, delta = float(squared_distance(features, anchor).sqrt()), float(result["threshold"])
+    distance = float(squared_distance(features, anchor).sqrt())
     answer = "NOT the same person" if is_different(features, anchor, delta) else "same person"
-    print(
-        f"distance {distance:.3f}  threshold {delta:.3f} "
-        f"(5 % of {result['pairs']} refused)  {answer}"
-    )
-    rows = folder / "attacks" / "rule.csv"
-    if rows.exists():
-        print(describe_certificate(rows, result["embedding"], embed, anchor, candidate))
-    else:
+    print(f"distance {distance:.3f}  threshold {delta:.3f} (5 % of {pairs} refused)  {answer}")
+    rows, advice = folder / config.rows / "rule.csv", "write them by verify.py --overwrite"
+    if not rows.exists():
         print(f"what a patch could change: verify.py without photographs writes {rows} first")
-    return 0
-
-
-def describe_certificate(
-    rows: Path, digest: str, embed: Embed, anchor: Tensor, candidate: Tensor
-) -> str:
-    """Say what the rule answers for a candidate (1, 3, H, W), and what no patch could change.
-
-    Masks and threshold are those of the rows of a run. Raises run.UsageError without them.
-    """
-    advice = "write them by verify.py --overwrite"
+        return
+    # the masks and the threshold of the run's rows
     settings = run.read_json(rows.with_suffix(".json"), advice)
-    with run.reading(rows, advice), open(rows, newline="", encoding="utf-8") as file:
+    with run.reading(rows, advice), open(rows, newline="", encoding="utf-8") as table:
         settings = settings["config"]
-        if settings["embedding"] != digest:
+        if settings["embedding"] != result["embedding"]:
             raise ValueError("rows of another model")
-        setters = [r for r in csv.DictReader(file) if r["role"] == "validation"]
+        setters = [r for r in csv.DictReader(table) if r["role"] == "validation"]
         genuine = [float(r["distance"]) for r in setters if r["mirroring"] == "1"]
         if not genuine:
             raise ValueError("no validation persons, mirrored, to set the threshold")
         delta = smallest_delta(torch.tensor(genuine))
-        height, width = candidate.shape[2:]
-        patch = scale_size(settings["rule_patch"], height, width)
-        boxes, holds = cover(height, width, patch, scale_size(settings["rule_mask"], height, width))
+        patch, mask = (scale_size(settings[key], size) for key in ("rule_patch", "rule_mask"))
+        boxes, holds = cover(size, size, patch, mask)
     known = certify(MaskedVerifier(Mirrored(embed), anchor, boxes), holds, candidate)
-    about = (
-        f"under the rule: {float(known.score):.3f}  threshold {delta:.3f} "
-        f"(5 % of {len(genuine)} genuine validation pairs refused)"
-    )
-    if known.score < delta:
-        return f"{about}  same person\n(the certificate is of refusals alone)"
-    sure = None
+    answer = "NOT the same person, but nothing is certain: a small patch might change that"
     for k in range(1, max(patch) + 1):
         smaller = tuple(max(1, side * k // max(patch)) for side in patch)
-        if bound_patch(known, boxes, smaller, height, width) >= delta:
-            sure = smaller
-    if sure is None:
-        certain = "but nothing is certain: a small patch might change that"
-    else:
-        certain = f"and no patch of {sure[0]} x {sure[1]} could change that"
-        certain += "" if sure == patch else "; a larger one might"
-    return f"{about}  NOT the same person, {certain}"
-
-
-def scale_size(sides: Sequence[int], height: int, width: int) -> Size:
-    """Scale a side, or height and width, of 64 to an image of another size."""
-    return max(1, scale(sides[0], height)), max(1, scale(sides[-1], width))
+        if bound_patch(known, boxes, smaller, size, size) >= delta:
+            sure = f"no patch of {smaller[0]} x {smaller[1]} could change that"
+            answer = f"NOT the same person, and {sure}"
+            answer += "" if smaller == patch else "; a larger one might"
+    if known.score < delta:
+        answer = "same person\n(the certificate is of refusals alone)"
+    pairs = f"{len(genuine)} genuine validation pairs"
+    print(
+        f"under the rule: {float(known.score):.3f}  threshold {delta:.3f} "
+        f"(5 % of {pairs} refused)  {answer}"
+    )
 
 
 def threshold_setters(people: attacks.JudgedPeople, most: int) -> list[int]:
@@ -387,92 +336,93 @@ def threshold_setters(people: attacks.JudgedPeople, most: int) -> list[int]:
     return sorted(others, key=lambda p: (-n[p], p))[:most]
 
 
-def certify_person(
-    config: Config, embed: Embed, people: attacks.JudgedPeople, device: torch.device, person: int
-) -> tuple[list[str], list[list], dict, dict]:
-    """Certify the images of a target person and the intruders, or of a person who sets the
-    threshold; return header, rows, statistics and no example images."""
-    began, faces, target = time.monotonic(), people.faces, people.faces.names[person]
-    height, width = faces.images.shape[2:]
-    patch, mask = (scale_size(sides, height, width) for sides in (config.patch, config.mask))
-    boxes, holds = cover(height, width, patch, mask)
-    rng = attacks.stable_generator(config.seed, target, "intruders")
-    whom = faces.person, person, people.near, people.far, config.intruders, 0
-    tested, _ = attacks.choose_intruders(*whom, rng)
-    if person not in people.targets:
-        tested = []
-    own = (faces.person == person).nonzero().flatten().tolist()[: config.target_images or None]
-    features = extract(embed, faces.images[own].to(device))
-    smaller = [side for side in SMALLER if side < min(config.patch)]
-    rows = []
-    for mirroring, selection in (attacks.DEFENCES[defence] for defence in config.defences):
-        best = attacks.select_anchor(features) if selection else 0
-        candidates = [i for i in own if i != own[best]] + tested
-        images = faces.images[candidates].to(device).float() / 255
-        verifier = MaskedVerifier(Mirrored(embed) if mirroring else embed, features[best], boxes)
-        known = certify(verifier, holds, images)
-        columns = width - patch[1] + 1  # places in a row
-        values = [known.score, known.place // columns, known.place % columns, known.bound]
-        for side in smaller:
-            sides = scale_size((side,), height, width)
-            values.append(bound_patch(known, boxes, sides, height, width))
-        for candidate, *numbers in zip(candidates, *(v.tolist() for v in values)):
-            other = faces.names[int(faces.person[candidate])]
-            role = "genuine" if other == target else "intruder"
-            role = role if person in people.targets else "validation"
-            row = ["rule", mirroring, selection, config.seed, target, own[best], candidate, other]
-            rows.append([*row, role, *numbers])
-    header = [*attacks.COLUMNS, "row", "col", "bound", *(f"bound_{side}" for side in smaller)]
-    return header, rows, {"seconds": time.monotonic() - began}, {}
-
-
-def verify_people(config: Config, args: Any, device: torch.device) -> int:
-    """Write the rows `rule` of all target persons, by the methods of a run or by --model."""
-    record: dict[str, Any] = {}
-    result: dict[str, Any] = {"size": data.SIZE}
-    if config.model:
-        embed, folder, result = load_judge(config, args.run, device)
-        methods: Sequence[str] = [folder.name]
-    else:
-        record = attacks.read_run(args.run)
-        methods = attacks.choose_methods(config.method, args.run)
-    if config.seed < 0:
-        config = replace(config, seed=record.get("seed", 0))
-    size = int(result["size"])
-    patch, mask = (scale_size(sides, size, size) for sides in (config.patch, config.mask))
+def write_rule(config: Config, args: Any, file: Path, clean: dict, device: torch.device) -> None:
+    """Write the rows `rule` of the same persons, pairs and defences as a clean.json. Raises
+    run.UsageError where people or F have changed since."""
+    advice = "judge them again by attacks.py --overwrite"
+    with run.reading(file, advice):
+        settings = dict(clean["config"])
+        fields = {k: v for k, v in settings.items() if k not in ("people", "embedding", "judge")}
+        whom = attacks.Config(**fields | {"model": config.model})
+        about = {k: clean[k] for k in ("seed", "data", "trained_in", "model") if k in clean}
+    size = whom.size
+    patch, mask = scale_size(config.patch, size), scale_size(config.mask, size)
     try:
-        boxes, _ = cover(size, size, patch, mask)
+        boxes, holds = cover(size, size, patch, mask)
     except ValueError as error:
         raise run.UsageError(f"--patch, --mask: {error}") from None
     with run.rank_0_first():
-        whom = SimpleNamespace(**asdict(config), size=size)
+        record = {} if config.model else attacks.read_run(args.run)
         people = attacks.judged_people(whom, args.run, record)
-    for method in methods:
-        if config.model:
-            made_with = attacks.settings_of(config, people)
-            made_with |= {key: result[key] for key in ("embedding", "size", "distance")}
-            settings = {"config": made_with, "seed": config.seed, "data": people.faces.data}
-            settings |= {"model": config.model} | run.machine(device)
-        else:
-            embed, settings = attacks.load_method(config, args.run / method, people, device)
-        # the names that they have in the rows of all runs
-        for key in ("patch", "mask", "persons"):
-            settings["config"].pop(key, None)
-            settings["config"][f"rule_{key}"] = getattr(config, key)
-        make = functools.partial(certify_person, config, embed, people, device)
-        table, effort = args.run / method / people.folder / "rule.csv", {"masks": len(boxes)}
-        about = {"attack": "rule", **settings}
-        setters = threshold_setters(people, config.persons)
-        with model.user_code(f"--model {config.model}" if config.model else method):
-            attacks.write_rows(table, about, people, setters, make, effort, args.overwrite)
-    return 0
+    if config.model:
+        embed = load_model(config.model, settings, file, device)
+        now = attacks.settings_of(whom, people)
+    else:
+        embed, made_with = attacks.load_method(whom, file.parents[1], people, device)
+        now = made_with["config"]
+    if changes := run.differences(settings, settings | now):
+        raise run.UsageError(f"{file}: other images or another model: {changes}: {advice}")
+    faces, smaller = people.faces, [side for side in SMALLER if side < min(config.patch)]
+    header = [*attacks.COLUMNS, "row", "col", "bound", *(f"bound_{side}" for side in smaller)]
+
+    def certify_person(person: int) -> tuple[list[str], list[list], dict, dict]:
+        """Make the rows of a target person, intruders too, or of one who sets the threshold."""
+        began, target = time.monotonic(), faces.names[person]
+        tested: list[int] = []
+        if person in people.targets:
+            rng = attacks.stable_generator(whom.seed, target, "intruders")
+            others = people.near, people.far, whom.intruders, 0
+            tested, _ = attacks.choose_intruders(faces.person, person, *others, rng)
+        own = (faces.person == person).nonzero().flatten().tolist()[: whom.target_images or None]
+        features = extract(embed, faces.images[own].to(device))
+        rows = []
+        for mirroring, selection in (attacks.DEFENCES[defence] for defence in whom.defences):
+            best = attacks.select_anchor(features) if selection else 0
+            candidates = [i for i in own if i != own[best]] + tested
+            images = faces.images[candidates].to(device).float() / 255
+            views = Mirrored(embed) if mirroring else embed
+            known = certify(MaskedVerifier(views, features[best], boxes), holds, images)
+            columns = size - patch[1] + 1  # places in a row
+            values = [known.score, known.place // columns, known.place % columns, known.bound]
+            for side in smaller:
+                values.append(bound_patch(known, boxes, scale_size((side,), size), size, size))
+            for candidate, *numbers in zip(candidates, *(v.tolist() for v in values)):
+                other = faces.names[int(faces.person[candidate])]
+                role = "genuine" if other == target else "intruder"
+                role = role if person in people.targets else "validation"
+                row = ["rule", mirroring, selection, whom.seed, target, own[best], candidate, other]
+                rows.append([*row, role, *numbers])
+        return header, rows, {"seconds": time.monotonic() - began}, {}
+
+    settings |= {f"rule_{key}": getattr(config, key) for key in ("patch", "mask", "persons")}
+    about |= {"attack": "rule", "config": settings, **run.machine(device)}
+    setters, table = threshold_setters(people, config.persons), file.with_name("rule.csv")
+    with model.user_code(f"--model {config.model}" if config.model else f"{file.parent}"):
+        effort = {"masks": len(boxes)}
+        attacks.write_rows(table, about, people, setters, certify_person, effort, args.overwrite)
 
 
 def verify(argv: Sequence[str] | None) -> int:
     """Do `python verify.py`: two photographs, or all target persons."""
     config, args = parse(argv)
     device = run.start(args.device)
-    return (verify_pair if args.photographs else verify_people)(config, args, device)
+    advice = f"let attacks.py judge it first: python attacks.py --run {args.run} --attacks clean"
+    if config.model:
+        names: Sequence[str] = [model.model_name(config.model)]
+        advice += f" --model {config.model}"
+    else:
+        names = attacks.choose_methods(config.method, args.run)
+    if config.model or config.rows != Config.rows:
+        advice += " --data folder --root PHOTOS"
+    if args.photographs:
+        if len(names) > 1:
+            raise run.UsageError(f"--method: choose one of {', '.join(names)}")
+        verify_pair(config, args, args.run / names[0], device)
+        return 0
+    files = [args.run / name / config.rows / "clean.json" for name in names]
+    for file, clean in [(file, run.read_json(file, advice)) for file in files]:
+        write_rule(config, args, file, clean, device)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -278,12 +278,13 @@ def test_batch_normalisation_in_train_mode_is_refused():
 
 # the command
 
-ROWS = "--target-images 4 --targets 2 --intruders 2 --persons 3 --patch 20 --mask 29".split()
+CLEAN = "--attacks clean --target-images 4 --targets 2 --intruders 2 --clean-intruders 3"
+ROWS = "--persons 3 --patch 20 --mask 29".split()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A run of rendered persons, an F that nobody trained, two photographs."""
+    """A run of rendered persons, an F that nobody trained, clean rows, two photographs."""
     sizes = {"train_persons": 3, "validation_persons": 4, "target_persons": 3, "width": 1 / 16}
     sizes |= {"synthetic_persons": 10, "synthetic_images": 10, "dim": 16, "method": "mixed"}
     config = e.Config(**e.PRESETS["demo"] | {"preset": "demo"} | sizes)
@@ -295,6 +296,7 @@ def home(tmp_path_factory):
     run.write(folder / "mixed" / "result.json", {"threshold": 2.0})
     for name, image in zip("ab", faces.images[[0, 15]]):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+    assert a.main(["--run", str(folder), "--defences", "both,basic", *CLEAN.split()]) == 0
     return folder, faces.images.float() / 255, split
 
 
@@ -306,19 +308,28 @@ def command(capsys, *argv):
 def test_rows_are_certificates_and_go_on(home, capsys, interrupted_at):
     folder, images, split = home
     file, argv = folder / "mixed" / "attacks" / "rule.csv", ["--run", folder, *ROWS]
-    argv.append("--defences=both,basic")
-    with interrupted_at(v, "certify_person", 3):
+    with interrupted_at(v, "certify", 5):  # both defences of two persons before
         assert command(capsys, *argv)[0] == 130
     begun = file.read_text()
-    with interrupted_at(v, "certify_person", 0) as calls:
+    with interrupted_at(v, "certify", 0) as calls:
         status, out, _ = command(capsys, *argv)
-    assert status == 0 and len(calls) == 3 and file.read_text().startswith(begun)
+    assert status == 0 and len(calls) == 6 and file.read_text().startswith(begun)
     assert "mixed rule: 25 masks, 2 targets, 38 pairs" in out  # 2 x (2 x (3 + 2) + 3 x 3)
     rows = [*csv.DictReader(file.read_text().splitlines())]
     assert list(rows[0]) == [*a.COLUMNS, "row", "col", "bound", *(f"bound_{s}" for s in v.SMALLER)]
     roles = [row["role"] for row in rows]
     assert [roles.count(role) for role in ("genuine", "intruder", "validation")] == [12, 8, 18]
-    # the pairs that attacks.py judges
+    # the settings of the clean rows, the first of their pairs
+    clean = file.with_name("clean.csv")
+    before, after = (run.read_json(x.with_suffix(".json"))["config"] for x in (clean, file))
+    assert after == before | {"rule_patch": [20], "rule_mask": [29], "rule_persons": 3}
+    pairs, judged = (
+        [(r["mirroring"], r["target"], r["anchor"], r["candidate"], r["role"]) for r in table]
+        for table in (rows, csv.DictReader(clean.read_text().splitlines()))
+    )
+    assert [x for x in judged if x in pairs] == [x for x in pairs if x[-1] != "validation"]
+    assert len(judged) == 12 + 2 * 2 * 3
+    # as attacks.py chooses them
     person = torch.arange(len(images)) // 10
     for row in rows[3], rows[8], rows[13]:  # intruders, mirrored and selected or not
         p, several = int(row["anchor"]) // 10, a.stable_generator(0, row["target"], "intruders")
@@ -351,7 +362,7 @@ def test_a_pair_is_decided_by_f_and_by_the_rule(home, capsys):
     folder, (target, candidate) = home[0], home[1][[0, 15]]
     rows, result = folder / "mixed" / "attacks" / "rule.csv", folder / "mixed" / "result.json"
     rows.unlink(missing_ok=True)
-    pair = [folder / "a.png", folder / "b.png", "--run", folder, "--crop", "none"]
+    pair = [folder / "a.png", folder / "b.png", "--run", folder]
     embed = small_f()
     anchor = embed(target[None])[0]
     views = embed(torch.stack([candidate, candidate.flip(-1)]))
@@ -413,7 +424,9 @@ def test_a_pair_is_decided_by_a_model_that_was_judged(home, capsys, tmp_path):
     (["a.png", "b.png", "--method", "ours"], "choose all or some of mixed"),
     (["a.png", "b.png", "--run", "nowhere"], "nowhere: no such folder"),
     (["--mask", "10"], "--patch, --mask: a mask of 10x10 against a patch of 10x10"),
-    (["--patch", "1,2,3"], "give 1 or 2 numbers"), (["--model", "m.py:f"], "give --data folder"),
+    (["--patch", "1,2,3"], "give 1 or 2 numbers"),
+    (["--rows", "attacks-x"], "attacks-x/clean.json: no such file: let attacks.py judge it first"),
+    (["--model", "m.py:f"], "m-f/attacks/clean.json: no such file: let attacks.py judge it first"),
     (["a.png", "b.png"], "mixed/result.json: no such file: train to the end first"),
     (["a.png", "b.png"], "mixed/result.json: cannot be read (threshold nan): train to the end"),
 ])  # fmt: skip
@@ -426,3 +439,27 @@ def test_what_is_wrong_is_one_line(home, capsys, monkeypatch, argv, line):
     status, _, err = command(capsys, "--run", home[0], *argv)
     run.write(result, {"threshold": 2.0})
     assert status == 2 and line in err and len(err.splitlines()) == 1
+
+
+def test_rows_are_of_the_f_and_the_images_of_the_clean_rows(home, capsys):
+    file = home[0] / "mixed" / "attacks" / "clean.json"
+    content = run.read_json(file)
+    for key in ("people", "embedding"):
+        run.write(file, content | {"config": content["config"] | {key: "0123"}})
+        status, _, err = command(capsys, "--run", home[0], *ROWS)
+        assert status == 2 and f"other images or another model: {key} (0123 before" in err
+    run.write(file, content)
+
+
+def test_rows_of_a_model_are_of_its_clean_pairs(home, capsys, tmp_path):
+    for i, image in enumerate(home[1][:38]):  # of the last person 8, who sets the threshold
+        picture = Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+        (tmp_path / "people" / str(i // 10)).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "people" / str(i // 10) / f"{i}.png")
+    (tmp_path / "net.py").write_text("embed = lambda x: x[:, :, ::8, ::8].flatten(1)")
+    argv = ["--run", str(tmp_path), "--model", f"{tmp_path / 'net.py'}:embed"]
+    more = ["--data", "folder", "--root", str(tmp_path / "people"), "--size", "48"]
+    assert a.main([*argv, *more, *CLEAN.split()]) == 0
+    status, out, _ = command(capsys, *argv, *ROWS)
+    assert status == 0 and "net-embed rule: 25 masks, 2 targets, 13 pairs" in out  # 2 x (3 + 2) + 3
+    assert "under the rule" in command(capsys, *argv, home[0] / "a.png", home[0] / "b.png")[1]
