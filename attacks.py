@@ -64,7 +64,7 @@ except ImportError:
 
     def squared_distance(features: Tensor, anchor: Tensor) -> Tensor:
         """Compute ||features - anchor||_2^2 (N,), the mean over the V views of an image."""
-        views = features.flatten(1).unflatten(1, (-1, anchor.shape[-1]))  # (N, V, D)
+        views = features.reshape(len(features), -1, anchor.shape[-1])  # (N, V, D)
         return (views - anchor.unsqueeze(-2)).square().sum(-1).mean(-1)
 
 
@@ -471,29 +471,32 @@ class SignSteps:
 
 
 def optimise(
-    batches: Sequence[tuple[Embed, Tensor]], w: Tensor, start: Tensor, effort: Effort
+    embed: Embed, batches: Sequence[Sequence[Tensor]], w: Tensor, start: Tensor, effort: Effort
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise eq. (7) over the pixels under the mask, and keep the best iterate of each row.
 
-    batches  pairs of `patched_features` of n images and their anchors (n, D): one pair with a row
-             for each image, or several that share one row, by the mean over all their images
+    batches  images (n, C, H, W), their pixels (n, P) under the mask and anchors (n, D): one batch
+             with a row for each image, or several that share one row, by the mean over all images
     w        the pixels by the hyperbolic arc-tangent, as many rows as start
     start    (N or 1, C, P), the first delta
     Returns the best patch (N, C, P), its loss (N,), and the counts (3,) of zero, non-finite and all
     gradients. On a GPU an iteration waits for nothing.
     """
-    total, tanh = sum(len(anchor) for _, anchor in batches), effort.optimiser == "adam"
-    shared = len(start) < total
+    tanh, device = effort.optimiser == "adam", start.device
     x = start.clone() if tanh else tanh_perturb(w, start)  # delta, or the pixels themselves
     adam = torch.optim.Adam([x], lr=effort.lr, fused=True if x.is_cuda else None)
     sign_steps = SignSteps(x, effort.iterations)
     best, best_loss = x.clone(), torch.full_like(x[:, 0, 0], torch.inf)
-    counts = torch.zeros(3, dtype=torch.long, device=x.device)
-    bfloat16 = torch.autocast(x.device.type, torch.bfloat16, enabled=effort.precision == "bfloat16")
+    counts = torch.zeros(3, dtype=torch.long, device=device)
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=effort.precision == "bfloat16")
+    with bfloat16:
+        parts = [(patched_features(embed, images, pixels), a) for images, pixels, a in batches]
+    total = sum(len(anchor) for _, anchor in parts)
+    shared = len(x) < total
     for step in range(effort.iterations + 1):
         last = step == effort.iterations  # it is scored, without a gradient
         losses, grad = [], torch.zeros_like(x)
-        for features_of, anchor in batches:
+        for features_of, anchor in parts:
             leaf = x.detach().requires_grad_(not last)
             with torch.set_grad_enabled(not last):
                 with bfloat16:
@@ -549,13 +552,13 @@ def tanh_attack(
     start, R = start.to(images), len(start)
     values = images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1))
     w = torch.atanh((2 * values - 1) * 0.999999)  # (B, C, P), of which tanh makes values, to 5e-7
-    result, counts = AttackResult(images.clone(), images.new_empty(B)), torch.zeros(3)
+    result, counts = AttackResult(images.clone(), images.new_empty(B)), torch.zeros(3).long()
     with frozen(embed):
         for i in torch.arange(B, device=images.device).split(max(1, effort.chunk // R)):
             again = i.repeat(R)  # each image from R starts
-            features_of = patched_features(embed, images[again], pixels[again])
+            batch = images[again], pixels[again], anchor[again]
             first = start[:, i].flatten(0, 1)  # (R n, C, P)
-            patch, loss, lost = optimise([(features_of, anchor[again])], w[again], first, effort)
+            patch, loss, lost = optimise(embed, [batch], w[again], first, effort)
             winner = loss.view(R, -1).argmin(0) * len(i) + torch.arange(len(i)).to(i)  # (n,)
             result.images[i] = paste(images[i], patch[winner], pixels[i])
             # measured on the images in float32, not taken from the loop: a wrong choice would show
@@ -611,10 +614,9 @@ def universal_patch(
     pixels = mask_pixels(mask, images)
     start = torch.rand(1, images.shape[1], pixels.shape[1], generator=rng).to(images) - 0.5
     w = torch.zeros_like(start)  # grey, not a face's pixels: the pattern is the same on all
-    parts = zip(*(x.split(effort.chunk) for x in (images, anchor, pixels)))
+    batches = [*zip(*(x.split(effort.chunk) for x in (images, pixels, anchor)))]
     with frozen(embed):
-        batches = [(patched_features(embed, x, p), a) for x, a, p in parts]
-        pattern, _, counts = optimise(batches, w, start, effort)
+        pattern, _, counts = optimise(embed, batches, w, start, effort)
     patched = apply_pattern(images, pattern, mask)
     distance = distances(embed, patched, anchor, effort.chunk)
     result = AttackResult(patched, distance, *counts.tolist())

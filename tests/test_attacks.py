@@ -389,7 +389,7 @@ def test_lost_gradients_are_counted_and_warned_of():
 @pytest.mark.filterwarnings("ignore:.*gradients")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_never_wins_a_minimum(value):
-    """One feature, 1 + the mean under the glasses, but `value` where their first pixel is bright."""
+    """One feature, 1 + the mean under the glasses, `value` where their first pixel is bright."""
     mask, zero, x = GLASSES, torch.zeros(1), faces(4) * 0.45
 
     def embed(images):

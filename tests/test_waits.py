@@ -186,9 +186,8 @@ def test_an_iteration_of_an_attack_waits_for_nothing(settings, precision):
             start = torch.empty(1 if shared else 8, 3, 107)
         with fake_gpu() as recorder:
             size = 4 if shared else 8
-            parts = zip(*(x.split(size) for x in (images, pixels, anchor)))
-            batches = [(attacks.patched_features(embed, x, p), a) for x, p, a in parts]
-            attacks.optimise(batches, start, start, attacks.Effort(iterations, **settings))
+            batches = [*zip(*(x.split(size) for x in (images, pixels, anchor)))]
+            attacks.optimise(embed, batches, start, start, attacks.Effort(iterations, **settings))
         return recorder
 
     few, many = attack(2), attack(12)
