@@ -29,7 +29,7 @@ FLAGS = {
     "--attack-steps 2 --attack-warmup 0 --no-evaluation",
     "attacks": "--attacks clean,eyeglasses,square --targets 4 --intruders 3 --clean-intruders 4 "
     "--iterations 6 --square-stride 20",
-    "verify": "--targets 4 --intruders 3 --persons 2 --patch 10 --mask 30",
+    "verify": "--persons 2 --patch 10 --mask 30",
 }
 # a command is forked where torch is imported already: it starts in no time
 DRIVER = """
