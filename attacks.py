@@ -109,8 +109,7 @@ class Config:
     method: tuple[str, ...] = ("all",)  # not in the paper: attack these methods of the run, or all
     attacks: tuple[Attack, ...] = ("clean", "eyeglasses")  # not in the paper: make these attacks
     defences: tuple[Defence, ...] = ("both",)  # Sec. 4.2: attack through each of these defences
-    # not in the paper: take other persons than the run's
-    data: Literal["", "synthetic", "folder", "celeba"] = ""
+    data: Literal["", "synthetic", "folder", "celeba"] = ""  # not in the paper: other persons
     root: str = ""  # not in the paper: read the images of --data from this folder
     crop: str = ""  # not in the paper: crop the images of --data in this way
     # which folder below root names the person, where photographs lie several folders deep
@@ -119,8 +118,7 @@ class Config:
     judge: str = ""  # not in the paper: measure what is made on --model on this second model too
     mask: str = ""  # not in the paper: attack the white pixels of this PNG as well
     size: int = 64  # not in the paper: side of the images that --model takes, in pixels
-    # not in the paper: distance of --model's features; cosine normalises them
-    distance: Literal["euclidean", "cosine"] = "euclidean"
+    distance: Literal["euclidean", "cosine"] = "euclidean"  # not in the paper: of --model
     min_images: int = 10  # Sec. 4: fewest images of a target person
     target_images: int = 0  # not in the paper: use only the first n images of a target (0: all)
     targets: int = 27  # Sec. 4: persons that are impersonated
@@ -204,7 +202,7 @@ class Effort:
 
     @property
     def sign(self) -> int:
-        """The sign of the loss, which is minimised."""
+        """Return the sign of the loss, which is minimised."""
         return 1 if self.direction == "impersonate" else -1
 
 
@@ -872,7 +870,7 @@ MORE_COLUMNS = ("row", "col", "direct", "indirect", "judge")
 
 
 class JudgedPeople(NamedTuple):
-    """Who is judged: persons of `faces` (data.Faces), by index."""
+    """Hold who is judged: persons of `faces` (data.Faces), by index."""
 
     faces: Any
     targets: list[int]  # impersonated
