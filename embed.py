@@ -334,13 +334,19 @@ def two_pair_loss(
 class Sampler:
     """Draws x, t and companions of x: a person uniformly, then an image of theirs; t is another's.
 
-    images uint8 (N, 3, H, W) and person int64 (N,) with values 0..P-1, on the device of the draws.
+    images (N, 3, H, W), uint8 or float in [0, 1], which become uint8; person int64 (N,), any
+    labels, which are numbered from 0; both on the device of the draws. Raises ValueError.
     """
 
     def __init__(self, images: Tensor, person: Tensor) -> None:
-        self.images, self.person = images, person
-        self.count = person.bincount()  # (P,)
-        index = person.argsort(stable=True).split(self.count.tolist())
+        if images.dtype != torch.uint8:
+            if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
+                raise ValueError(f"images are {images.dtype}: give uint8, or float in [0, 1]")
+            images = (images * 255).round().to(torch.uint8)
+        self.images = images
+        self.person = person.unique(return_inverse=True)[1]  # 0..P-1
+        self.count = self.person.bincount()  # (P,)
+        index = self.person.argsort(stable=True).split(self.count.tolist())
         self.table = nn.utils.rnn.pad_sequence(list(index), batch_first=True)  # row p: p's images
         paired = (self.count > 1).nonzero()[:, 0]
         self.paired = paired if len(paired) else self.count.nonzero()[:, 0]
@@ -562,6 +568,8 @@ def train_step(
     G is a `Generated`, or None for the methods of eq. (6); alpha is in 255ths. Raises
     FloatingPointError(what, indices of the images) where loss or gradient is not finite.
     """
+    if config.generated and G is None:
+        raise ValueError(f"method {config.method}: y and u are generated, give G a `Generated`")
     device, low = sampler.images.device.type, config.precision == "bfloat16"
     with torch.autocast(device, torch.bfloat16, low):
         match config.method:
@@ -715,9 +723,8 @@ def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Embe
 
 
 def sampler_of(faces, index: Tensor, device: torch.device) -> Sampler:
-    """Make the Sampler of images (N,) of the faces (`data.Faces`); persons are numbered from 0."""
-    person = faces.person[index].unique(return_inverse=True)[1]
-    return Sampler(faces.images[index].to(device), person.to(device))
+    """Make the Sampler of images (N,) of the faces (`data.Faces`)."""
+    return Sampler(faces.images[index].to(device), faces.person[index].to(device))
 
 
 def create_embedding(config: Config, device: torch.device) -> Embedding:

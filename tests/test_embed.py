@@ -344,6 +344,29 @@ def test_sampler_draws_persons_evenly_and_pairs_truly():
     assert torch.equal(x, y) and len(x.unique()) == 3 and bool((t[:, 0] != x).all())
 
 
+def test_sampler_takes_any_labels_and_float_images():
+    """Labels are numbered, floats are pixels of 0..255: the same draws and batches as of those."""
+    plain = colours(3, 4)
+    images = plain.images.float() / 255
+    other = e.Sampler(images, torch.tensor([3, 13, 23])[plain.person])
+    for one, two in zip(plain.draw(200, 2, rng()), other.draw(200, 2, rng())):
+        assert torch.equal(one, two)
+    person = torch.arange(3).repeat_interleave(4)
+    x, _, t = other.draw(3000, 1, rng())
+    assert (person[t[:, 0]] != person[x]).all() and len(x.unique()) == 12
+    batches = (quadruplets(settings("weak-at"), Linear(), s)[0] for s in (plain, other))
+    assert all(map(torch.equal, *batches))
+    for wrong in (images * 255, images - 0.1, plain.images.int()):
+        with pytest.raises(ValueError, match=r"give uint8, or float in \[0, 1\]"):
+            e.Sampler(wrong, plain.person)
+
+
+@pytest.mark.parametrize("method", ["ours", "transfer", "no-at", "mixed"])
+def test_a_step_of_generated_images_needs_a_generator(method):
+    with pytest.raises(ValueError, match=f"method {method}: y and u are generated"):
+        e.train_step(settings(method), Linear(), None, colours(), None, rng(), 0.0)
+
+
 @pytest.mark.parametrize("method", ["ours", "transfer", "no-at", "weak-at", "doa"])
 def test_quadruplets_and_mining_by_value(method):
     """y = G(x, x), for transfer G(x, another); u = G(x, t); or y real, u = y (eq. 6). Of three
