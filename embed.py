@@ -776,9 +776,6 @@ def load_generated(config: Config, path: Path, faces, split, sampler: Sampler) -
 
 def training_images(config: Config, faces, split) -> Tensor:
     """Choose the indices of the images that F is trained on. Raises run.UsageError."""
-    if config.persons > len(split.train):
-        there = f"there are only {len(split.train)} train persons"
-        raise run.UsageError(f"--persons {config.persons}: {there}: take fewer")
     index = data.images_of(faces, split.train[: config.persons or None], config.images)
     real = config.method in ("mixed", "weak-at", "doa")
     if real and config.images != 1 and int(faces.person[index].bincount().max()) < 2:

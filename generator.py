@@ -526,8 +526,6 @@ def vgg_state(name: str) -> dict[str, Tensor]:
         url = "https://download.pytorch.org/models/vgg16-397923af.pth"
         with run.reading(f"--vgg-weights download: {url}", "give a local file"):
             return torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
-    if not name:
-        raise run.UsageError("--loss vgg needs --vgg-weights: a torchvision VGG16, or download")
     return read_vgg(name, "--vgg-weights")
 
 

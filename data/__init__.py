@@ -10,7 +10,7 @@
 In: image files. Out: `Faces` with images uint8 (N, 3, size, size), RGB, size 64 by default, in
 CelebA's frame: eye centres on average at row 33.4, columns 22.3 and 41.2 of 64. An image that
 cannot be used never stops a load: it is skipped, named with its reason in `Faces.skipped` and
-counted on stderr. Measured on LFW, 7,487 photographs: 6 s of CPU time the first time, 0.3 s from
+counted on stderr when the images are read. Measured on LFW, 7,487 photographs: 6 s of CPU time the first time, 0.3 s from
 the cache, n = 3.
 """
 
@@ -177,14 +177,16 @@ def load(
         else:
             listed = identify_celeba(root, [*files])
         listed = listed._replace(skipped=[*skipped, *listed.skipped])
-        return read_faces(name, root, listed, crop, size, progress)
+        faces = read_faces(name, root, listed, crop, size, progress)
+        for note in faces.notes[1:]:  # warnings, once a data set: the cache is silent
+            say(note)
+        if faces.skipped:
+            total = len(faces) + len(faces.skipped)
+            say(f"{len(faces.skipped)} of {total} files skipped: {first_three(faces.skipped)}")
+        return faces
 
     faces = load_cached(cache, name, keys, signature, crop, make)
-    for note in faces.notes:  # the first says what there is, the others warn
-        say(note, sys.stdout if note is faces.notes[0] else sys.stderr)
-    if faces.skipped:
-        total = len(faces) + len(faces.skipped)
-        say(f"{len(faces.skipped)} of {total} files skipped: {first_three(faces.skipped)}")
+    say(faces.notes[0], sys.stdout)  # what there is
     return faces
 
 
@@ -346,16 +348,15 @@ def name_persons(root: str, files: list[str], person_folder: str | None) -> List
 # CelebA
 
 
-def read_identities(path: File, present: Sequence[str] | None = None) -> dict[str, str]:
+def read_identities(path: File) -> dict[str, str]:
     """Read identity_CelebA.txt -> {"000001.jpg": "02880", ...}, in the file's order.
 
     Lines "name identity", identity a whole number; one or two header lines, blank lines, commas and
-    CRLF are tolerated. present: the image names there are. Raises UsageError naming file, line
-    number and what to do: malformed line, image listed twice, image that is absent, no line at all.
+    CRLF are tolerated. Raises UsageError naming file, line number and what to do: malformed line,
+    image listed twice, no line at all.
     """
     with run.reading(path, "put CelebA's identity file there"):
         text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    images = None if present is None else frozenset(present)
     identities: dict[str, str] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         words = line.replace(",", " ").split()
@@ -368,11 +369,9 @@ def read_identities(path: File, present: Sequence[str] | None = None) -> dict[st
             problem = "is not like '000001.jpg 2880'"
         elif match[1] in identities:
             problem = "is listed a second time"
-        elif images is not None and match[1] not in images:
-            problem = "is not in img_align_celeba: unpack all of its zip"
         if problem:
             line = printable(line)[:60]
-            raise UsageError(f"{path}, line {number}: {line!r} {problem}, or remove the line")
+            raise UsageError(f"{path}, line {number}: {line!r} {problem}: remove the line")
         identities[match[1]] = f"{int(match[2]):05d}"
     if not identities:
         raise UsageError(f"{path}: no line like '000001.jpg 2880': put CelebA's file there")
@@ -382,11 +381,16 @@ def read_identities(path: File, present: Sequence[str] | None = None) -> dict[st
 def identify_celeba(root: str, files: list[str]) -> Listed:
     """Read whose the files are from the identity file."""
     images = {os.path.basename(f): f for f in files if f.startswith("img_align_celeba" + os.sep)}
-    identities = read_identities(os.path.join(root, "identity_CelebA.txt"), [*images])
+    identities = read_identities(os.path.join(root, "identity_CelebA.txt"))
     without = sorted(images.keys() - identities.keys())
     skipped = [f"{printable(images[name])}: no line in identity_CelebA.txt" for name in without]
-    persons = {images[name]: identities[name] for name in sorted(identities)}
-    return Listed(persons, skipped, [])
+    there = sorted(identities.keys() & images.keys())
+    absent = f"{len(identities) - len(there)} of {len(identities)} images of identity_CelebA.txt"
+    absent += " are not in img_align_celeba"
+    if not there:
+        raise UsageError(f"{root}: {absent}: unpack its zip there")
+    notes = [f"{absent}: left out"] if len(there) < len(identities) else []
+    return Listed({images[name]: identities[name] for name in there}, skipped, notes)
 
 
 # rendered faces
@@ -472,7 +476,7 @@ def split_persons(
     version. Changing train changes neither targets nor validation persons, and more train persons
     contain fewer; validation persons do not change the targets; new persons in the data replace at
     most as many of a part as they are.
-    Raises UsageError saying how many persons there are and what to lower.
+    Raises UsageError saying how many persons there are for each part that asks too much.
     """
     counts = torch.bincount(faces.person, minlength=len(faces.names)).tolist()
     keys = [f"{seed}:{name}".encode("utf-8", "surrogatepass") for name in faces.names]
@@ -480,20 +484,20 @@ def split_persons(
     least = max(min_target_images, 2)
 
     enough = [k for k in order if counts[k] >= least]
-    if len(enough) < target:
-        n = len(enough)
-        raise UsageError(f"--target-persons {target}: {n} have {least} images or more: lower it")
     targets = set(enough[:target])
     pairs = [k for k in order if counts[k] >= 2 and k not in targets]
-    if len(pairs) < validation:
-        n = len(pairs)
-        raise UsageError(f"--validation-persons {validation}: {n} others have a pair: lower it")
     validated = set(pairs[:validation])
     # from the far end, so that validation seldom shifts train
     rest = [k for k in reversed(order) if k not in targets and k not in validated]
+    lacks = []
+    if len(enough) < target:
+        lacks.append(f"--target-persons {target}: {len(enough)} have {least} images or more")
+    if len(pairs) < validation:
+        lacks.append(f"--validation-persons {validation}: {len(pairs)} others have a pair")
     if len(rest) < (1 if train is None else train):
-        n = len(rest)
-        raise UsageError(f"--train-persons {train or 0}: {n} others are left: lower target persons")
+        lacks.append(f"--train-persons {train or 0}: {len(rest)} others are left")
+    if lacks:
+        raise UsageError(f"{'; '.join(lacks)}: lower it, or give more photographs")
     parts = [tuple(sorted(part)) for part in (rest[:train], validated, targets)]
     return Split(parts[0], parts[1], parts[2], seed)
 
@@ -581,15 +585,17 @@ def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces,
 
     config: a script's, of its fields data, root, crop, person_folder, synthetic_persons,
     synthetic_images, train_persons (0: all that are left), validation_persons, target_persons,
-    split_seed, seed, preset. overwrite: draw the persons again. run.json says what to load the
-    same faces with. Rank 0 alone writes. Raises UsageError, also where the run has another split.
+    split_seed, seed, preset, and persons or loss and vgg_weights where it has them. overwrite: draw
+    the persons again. run.json says what to load the same faces with. Rank 0 alone writes. Raises
+    UsageError, also where the run has another split; where the settings ask too much of the data
+    it names all of that at once, with the flags that would do.
     """
     rendered = {"persons": config.synthetic_persons, "images_per_person": config.synthetic_images}
     options = rendered if config.data == "synthetic" else {}
     choices = {"crop": config.crop or None, "person_folder": config.person_folder or None}
     faces = load(config.data, config.root or None, **choices, **options)
     sizes = config.train_persons or None, config.validation_persons, config.target_persons
-    manifest = Path(folder) / "people.json"
+    manifest, problems, flags = Path(folder) / "people.json", [], ""
     if manifest.exists() and not (overwrite and run.rank() == 0):
         split = read_manifest(manifest, faces)
         before = {f"{part} persons": len(getattr(split, part)) for part in PARTS}
@@ -598,7 +604,26 @@ def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces,
         if differences := run.differences(before, now):
             raise UsageError(f"{manifest}: another split: {differences}: or use another --run")
     else:
-        split = split_persons(faces, *sizes, config.split_seed)
+        try:
+            split = split_persons(faces, *sizes, config.split_seed)
+        except UsageError as error:
+            several, many = ((faces.person.bincount() >= n).sum().item() // 4 for n in (2, 10))
+            fewer = min(sizes[1], max(several, 2)), min(sizes[2], max(many, 1))
+            try:
+                split = split_persons(faces, None, *fewer, config.split_seed)
+            except UsageError:
+                raise error from None
+            problems.append(str(error))
+            flags = "--train-persons 0 --validation-persons {} --target-persons {}".format(*fewer)
+    if getattr(config, "persons", 0) > len(split.train):
+        problems.append(f"--persons {config.persons}: there are {len(split.train)} train persons")
+        flags += " --persons 0"
+    if getattr(config, "loss", "") == "vgg" and not config.vgg_weights:
+        problems.append("--loss vgg needs --vgg-weights: a torchvision VGG16, or download")
+        flags += " --vgg-weights download"
+    if problems:
+        raise UsageError("; ".join(problems), flags)
+    if not manifest.exists() or (overwrite and run.rank() == 0):
         write_manifest(manifest, faces, split)
     record = {
         "data": config.data,

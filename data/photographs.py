@@ -42,7 +42,8 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     # celeba: a column more or less than the shape asks for
     fits = {"lfw": width == height, "celeba": abs(width * 218 - height * 178) <= 218}
     if not fits.get(crop, True):
-        raise UsageError(f"crop {crop} does not fit {width} x {height} pixels; use crop centre")
+        better = "celeba" if fits["celeba"] else CROP_OF_SIZE.get((width, height), "centre")
+        raise UsageError(f"crop {crop} does not fit {width} x {height} pixels; use crop {better}")
     if crop == "lfw":
         k = width / 250
         return 57 * k, 39 * k, 196 * k, 178 * k

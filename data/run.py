@@ -29,6 +29,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -41,14 +42,27 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 LARGEST = 2**31 - 1  # of an integer flag
 CHECKPOINT_EVERY = 60.0  # seconds: at full width a checkpoint holds 179 MB
 HERE = Path(__file__).parent
+LOCKS: dict[Path, Any] = {}  # lock files of the folders that this process writes, open
 File = str | os.PathLike[str]
 
 
 class UsageError(ValueError):
-    """An error that the user can put right: one line that names the file or flag."""
+    """An error that the user can put right: one line that names the file or flag.
+
+    flags: added to the command line, they would do.
+    """
+
+    def __init__(self, line: str, flags: str = "") -> None:
+        super().__init__(line)
+        self.flags = flags
 
 
 # the command line
@@ -177,6 +191,9 @@ def command(name: str, work: Callable, argv: Sequence[str] | None = None) -> int
         return work(argv) or 0
     except UsageError as error:
         status, line = 2, str(error)
+        if error.flags:
+            given = shlex.join(sys.argv[1:] if argv is None else argv)
+            line += f": python {name} {given} {error.flags}"
     except OSError as error:
         status, what = 2, error.strerror or error
         line = f"{error.filename or 'files'}: {what}: fix that and run the same command again"
@@ -325,6 +342,32 @@ def writing(path: File) -> Iterator[None]:
         raise UsageError(f"{path}: cannot be written ({reason}): {advice}") from None
 
 
+def lock(folder: File) -> None:
+    """Keep a folder for this process, of torchrun's for rank 0, until it ends, by a kill too.
+
+    Raises UsageError where another process writes there.
+    """
+    path = Path(folder).resolve() / ".lock"
+    if rank() or fcntl is None or path in LOCKS:
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115  it stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read() or "another process"
+        advice = "wait until it ends, or name another --run"
+        raise UsageError(f"{folder}: {who} writes there: {advice}") from None
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    LOCKS[path] = file
+
+
 def write(path: File, content: bytes | str | dict | Callable[[Any], object]) -> None:
     """Write bytes, text, a dict as JSON, or what content(file) writes. Raises UsageError."""
     path = Path(path)
@@ -430,6 +473,20 @@ def commit() -> str:
     return "unknown"
 
 
+def versions() -> dict[str, str]:
+    """Return what may change the numbers of what goes on, and is reported then."""
+    return {"commit": commit(), "torch": str(torch.__version__)}
+
+
+def changed_versions(path: Path, before: dict) -> dict[str, str]:
+    """Return the versions that `before` does not name, with a line for each on stderr."""
+    now = {k: v for k, v in versions().items() if v not in str(before.get(k, v)).split(", ")}
+    for key, version in now.items():
+        line = f"WARNING: {path}: begun at {key} {before[key]}, now {version}"
+        print(line, file=sys.stderr, flush=True)
+    return now
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """Return device, versions and commit, to stand beside every result."""
     name = f"{platform.machine()} x{torch.get_num_threads()}"
@@ -437,8 +494,7 @@ def machine(device: torch.device) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
     if world() > 1:
         name += f", {world()} processes"
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"device": name, **versions, "commit": commit()}
+    return {"device": name, "python": platform.python_version(), **versions()}
 
 
 # tables: an attack's rows, a target at a time, in <attack>.csv; settings and targets in .json
@@ -470,6 +526,7 @@ def open_table(table: Path, settings: dict, overwrite: bool = False) -> dict[str
     UsageError. Rows without their target, as a kill leaves them, are dropped, and so is a target
     without its rows.
     """
+    lock(table.parent)
     path, old = table.with_suffix(".json"), {}
     if path.exists() and not overwrite:
         old = read_json(path)
@@ -506,8 +563,8 @@ def append_rows(table: Path, header: list[str], rows: list[list], target: str, s
     settings = read_json(path)
     targets = settings.pop("targets")
     assert target not in targets, f"{table}: {target} is finished"
-    if settings.get("commit", commit()) != commit():  # rows of two commits say so
-        settings["commit"] += f", {commit()}" * (commit() not in settings["commit"])
+    for key, version in changed_versions(table, settings).items():  # rows of two commits say so
+        settings[key] += f", {version}"
     with writing(table), open(table, "a+b") as file:
         file.seek(0)
         before = file.readline().decode()
@@ -534,6 +591,7 @@ class Training:
     def __init__(
         self, folder: Path, made_of: dict, overwrite: bool = False, unit: str = "step", **parts: Any
     ) -> None:
+        lock(folder)
         self.folder, self.made_of, self.unit, self.parts = Path(folder), made_of, unit, parts
         self.step, self.seconds, self.best, self.result = 0, 0.0, -math.inf, {}
         self.log_file, self.checkpoint = self.folder / "log.jsonl", self.folder / "training.ckpt"
@@ -568,9 +626,7 @@ class Training:
         print(f"{self.folder}: goes on at {self.unit} {self.step}", flush=True)
         if rank():
             return
-        if state["commit"] != commit():
-            begun = f"begun at commit {state['commit']}, now {commit()}"
-            print(f"WARNING: {self.folder}: {begun}", file=sys.stderr)
+        changed_versions(self.folder, state)
         lines = []  # of the log, those that are whole and not beyond the checkpoint
         if self.log_file.exists():
             for line in self.log_file.read_text(errors="replace").splitlines():
@@ -582,7 +638,7 @@ class Training:
     def _save(self) -> None:
         numbers = {k: getattr(self, k) for k in ("made_of", "step", "seconds", "best")}
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        save(self.checkpoint, "training", commit=commit(), **numbers, **states)
+        save(self.checkpoint, "training", **versions(), **numbers, **states)
         self._saved = time.time()
 
     def count(self, **values: float) -> None:

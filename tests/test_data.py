@@ -1,6 +1,7 @@
 """data: decoding, loaders, cache, splits, manifest, on small images made here."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -75,8 +76,14 @@ def test_crop_boxes():
     assert data.crop_box(200, 300, "centre") == (0, 50, 200, 250)
     assert data.crop_box(64, 64) == (0, 0, 64, 64)
     assert data.crop_box(300, 200, "none") == (0, 0, 300, 200)
-    for crop, size in ("lfw", (300, 200)), ("celeba", (250, 250)):
-        with pytest.raises(data.UsageError, match=f"crop {crop} does not fit .* use crop centre"):
+    for crop, size, fits in (
+        ("lfw", (300, 200), "centre"),
+        ("lfw", (178, 218), "celeba"),
+        ("lfw", (356, 436), "celeba"),
+        ("celeba", (250, 250), "lfw"),
+        ("celeba", (300, 300), "centre"),
+    ):
+        with pytest.raises(data.UsageError, match=f"crop {crop} does not fit .* use crop {fits}$"):
             data.crop_box(*size, crop)
     with pytest.raises(data.UsageError, match="unknown crop 'oval': choose lfw, centre"):
         data.crop_box(64, 64, "oval")
@@ -248,16 +255,17 @@ def test_a_loop_of_links_is_read_once(folder, tmp_path):
 
 
 def test_copies_of_a_persons_photograph_are_one(folder, tmp_path, capsys):
-    """Also in another format: pixels count. Kept once, the first, and told from the cache too."""
+    """Also in another format: pixels count. Kept once, the first; told once, not from the cache."""
     for name in ("copy.png", "copy.bmp"):
         Image.open(folder / "ann" / "1.png").save(folder / "ann" / name)
-    for _ in range(2):
+    for count in (1, 0):
         faces = load(folder, tmp_path)
         assert levels(faces) == [0, 10, 20, 30, 60, 70, 80, 120] and "copy" not in str(faces.files)
         why = "the same photograph as ann/1.png"
         assert faces.skipped == (f"ann/copy.bmp: {why}", f"ann/copy.png: {why}")
-        err = capsys.readouterr().err
-        assert "data: 2 exact copies of a person's own photographs left out\n" in err
+        out, err = capsys.readouterr()
+        assert err.count("data: 2 exact copies of a person's own photographs left out\n") == count
+        assert err.count("\n") == 2 * count and out.count("data: 8 photographs of 3 persons") == 1
 
 
 def test_a_photograph_of_two_persons_is_nobodys(folder, tmp_path, capsys):
@@ -346,6 +354,22 @@ def test_celeba(celeba, tmp_path):
     assert "000003.jpg: no line in identity_CelebA.txt" in faces.skipped[0]
 
 
+def test_celeba_in_part(celeba, tmp_path, capsys):
+    """The whole identity file beside some of the images: those that are there, the rest counted."""
+    whole = load(celeba, tmp_path, data="celeba")
+    for i in (1, 4):
+        (celeba / "img_align_celeba" / f"{i:06d}.jpg").unlink()
+    capsys.readouterr()
+    faces = load(celeba, tmp_path, data="celeba")
+    assert torch.equal(faces.images, whole.images[[1, 2, 4, 5]]) and faces.skipped == ()
+    assert faces.names == ("00007", "00012") and faces.person.tolist() == [1, 0, 1, 0]
+    absent = "2 of 6 images of identity_CelebA.txt are not in img_align_celeba: left out"
+    assert capsys.readouterr().err == f"data: {absent}\n"
+    shutil.rmtree(celeba / "img_align_celeba")
+    with pytest.raises(data.UsageError, match="6 of 6 images .* unpack its zip there"):
+        load(celeba, tmp_path, data="celeba")
+
+
 HEADS = ["", "6\n", "6\nimage_id identity\n", "image_id,identity\r\n", "\ufeff6\r\nimage_id id\r\n"]
 
 
@@ -359,7 +383,6 @@ def test_identity_headers_and_line_ends(head, tmp_path):
 def test_bad_identity_lines(tmp_path):
     path, good = tmp_path / "identity_CelebA.txt", "6\n000001.jpg 2880\n\n"
     for line, what in {
-        "000099.jpg 5": "is not in img_align_celeba: unpack all of its zip",
         "000001.jpg 5": "is listed a second time",
         "000001.jpg": "is not like '000001.jpg 2880'",
         "000001.jpg five": "is not like",
@@ -367,7 +390,7 @@ def test_bad_identity_lines(tmp_path):
     }.items():
         path.write_text(good + line + "\n")
         with pytest.raises(data.UsageError, match=f"CelebA.txt, line 4: '{line}' {what}"):
-            data.read_identities(path, ["000001.jpg"])
+            data.read_identities(path)
     path.write_text("202599\n")
     with pytest.raises(data.UsageError, match="no line like '000001.jpg 2880'"):
         data.read_identities(path)
@@ -491,13 +514,38 @@ def test_split_is_the_same_everywhere():
 
 def test_too_many_persons():
     faces = hand_made([1] * 3 + [2] * 3 + [10] * 3)
+    target, validation = "--target-persons 4: 3 have 10 images or more", "3 others have a pair"
     for sizes, what in (
-        ((None, 5, 4), "--target-persons 4: 3 have 10 images or more: lower it"),
-        ((None, 4, 3), "--validation-persons 4: 3 others have a pair: lower it"),
-        ((4, 3, 3), "--train-persons 4: 3 others are left: lower target persons"),
+        ((None, 2, 4), f"{target}: lower it"),
+        ((None, 4, 3), f"--validation-persons 4: {validation}: lower it"),
+        ((4, 3, 3), "--train-persons 4: 3 others are left: lower it"),
+        ((9, 4, 4), f"{target}; --validation-persons 4: {validation}; --train-persons 9: 3 others"),
     ):
         with pytest.raises(data.UsageError, match=what):
             data.split_persons(faces, *sizes)
+
+
+def test_what_a_preset_asks_too_much_of_is_said_at_once(tmp_path, monkeypatch, capsys):
+    """The paper's sizes on 12 persons: one line, whose command is understood and does."""
+    monkeypatch.chdir(tmp_path)
+    for p in range(12):
+        for k in range(10):
+            grey(tmp_path / "faces" / f"p{p}" / f"{k}.png", 20 * p + k)
+    wanted = {"generator": "", "embed": " --persons 0"}
+    for name, more in wanted.items():
+        script, argv = importlib.import_module(name), "--preset paper --data folder --root faces"
+        assert script.main(argv.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        problem, command = line.split(f": python {name}.py ")
+        flags = "--train-persons 0 --validation-persons 3 --target-persons 3" + more
+        flags += " --vgg-weights download" if name == "generator" else ""
+        assert command == f"{argv} {flags}" and not Path("runs/folder-paper-0").exists()
+        for flag in ("--train-persons 9177: ", "--target-persons 30: ", "--validation-persons 100"):
+            assert flag in problem
+        assert ("--persons 2000: " in problem, "--loss vgg" in problem) == (bool(more), not more)
+        config, _ = script.parse(command.split())
+        split = data.open_run(config, tmp_path / name)[1]
+        assert [len(getattr(split, part)) for part in data.PARTS] == [6, 3, 3]
 
 
 # the manifest and the run

@@ -735,7 +735,7 @@ def test_generators_that_are_refused_and_the_demos_own(run_of, monkeypatch, caps
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for flags, text in {
-        "--persons 5000": "--persons 5000: there are only 8 train persons",
+        "--persons 5000": "--persons 5000: there are 8 train persons: python embed.py",
         "--persons 1": "--persons 1: give 2 or more",
         "--validation-persons 1": "--validation-persons 1",
         "--cutout-area 0.2,0.1": "--cutout-area 0.2,0.1: give two numbers, the lower first",
