@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,9 @@ import pytest
 import torch
 
 from data import model, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
 
 # the command line
 
@@ -228,10 +233,43 @@ def test_differences_are_named():
     assert not run.differences(old, old)
 
 
+WRITER = """
+import sys, time
+from data import run
+run.Training(sys.argv[1] + "/ours", {})
+run.open_table(run.Path(sys.argv[1], "ours/attacks/clean.csv"), {"config": {}})
+print("writes", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_that_a_process_writes_is_kept_for_it_until_it_ends(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "writes\n"
+            begin = {
+                "ours": lambda: run.Training(tmp_path / "ours", {}),
+                "attacks": lambda: run.open_table(tmp_path / "ours/attacks/eye.csv", SETTINGS),
+            }
+            for folder, second in begin.items():
+                who = f"/{folder}: process {process.pid} on .* writes there: wait until it ends"
+                with pytest.raises(run.UsageError, match=who):
+                    second()
+            run.open_table(tmp_path / "weak-at/attacks/clean.csv", SETTINGS)  # another folder
+        finally:
+            process.kill()
+    for second in [*begin.values()] * 2:  # one's own is no other's
+        second()
+    with monkeypatch.context() as patch:
+        patch.setattr(run.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks")))
+        run.lock(tmp_path / "no-locks")
+
+
 # tables
 
 HEADER = ["attack", "target", "distance"]
-SETTINGS = {"config": {"targets": 3, "area": (1, 2)}, "seed": 0, "commit": run.commit()}
+SETTINGS = {"config": {"targets": 3, "area": (1, 2)}, "seed": 0, **run.versions()}
 PARTS = {
     "Ann, B.": ([1 / 3, 0.5], {"seconds": 0.1, "zero_gradients": 1, "outside_mask_max": 0.25}),
     "Zoë": ([2.0], {"seconds": 0.2, "zero_gradients": 3, "outside_mask_max": 0.125}),
@@ -328,7 +366,9 @@ def test_a_table_of_other_settings_is_refused_and_overwritten(tmp_path):
         fill(table)
 
 
-def test_rows_that_do_not_fit_are_an_error_and_another_commit_is_told(tmp_path, monkeypatch):
+def test_rows_that_do_not_fit_are_an_error_and_another_commit_is_told(
+    tmp_path, monkeypatch, capsys
+):
     table = tmp_path / "clean.csv"
     fill(table, 1)
     with pytest.raises(ValueError, match="columns .*'row'.*, not attack,target,distance"):
@@ -337,10 +377,20 @@ def test_rows_that_do_not_fit_are_an_error_and_another_commit_is_told(tmp_path, 
         run.append_rows(table, HEADER, [["clean", "Ann, B.", 1.0]], "Ann, B.", {})
     monkeypatch.setattr(run, "commit", lambda: "another")
     monkeypatch.setitem(SETTINGS, "commit", "another")
-    before = sidecar(table)["commit"]
+    monkeypatch.setitem(SETTINGS, "torch", "9.0")
+    monkeypatch.setattr(torch, "__version__", "9.0")
+    before = sidecar(table)
     fill(table)
     assert table.read_text(encoding="utf-8") == TEXT
-    assert sidecar(table)["commit"] == f"{before}, another"
+    assert sidecar(table)["commit"] == f"{before['commit']}, another"
+    assert sidecar(table)["torch"] == f"{before['torch']}, 9.0"
+    warnings = capsys.readouterr().err.splitlines()  # once, not at each of two targets
+    assert [line.split(" begun ")[1] for line in warnings] == [
+        f"at commit {before['commit']}, now another",
+        f"at torch {before['torch']}, now 9.0",
+    ]
+    fill(table)
+    assert not capsys.readouterr().err
 
 
 # trainings
@@ -435,9 +485,11 @@ def test_an_overwrite_that_is_killed_does_not_bring_the_old_result_back(
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop=1, overwrite=True, n=2)  # before its first checkpoint
     monkeypatch.setattr(run, "commit", lambda: "another")
+    monkeypatch.setattr(torch, "__version__", "9.0")
     training, _ = train(tmp_path, n=2)
     assert training.result["made_of"] == {"n": 2} and training.step == 6
-    assert "WARNING" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "now another\n" in error and ", now 9.0\n" in error and error.count("WARNING") == 2
     (tmp_path / "training.ckpt").write_bytes(b"damaged")
     with pytest.raises(run.UsageError, match="training.ckpt: cannot be read"):
         train(tmp_path, n=2)
