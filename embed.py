@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's own folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 try:
     import data
@@ -256,6 +260,8 @@ VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 5
 class Embedding(nn.Module):
     """F: VGG16 trunk, linear layer with weight rows of unit norm. (B, 3, 64, 64) -> (B, dim)."""
 
+    plain_forward = True  # kernels/patch_local.py may follow it, but no subclass
+
     def __init__(self, width: float = 1.0, dim: int = 128, standardise: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -293,6 +299,8 @@ class Mirrored(nn.Module):
 
     F gives (N, V, D), or (N, D), which is one view.
     """
+
+    plain_forward = True  # as `Embedding`
 
     def __init__(self, embed: Embed) -> None:
         super().__init__()

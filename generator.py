@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's own folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 try:  # what stands above `# main` needs none of these
     from PIL import Image
