@@ -6,7 +6,7 @@
 
 In: `<run>/<method>/attacks/<attack>.csv`, one row a compared pair, and the .json beside it, or all
 of them in `<run>/attacks.csv.gz` and `attacks.json`. Out: `tables.md` and `figures/*.png`, which
-results/ makes. Measured: six methods under twelve attacks, 16,500 rows, 5 s on one CPU core.
+results/ makes. Measured: six methods, 25,620 rows, on one busy CPU core: 10 s, --json alone 4 s.
 
 The positive class is the intruder ("different", eq. (1) = 1), the score is the distance: the
 balanced precision TPR / (TPR + FPR) then starts at 1 when an attack moves some intruders all the
@@ -571,7 +571,8 @@ def health(runs: Sequence[Run]) -> list[Check]:
 
 def health_lines(runs: Sequence[Run]) -> str:
     """Format one line a check, to stand with every table."""
-    return "\n".join(f"{c.status:<8} {c.name}: {c.detail}" for c in health(runs))
+    lines = [f"{c.status:<8} {c.name}: {c.detail}" for c in health(runs)]
+    return "\n".join(line.removesuffix(": ") for line in lines)
 
 
 # main
