@@ -391,8 +391,9 @@ def to_float(images: Tensor) -> Tensor:
 def select_anchor(features: Tensor) -> int:
     """Choose, of features (n, D) of one person, the one nearest to the others by the mean squared
     distance (Sec. 4.2), and return its index."""
-    squared = (features[:, None].double() - features[None].double()).square().sum(-1)  # (n, n)
-    return int(squared.sum(1).argmin())
+    # sum_j |f_i - f_j|^2 = n |f_i - mean|^2 + what is the same for all i: memory n D, not n n D
+    away = features.double() - features.double().mean(0)
+    return int(away.square().sum(-1).argmin())
 
 
 def lowest(values: Tensor, dim: int = 0) -> Tensor:

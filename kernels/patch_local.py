@@ -6,14 +6,14 @@ convolution, half of it after a max-pool. Convolutions are linear, so that of th
 that of the map with a hole in the window's place, computed once, plus that of the window alone. The
 window may reach over the edge: there the hole's map is -inf, zero after the ReLU. After some layers
 the window is pasted into the map of the whole image, and the rest runs in full. Exact up to
-rounding; 1.5 to 2 times as fast on a CPU; no Triton. `embed` is what `embed.Embedding` is:
-`standardised`, `trunk` (3x3 convolutions, ReLU, 2x2 max-pools) and `head`; any other callable runs
-on whole images.
+rounding; 1.5 to 2 times as fast on a CPU; no Triton. `embed` is an `embed.Embedding`: its
+`standardised`, `trunk` and `head`, and nothing else; any other callable runs on whole images.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,11 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GRID = 4  # pixels: windows start and end on it, so that two max-pools can be followed
+CONVOLUTION = r"Conv2d\(\d+, \d+, kernel_size=\(3, 3\), stride=\(1, 1\), padding=\(1, 1\)\)"
+POOL = r"MaxPool2d\(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False\)"
+TRUNK = re.compile(rf"({CONVOLUTION}ReLU\(inplace=True\)|{POOL})+")  # as torch prints it
+
+
+def is_plain(embed: Any) -> bool:
+    """Return whether embed computes what its class says, which says `plain_forward`: a subclass, a
+    forward of its own, or a hook on any of its layers may compute something else."""
+    if "plain_forward" not in vars(type(embed)):  # which no subclass inherits
+        return False
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    layers = [vars(layer) for layer in embed.modules()]
+    return not any("forward" in own or any(own[kind] for kind in hooks) for own in layers)
 
 
 def is_supported(embed: Any) -> bool:
-    """Return whether embed has layers that can be followed."""
-    return all(hasattr(embed, name) for name in ("standardised", "trunk", "head"))
+    """Return whether embed has layers that can be followed, and is nothing but these."""
+    trunk = "".join(map(repr, getattr(embed, "trunk", ())))
+    return is_plain(embed) and bool(TRUNK.fullmatch(trunk))
 
 
 def align(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -203,7 +217,7 @@ def local_features(embed: Any, images: Tensor, pixels: Tensor) -> Callable[[Tens
     layers to follow, or the pixels lie too far apart to gain anything.
     """
     N, C, H, W = images.shape
-    mirroring = type(embed).__name__ == "Mirrored"
+    mirroring = hasattr(embed, "embed") and is_plain(embed)
     embed = embed.embed if mirroring else embed
     if not is_supported(embed) or not pixels.shape[1]:
         return None

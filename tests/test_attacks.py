@@ -132,6 +132,16 @@ def test_anchor_is_the_image_nearest_to_the_others():
     features = torch.tensor([[9.0, 0], [0, 0], [1, 0], [0, 1]])
     squared = [sum(math.dist(a, b) ** 2 for b in features.tolist()) for a in features.tolist()]
     assert attacks.select_anchor(features) == squared.index(min(squared)) == 2
+    for seed in range(20):
+        features = 1000 + torch.randn(2 + seed, 5, generator=seeded(seed))  # two: a tie, the first
+        squared = torch.cdist(features.double(), features.double()).square().sum(1)
+        assert attacks.select_anchor(features) == int(
+            (squared <= squared.min() + 1e-9).byte().argmax()
+        )
+    features = torch.randn(300_000, 4, generator=seeded())  # (n, n, D) would be 2.9 TB
+    assert attacks.select_anchor(features) == int(
+        (features - features.mean(0)).norm(dim=1).argmin()
+    )
 
 
 def test_transform_moves_scales_turns_and_brightens():

@@ -179,7 +179,7 @@ def test_attack_at_the_far_corner_of_another_size_is_the_same_on_and_off(
     whole = model.head
     monkeypatch.setattr(model, "head", lambda x: whole(F.adaptive_avg_pool2d(x, 2)))
     images, anchor = rand(2, 3, height, width), model(rand(1, 3, height, width, seed=5))[0]
-    h, w = height * 10 // 64, width * 10 // 64
+    h, w = attacks.scale(10, height), attacks.scale(10, width)
     mask = attacks.square_mask(height - h, width - w, height, width)
     pixels = attacks.mask_pixels(mask, images)
     assert local_features(model, images, pixels) is not None  # it is tried
@@ -196,3 +196,59 @@ def test_whole_images_and_other_models_fall_back(model):
         ((rows, place, inside, view),) = local_views(embed, images, boxes)
         assert torch.equal(images[place], images[rows]) and torch.equal(images[rows], images)
         assert torch.equal(inside, boxes) and view is embed
+
+
+# what is more than trunk and head
+
+
+class Normalised(e.Embedding):
+    """Its forward does more than its layers."""
+
+    def forward(self, images):
+        return F.normalize(super().forward(images), dim=1)
+
+
+def own_forward(model):
+    plain = model.forward
+    model.forward = lambda images: F.normalize(plain(images), dim=1)
+
+
+def dilated(model):
+    model.trunk[2].dilation = model.trunk[2].padding = (2, 2)
+
+
+def smooth(model):
+    model.trunk[1] = torch.nn.Softplus()
+
+
+MORE = {
+    "own forward": own_forward,
+    "dilated": dilated,
+    "another activation": smooth,
+    "hook": lambda m: m.register_forward_hook(lambda m, x, y: F.normalize(y, dim=1)),
+    "pre-hook": lambda m: m.register_forward_pre_hook(lambda m, x: (x[0] ** 3,)),
+    "hook of a layer": lambda m: m.trunk[0].register_forward_hook(lambda m, x, y: y.sin()),
+    "backward hook": lambda m: m.register_full_backward_hook(lambda m, g, _: (-g[0],)),
+    "backward pre-hook": lambda m: m.register_full_backward_pre_hook(lambda m, g: (-g[0],)),
+}
+
+
+@pytest.mark.parametrize("more", ["subclass", "hooked mirror", *MORE])
+@pytest.mark.parametrize("mirroring", [True, False], ids=["mirrored", "plain"])
+def test_a_model_that_does_more_is_attacked_as_through_a_lambda(more, mirroring, monkeypatch):
+    """The attack of App. C and training's inner attack: on whole images, whatever hides in F."""
+    monkeypatch.setattr(e, "masked_step", masked_step_ref)  # takes float64
+    torch.manual_seed(0)
+    model = (Normalised if more == "subclass" else e.Embedding)(1 / 16, 8, True).double().eval()
+    MORE.get(more, lambda model: None)(model)
+    views = e.Mirrored(model) if mirroring or more == "hooked mirror" else model
+    if more == "hooked mirror":
+        views.register_forward_hook(lambda m, x, y: y**3)
+    hidden = lambda x: views(x)
+    images, anchor = rand(3, 3, 64, 64), model(rand(1, 3, 64, 64, seed=5))[0].detach()
+    inputs = images, anchor, attacks.eyeglasses_mask(), attacks.Effort(3, 0.1, 1)
+    one, two = (attacks.tanh_attack(f, *inputs) for f in (views, hidden))
+    assert torch.equal(one.images, two.images) and not torch.equal(one.images, images)
+    boxes, alpha = torch.tensor([[20, 20, 10, 10]] * 3), torch.full((3,), 0.1).double()
+    inputs = images, anchor.expand(3, -1), alpha, boxes, 2
+    assert torch.equal(e.inner_attack(views, *inputs), e.inner_attack(hidden, *inputs))
