@@ -262,8 +262,6 @@ class Embedding(nn.Module):
 
     plain_forward = True  # kernels/patch_local.py may follow it, but no subclass
 
-    plain_forward = True  # kernels/patch_local.py may follow it, but no subclass
-
     def __init__(self, width: float = 1.0, dim: int = 128, standardise: bool = False) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -301,8 +299,6 @@ class Mirrored(nn.Module):
 
     F gives (N, V, D), or (N, D), which is one view.
     """
-
-    plain_forward = True  # as `Embedding`
 
     plain_forward = True  # as `Embedding`
 
