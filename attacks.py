@@ -1010,8 +1010,13 @@ def judged_people(config: Any, folder: Path, record: dict) -> JudgedPeople:
 def settings_of(config: Any, people: JudgedPeople) -> dict[str, Any]:
     """Return what must be the same for rows to stand in one file."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
-    who = json.dumps([people.faces.names, people.faces.files, people.targets])
-    return settings | {"people": hashlib.sha256(who.encode()).hexdigest()[:16]}
+    settings["root"] = config.root and str(Path(config.root).resolve())
+    faces = people.faces
+    who = json.dumps([faces.names, faces.files, people.targets])
+    settings["people"] = hashlib.sha256(who.encode()).hexdigest()[:16]
+    # Of rendered faces the factors: how a pixel is rounded depends on the machine.
+    settings["images"] = run.digest(faces.hashes, faces.identity, faces.content)
+    return settings
 
 
 def effort_record(name: str, config: Config) -> dict[str, int]:
@@ -1213,7 +1218,8 @@ def load_method(
     if not config.data and persons and persons != run.read_json(manifest)["sha256"]:
         why = f"trained on other persons than {manifest} names"
         raise run.UsageError(f"{file}: {why}: train it again with --overwrite")
-    made_with = settings_of(config, people) | {"embedding": run.digest(file)}
+    digest = model.model_digest(embed, None, fixed_images(config.size).to(device))
+    made_with = settings_of(config, people) | {"embedding": digest}
     settings = {"config": made_with, "seed": config.seed, "data": people.faces.data}
     settings["trained_in"] = content["config"].get("precision", "float32")
     return embed, settings | run.machine(device)

@@ -810,8 +810,10 @@ def train(argv: Sequence[str] | None) -> int:
     run.average_gradients(adam)
     # Of rendered faces the factors: how a pixel is rounded depends on the number of threads.
     images = sampler.images if faces.identity is None else faces.identity
+    weights = run.digest(config.weights) if config.weights else ""
+    settings = dataclasses.asdict(config) | {"weights": weights}  # wherever that file lies
     made_of = {
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "root"},
+        "config": {k: v for k, v in settings.items() if k != "root"},
         "people": run.read_json(args.run / "people.json")["sha256"],
         "images": run.digest(images, faces.content),
         "generator": run.digest(file) if file else "",

@@ -566,8 +566,12 @@ def train(argv: Sequence[str] | None) -> None:
     run.average_gradients(trainer.adam2)
     # Of rendered faces the factors: how a pixel is rounded depends on the number of threads.
     sources = (images,) if faces.identity is None else (faces.identity, faces.content)
+    vgg = config.vgg_weights
+    settings = dataclasses.asdict(config)
+    if vgg not in ("", "download"):
+        settings["vgg_weights"] = run.digest(vgg)  # wherever that file lies
     made_of = {
-        "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "root"},
+        "config": {k: v for k, v in settings.items() if k != "root"},
         "people": run.read_json(args.run / "people.json")["sha256"],
         "images": run.digest(*sources),
     }

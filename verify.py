@@ -284,7 +284,8 @@ def verify_pair(config: Config, args: Any, folder: Path, device: torch.device) -
     else:
         weights, crop = folder / "embedding.pt", attacks.read_run(args.run)["crop"]
         embed = load_embedding(weights, device)
-        result = {"embedding": run.digest(weights), "size": data.SIZE, "crop": crop}
+        digest = model.model_digest(embed, None, attacks.fixed_images(data.SIZE).to(device))
+        result = {"embedding": digest, "size": data.SIZE, "crop": crop}
     crop, size = result["crop"] or None, int(result["size"])
     images = [data.load_image(path, crop=crop, size=size) for path in args.photographs]
     target, candidate = (image[None].to(device).float() / 255 for image in images)
@@ -342,7 +343,8 @@ def write_rule(config: Config, args: Any, file: Path, clean: dict, device: torch
     advice = "judge them again by attacks.py --overwrite"
     with run.reading(file, advice):
         settings = dict(clean["config"])
-        fields = {k: v for k, v in settings.items() if k not in ("people", "embedding", "judge")}
+        names = attacks.Config.__dataclass_fields__
+        fields = {k: v for k, v in settings.items() if k in names}
         whom = attacks.Config(**fields | {"model": config.model})
         about = {k: clean[k] for k in ("seed", "data", "trained_in", "model") if k in clean}
     size = whom.size

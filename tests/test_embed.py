@@ -638,6 +638,19 @@ def test_interrupted_training_goes_on_bit_for_bit(run_of, capsys, interrupted_at
     assert not list(folder.glob("training*"))
 
 
+def test_a_vgg_file_that_moved_is_the_same_training(run_of, capsys):
+    state = e.Embedding(1 / 32).trunk.state_dict()
+    torch.save({f"features.{k}": v for k, v in state.items()}, "a.pth")
+    flags = [*FLAGS, "--run", str(run_of("moved")), "--method", "ours", "--weights"]
+    assert e.main([*flags, "a.pth"]) == 0
+    Path("a.pth").rename("b.pth")
+    capsys.readouterr()
+    assert e.main([*flags, "./b.pth"]) == 0 and "already" in capsys.readouterr().out
+    state["0.bias"] += 1
+    torch.save({f"features.{k}": v for k, v in state.items()}, "b.pth")
+    assert e.main([*flags, "b.pth"]) == 2 and "weights (" in capsys.readouterr().err
+
+
 def test_the_best_weights_are_kept_by_the_validation_persons(run_of, monkeypatch):
     """Also the rates and step sizes of each step, and whose images train and validate."""
     folder, scores = run_of("best"), iter([0.5, 0.9, 0.7])

@@ -370,6 +370,15 @@ def test_the_command_trains_stops_resumes_and_reports(
     report = json.loads((run / "generator/result.json").read_text())
     assert report["persons"] == 6 and report["images"] == 60 and "psnr_true_u" in report
 
+    # a VGG16 file counts by its content
+    (tmp_path / "a.pth").write_bytes(b"1")
+    vgg = [*FLAGS, "--run", "runs/vgg", "--vgg-weights"]
+    assert g.main([*vgg, "a.pth"]) == 0
+    (tmp_path / "a.pth").rename("b.pth")
+    assert g.main([*vgg, "b.pth"]) == 0
+    (tmp_path / "b.pth").write_bytes(b"2")
+    assert g.main([*vgg, "b.pth"]) == 2 and "vgg_weights (" in capsys.readouterr().err
+
     # other persons are another training
     other = dataclasses.replace(data.split_persons(faces, None, 3, 3, seed=1), seed=0)
     data.write_manifest(run / "people.json", faces, other)

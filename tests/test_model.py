@@ -49,6 +49,20 @@ class Needs(nn.Module):
     def __init__(self, width):
         super().__init__()
 """
+READS = """
+inner.load_state_dict(torch.load('weights.pt'))
+nets = {'net': inner}
+
+@__import__('functools').lru_cache
+def net():
+    return inner
+
+def cached(images):
+    return net()(images)
+
+def by_name(images):
+    return nets['net'](images)
+"""
 BAD = """
 import torch
 flat = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
@@ -211,10 +225,33 @@ def test_goes_on_after_a_stop_and_refuses_another_model_or_size(home, judge, int
 
 
 def test_weights_that_the_file_reads_count_as_the_model(home, judge):
-    (home / "reads.py").write_text(NET + "\ninner.load_state_dict(torch.load('weights.pt'))\n")
-    for scale, status in ((1.0, 0), (1.0, 0), (1.5, 2)):
-        torch.save({"scale": torch.tensor(scale)}, home / "weights.pt")
-        assert judge("reads.py:embed", "--attacks", "clean", "--run", "reads")[0] == status, scale
+    """However the function reaches them."""
+    (home / "reads.py").write_text(NET + READS)
+    for name in ("embed", "cached", "by_name"):
+        for scale, wanted in ((1.0, 0), (1.0, 0), (1.5, 2)):
+            torch.save({"scale": torch.tensor(scale)}, home / "weights.pt")
+            flags = ("--attacks", "clean", "--run", f"reads-{name}")
+            status, out, errors = judge(f"reads.py:{name}", *flags)
+            assert status == wanted, name
+        assert "embedding (" in errors[0]
+
+
+def test_rows_are_of_the_photographs_not_of_their_names(home, judge):
+    write_people(home / "moving")
+    flags = ("--attacks", "clean", "--run", "moving-run")
+    assert judge("net.py:embed", *flags, root="moving")[0] == 0
+    rows = (home / "moving-run/net-embed/attacks/clean.csv").read_text()
+    for same in ("moving/", "./moving", str(home / "moving")):
+        status, out, _ = judge("net.py:embed", *flags, root=same)
+        assert status == 0 and "kept" in out, same
+    for name in ("p0/0.png", "p3/3.png"):  # other photographs of the same names
+        picture, other = home / "moving" / name, home / "moving/p1/1.png"
+        before = picture.read_bytes()
+        picture.write_bytes(other.read_bytes())
+        status, _, errors = judge("net.py:embed", *flags, root="moving")
+        assert status == 2 and "other settings: images (" in errors[0]
+        picture.write_bytes(before)
+    assert (home / "moving-run/net-embed/attacks/clean.csv").read_text() == rows
 
 
 WRONG = {

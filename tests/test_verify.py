@@ -379,7 +379,7 @@ def test_a_pair_is_decided_by_f_and_by_the_rule(home, capsys):
     known = v.Certificate(d, d, d, d[None])
     bounds = {s: float(v.bound_patch(known, boxes, (s, s), 64, 64)) for s in range(1, 11)}
     assert bounds[10] < bounds[1] < d.max()
-    config = {"embedding": run.digest(folder / "mixed" / "embedding.pt")}
+    config = {"embedding": v.model.model_digest(embed, None, v.attacks.fixed_images(64))}
     config |= {"rule_patch": [10], "rule_mask": [16]}
 
     def answer(delta, role="validation"):
