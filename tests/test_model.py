@@ -415,3 +415,34 @@ def test_a_better_order_or_range_is_named_also_where_the_clean_figure_is_high(wr
     for line in warning:
         better = {"as BGR": 0.957, "in [-1, 1]": 0.971}[wrong]
         assert f"{given:.3f} as given" in line and f"{better:.3f} {wrong}" in line
+
+
+def test_a_folder_that_the_users_file_puts_first_hides_none_of_ours(home, judge, monkeypatch):
+    """Its metrics.py comes from another project; the table is made by ours."""
+    (home / "first").mkdir()
+    for name in ("metrics", "results"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (home / f"first/{name}.py").write_text("raise SystemExit('not ours')")
+    (home / "first/net.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(home / 'first')!r})\n{NET}"
+    )
+    status, out, _ = judge("first/net.py:embed", "--attacks", "clean", "--run", "first-run")
+    assert status == 0 and "net-embed  clean" in out and (home / "first-run/tables.md").exists()
+    assert Path(sys.modules["metrics"].__file__).parent == ROOT
+
+
+@pytest.mark.parametrize("line", ["import metrics", "from data.nets import Net"])
+@pytest.mark.parametrize("form", ["hides/net.py", "hides_net_for_test"])
+def test_a_users_module_that_ours_hides_is_named(home, judge, monkeypatch, line, form):
+    folder = home / "hides"
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.py").write_text("")
+    for name in ("net.py", "hides_net_for_test.py"):
+        (folder / name).write_text(f"{line}\n{NET}")
+    root = home / "people"
+    if not form.endswith(".py"):  # a module of the folder that one stands in
+        monkeypatch.chdir(folder)
+    status, _, errors = judge(f"{form}:embed", "--root", str(root), "--run", str(home / "bad"))
+    own = folder / ("metrics.py" if "metrics" in line else "data")
+    assert status == 2 and len(errors) == 1
+    assert f"imports {own}, and a module of that name is ours: rename yours" in errors[0]
