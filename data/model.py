@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from . import run
 
 Embed = Callable[[Tensor], Tensor]
+OURS = "generator|embed|attacks|verify|metrics|results|data|kernels"
 
 
 def model_name(text: str) -> str:
@@ -47,6 +49,16 @@ def user_code(flag: str, doing: str = "") -> Iterator[None]:
         raise run.UsageError(f"{flag}: {doing}: {type(error).__name__}: {text}") from None
 
 
+def refuse_hidden(flag: str, folder: Path, file: str | None) -> None:
+    """Raise run.UsageError where the user's file imports a module of the folder that ours hides."""
+    text = Path(file).read_text(errors="replace") if file else ""
+    for name in re.findall(rf"^\s*(?:from|import)\s+({OURS})\b", text, re.MULTILINE):
+        for own in (folder / f"{name}.py", folder / name):
+            if own.exists() and folder != Path(run.__file__).resolve().parents[1]:
+                why = f"{file} imports {own}, and a module of that name is ours"
+                raise run.UsageError(f"{flag}: {why}: rename yours")
+
+
 def load_model(flag: str, text: str, device: torch.device) -> tuple[Embed, Path | None]:
     """Load what FILE.py:NAME or package.module:NAME means; return it and the file that defines it.
 
@@ -59,16 +71,23 @@ def load_model(flag: str, text: str, device: torch.device) -> tuple[Embed, Path 
         raise run.UsageError(f"{flag}: give FILE.py:NAME or package.module:NAME")
     if where.endswith(".py") and not Path(where).is_file():
         raise run.UsageError(f"{flag}: no such file {where}")
+    for stage in ("metrics", "results"):  # the user's code may put a folder of its own first
+        with contextlib.suppress(ImportError):
+            importlib.import_module(stage)
     torch.manual_seed(0)  # random weights are the same when the command goes on
     with user_code(flag, "cannot be loaded"):
         if where.endswith(".py"):
             # last, and under another name: a file called embed.py must not hide ours
-            sys.path.append(str(Path(where).resolve().parent))
+            folder = Path(where).resolve().parent
+            sys.path.append(str(folder))
+            refuse_hidden(flag, folder, where)
             spec: Any = importlib.util.spec_from_file_location(f"of_user_{Path(where).stem}", where)
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
             sys.path.append(str(Path.cwd()))
+            package: Any = importlib.util.find_spec(where)
+            refuse_hidden(flag, Path.cwd(), package and package.origin)
             module = importlib.import_module(where)
         model = getattr(module, name, None)
         if model is None:
