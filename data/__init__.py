@@ -37,13 +37,15 @@ import torch
 from PIL import __version__ as pillow_version
 
 from . import run, synthetic
-from .photographs import (  # noqa: F401  crop_box and load_image are for callers
+from .photographs import (  # noqa: F401  some are for callers
     SIZE,
     choose_crop,
     crop_box,
     decode_all,
     first_three,
+    image_size,
     load_image,
+    load_mask,
     printable,
 )
 from .run import File, UsageError

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -181,6 +182,13 @@ def picture_for(path: Path, images: Tensor) -> None:
     row = images.permute(2, 0, 3, 1).flatten(1, 2)  # (H, n * W, 3)
     image = Image.fromarray(row.contiguous().numpy())
     run.write(path, functools.partial(image.save, format="PNG"))
+
+
+def write_pattern(path: Path, pattern: Any, mask: Any) -> None:
+    """Write a universal patch, uint8 (3, h, w), as a PNG to print: clear outside its mask (H, W)."""
+    picture = np.zeros((*mask.shape, 4), np.uint8)
+    picture[mask, :3], picture[mask, 3] = pattern.reshape(3, -1).T, 255
+    run.write(path, functools.partial(Image.fromarray(picture).save, format="PNG"))
 
 
 def model_digest(embed: Embed, file: Path | None, images: Tensor) -> str:

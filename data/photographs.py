@@ -57,22 +57,44 @@ def crop_box(width: int, height: int, crop: str | None = None) -> tuple[float, f
     return 0, 0, width, height
 
 
-def load_image(path: File, crop: str | None = None, size: int = SIZE) -> torch.Tensor:
+def load_image(
+    path: File, crop: str | None = None, size: int = SIZE, background: str = "white"
+) -> torch.Tensor:
     """Decode one photograph as the loaders do -> torch uint8 (3, size, size), RGB.
 
-    Upright by its EXIF orientation; first frame of an animation; transparency over white; grey,
-    palette, CMYK and 16-bit become 8-bit RGB; colour profiles are ignored; antialiased (bicubic).
-    crop: see `crop_box`. Raises UsageError naming the file and the reason.
+    Upright by its EXIF orientation; first frame of an animation; transparency over background;
+    grey, palette, CMYK and 16-bit become 8-bit RGB; colour profiles are ignored; antialiased
+    (bicubic). crop: see `crop_box`. Raises UsageError naming the file and the reason.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks
-            return torch.from_numpy(decode(path, crop, size))
+            return torch.from_numpy(decode(path, crop, size, background))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
-def decode(path: File, crop: str | None, size: int) -> np.ndarray:
+def load_mask(path: File, crop: str, size: int) -> torch.Tensor:
+    """Decode a drawn mask -> bool (size, size), True above half of its own range.
+
+    What is transparent is never True. A coloured picture with transparent parts, as a printed patch
+    is, is True where it is opaque. Raises UsageError as `load_image`.
+    """
+    black, white = (load_image(path, crop, size, over).int() for over in ("black", "white"))
+    level, clear = black.float().mean(0), (white - black)[0]
+    if clear.any() and (black != black[:1]).any():
+        level = 255.0 - clear
+    return level > (level.min() + level.max()) / 2
+
+
+def image_size(path: File) -> tuple[int, int]:
+    """Read width and height of an image file, upright. Raises OSError."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) > 4
+        return (image.height, image.width) if turned else image.size
+
+
+def decode(path: File, crop: str | None, size: int, background: str = "white") -> np.ndarray:
     """Decode an image file -> uint8 (3, size, size).
 
     Raises UsageError with the reason alone, one printable line.
@@ -101,8 +123,8 @@ def decode(path: File, crop: str | None, size: int) -> np.ndarray:
             box = (left * kx, top * ky, right, bottom)
             small = to_8_bit(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
             if small.mode == "RGBA":
-                white = Image.new("RGBA", small.size, "white")
-                small = Image.alpha_composite(white, small).convert("RGB")
+                below = Image.new("RGBA", small.size, background)
+                small = Image.alpha_composite(below, small).convert("RGB")
             return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
     except UnidentifiedImageError:
         raise UsageError("not an image that Pillow reads") from None

@@ -127,6 +127,37 @@ def test_transparency_lies_over_white_and_the_first_frame_counts(tmp_path):
     assert corners(data.load_image(tmp_path / "a.gif")) == [[*RED]] * 4
 
 
+def test_a_mask_is_what_was_drawn(tmp_path):
+    """White on black of any range, on a clear ground, in colours on a clear ground, cropped."""
+    shape, path = torch.zeros(64, 64, dtype=torch.bool), tmp_path / "a.png"
+    shape[20:32, 10:42] = True
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    level, alpha = shape.numpy().astype(np.uint8), shape.numpy()[..., None] * np.uint8(255)
+    white, edge = np.full((64, 64, 3), 255, np.uint8), np.full((64, 64, 1), 255, np.uint8)
+    edge[:4] = 0  # of the alpha of a picture in black and white
+    for drawn in (
+        level,  # 0 and 1
+        level * 255,
+        level * 60 + 120,
+        np.concatenate([white, alpha], 2),
+        np.concatenate([noise, alpha], 2),  # a printed patch
+        np.concatenate([np.where(shape[..., None], white, 0), edge], 2),
+    ):
+        Image.fromarray(drawn).save(path)
+        assert torch.equal(data.load_mask(path, "none", 64), shape)
+    large = Image.new("L", (250, 250))
+    large.paste(255, (100, 60, 130, 90))
+    large.save(path)
+    rows, columns = data.load_mask(path, "lfw", 139).nonzero().T  # at left 57, top 39
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (21, 50, 43, 72)
+    assert len(rows) == 900
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    large.resize((100, 80)).save(tmp_path / "b.jpg", exif=exif)
+    sizes = [data.image_size(tmp_path / name) for name in ("a.png", "b.jpg")]
+    assert sizes == [(250, 250), (80, 100)]
+
+
 @pytest.mark.parametrize("suffix, size", [("png", (64, 64)), ("jpg", (900, 1200))])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation, suffix, size, tmp_path):
