@@ -177,7 +177,8 @@ PRESETS["model"] = (
 
 @dataclass(frozen=True)
 class Effort:
-    """Say how hard an attack tries, and in which direction. Raises ValueError for another word."""
+    """Say how hard an attack tries, and in which direction. Raises ValueError for another word or
+    a number below 1."""
 
     iterations: int = 1000
     lr: float = 0.01
@@ -192,6 +193,9 @@ class Effort:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
+        for name in ("iterations", "restarts", "chunk"):
+            if (n := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {n}")
         for name, words in (
             ("direction", ("impersonate", "evade")),
             ("optimiser", ("adam", "sign")),
@@ -217,6 +221,7 @@ class AttackResult:
     gradients: int = 0  # (image, iteration) pairs in all
     mask: Tensor | None = None  # (H, W) or (B, H, W) bool: where the images may differ
     extra: dict[str, Tensor] = field(default_factory=dict)  # what one attack adds, see there
+    direction: str = "impersonate"  # of its `Effort`: which distances are the better ones
 
     def add_counts(self, other: AttackResult) -> None:
         """Add the counters of another attack to these."""
@@ -261,9 +266,11 @@ def eye_patch_mask(height: int = 64, width: int = 64) -> Tensor:
 
 def square_mask(row: int, column: int, height: int = 64, width: int = 64) -> Tensor:
     """Draw a square with its upper left pixel at (row, column), (height, width) bool: 10 x 10 of
-    64 x 64 pixels."""
+    64 x 64 pixels. Raises ValueError where a part of it would lie outside."""
     mask = torch.zeros(height, width, dtype=torch.bool)
     h, w = max(1, scale(10, height)), max(1, scale(10, width))
+    if not (0 <= row <= height - h and 0 <= column <= width - w):
+        raise ValueError(f"place {(row, column)}: {h} x {w} pixels there leave {height} x {width}")
     mask[row : row + h, column : column + w] = True
     return mask
 
@@ -291,7 +298,7 @@ def mask_pixels(mask: Tensor, images: Tensor) -> Tensor:
     return several.nonzero()[:, 1].view(N, -1)
 
 
-def paste(images: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
+def _paste(images: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
     """Replace pixels (N, P), flat numbers, of images (N, C, H, W) by values (N, C, P); all others
     stay as they are, bit for bit."""
     index = pixels[:, None].expand(-1, images.shape[1], -1)  # (N, C, P)
@@ -299,9 +306,13 @@ def paste(images: Tensor, values: Tensor, pixels: Tensor) -> Tensor:
 
 
 def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
-    """Paste a pattern (C, P), or one for each image (N, C, P), under mask (H, W) into images."""
-    values = pattern.to(images).expand(len(images), -1, -1)
-    return paste(images, values, mask_pixels(mask, images))
+    """Paste a pattern (C, P), or one for each image (N, C, P), under mask (H, W) into images; both
+    in [0, 1]. Raises ValueError for others."""
+    check_pixels("images", images)
+    pixels, (N, C) = mask_pixels(mask, images), images.shape[:2]
+    each = C, pixels.shape[1]
+    check_pixels("pattern", pattern, each, (1, *each), (N, *each))
+    return _paste(images, pattern.to(images).expand(N, -1, -1), pixels)
 
 
 # What an attack starts from, and the distance that counts
@@ -325,50 +336,68 @@ def frozen(embed: Embed) -> Iterator[None]:
             weight.requires_grad_(flag)
 
 
+def check_pixels(name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise ValueError where x is not a float tensor in [0, 1], of one of these shapes or, without
+    one, (N, C, H, W)."""
+    dtype, shape = getattr(x, "dtype", type(x).__name__), tuple(getattr(x, "shape", ()))
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name}: {dtype}, wanted a tensor of float32 or float64")
+    if not (shape in shapes if shapes else len(shape) == 4 and x.numel()):
+        wanted = " or ".join(map(str, shapes)) or "(N, C, H, W)"
+        raise ValueError(f"{name}: of shape {shape}, wanted {wanted}")
+    low, high = (float(end) for end in x.detach().aminmax())
+    if not (low >= 0 and high <= 1):  # nor NaN
+        raise ValueError(f"{name}: values from {low:.4g} to {high:.4g}, wanted [0, 1]")
+
+
 def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]:
     """Return images and, for each of them, an anchor (N, D), without gradients.
 
-    Raises ValueError for what would become a wrong number without a word: images that are not float
-    (N, C, H, W) in [0, 1]; anchors that are not finite features (D,) or (N, D) of one view; an
-    embed whose features are not finite (N, D) or (N, V, D), or differ alone and in a batch by more
-    than a thousandth of their norm (rounding: 2e-6; training mode: 0.02 and more).
+    Raises ValueError for what would become a wrong number without a word: images that
+    `check_pixels` refuses; anchors that are not finite features (D,) or (N, D) of one view; an
+    embed that changes its images, or whose features are not finite (N, D) or (N, V, D), or differ
+    alone or in another call by more than a thousandth of their norm (rounding: 2e-6).
     """
-    for name, x in (("images", images), *(("anchor", anchor) for anchor in anchors)):
-        if getattr(x, "dtype", None) not in (torch.float32, torch.float64):
-            kind = getattr(x, "dtype", type(x).__name__)
-            raise ValueError(f"{name}: {kind}, wanted a tensor of float32 or float64")
-    if images.dim() != 4 or not len(images):
-        raise ValueError(f"images: of shape {tuple(images.shape)}, wanted (N, C, H, W)")
-    low, high = (float(end) for end in images.aminmax())
-    if not (low >= 0 and high <= 1):  # nor NaN
-        raise ValueError(f"images: values from {low:.4g} to {high:.4g}, wanted [0, 1]")
-    ramp = torch.linspace(0, 1, images.shape[3]).to(images)
-    pair = torch.cat([images[:1], (images[-1:] + ramp) / 2]).detach()  # two that differ
+    check_pixels("images", images)
+    # 16 that differ: with two, chance passed dropped paths in 17 of 30 calls
+    images, k = images.detach(), torch.arange(16)
+    ramp, share = torch.linspace(0, 1, images.shape[3]), k.view(-1, 1, 1, 1) / 16
+    batch = torch.lerp(images[k % len(images)], ramp.to(images), share.to(images))
+    copy = batch.clone()
     with frozen(embed), torch.no_grad():
-        both, alone = embed(pair.clone()), embed(pair[:1])
-    for views, n in ((both, 2), (alone, 1)):
+        answers = embed(copy), embed(batch.clone()), embed(batch[:1].clone())
+    for views, n in zip(answers, (16, 16, 1)):
         number = isinstance(views, Tensor) and views.is_floating_point()
         if not number or views.dim() not in (2, 3) or len(views) != n:
             kind = f"{type(views).__name__} {list(getattr(views, 'shape', ()))}"
             raise ValueError(f"embed: gives {kind} for {n} images, wanted ({n}, D) or ({n}, V, D)")
         if not views.isfinite().all():
             raise ValueError("embed: features are not finite")
-    most = max(1e-3, torch.finfo(alone.dtype).eps) * alone.float().norm()
-    if (both[:1] - alone).float().norm() > most:
-        how = "alone and in a batch: call model.eval() first"
-        raise ValueError(f"embed: answers an image differently {how}")
-    N, D = len(images), alone.shape[-1]
+    if not torch.equal(copy, batch):
+        raise ValueError("embed: changes its images in place")
+    first, again, alone = (views.flatten(1).float() for views in answers)
+    apart = torch.cat([again - first, alone - first[:1]]).norm(dim=1).max()
+    if apart > max(1e-3, torch.finfo(answers[0].dtype).eps) * first.norm(dim=1).mean():
+        how = "alone and in a batch, or in another call: is it in training mode (call model.eval())"
+        raise ValueError(f"embed: answers an image differently {how}, random, or of the batch?")
+    N, D = len(images), answers[0].shape[-1]
     for anchor in anchors:
+        if not getattr(anchor, "is_floating_point", bool)():
+            raise ValueError(f"anchor: {type(anchor).__name__}, wanted a float tensor")
         if anchor.shape not in ((D,), (1, D), (N, D)) or not anchor.isfinite().all():
             wanted = f"wanted finite features {(D,)} or {(N, D)} of one view"
             raise ValueError(f"anchor: of shape {tuple(anchor.shape)}, {wanted}")
-    return [images.detach(), *(anchor.detach().expand(N, -1) for anchor in anchors)]
+    wide = (anchor.to(torch.promote_types(anchor.dtype, torch.float32)) for anchor in anchors)
+    return [images, *(anchor.detach().expand(N, -1) for anchor in wide)]
 
 
 @torch.no_grad()
 def distances(embed: Embed, images: Tensor, anchor: Tensor, chunk: int = 128) -> Tensor:
     """Compute the distance (N,) of images (N, C, H, W) to an anchor (N, D) or (D,)."""
-    anchor = anchor.expand(len(images), -1)
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, not {chunk}")
+    check_pixels("images", images)
+    anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32)).expand(len(images), -1)
     with frozen(embed):
         parts = zip(images.split(chunk), anchor.split(chunk))
         return torch.cat([squared_distance(embed(x), a) for x, a in parts]).sqrt()
@@ -378,9 +407,12 @@ def distances(embed: Embed, images: Tensor, anchor: Tensor, chunk: int = 128) ->
 def extract(embed: Embed, images: Tensor, chunk: int = 128) -> Tensor:
     """Compute the features of images (N, C, H, W), uint8 or float in [0, 1]. Raises ValueError for
     what `check_inputs` refuses."""
+    if chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, not {chunk}")
     check_inputs(embed, to_float(images[:1]))
     with frozen(embed):
-        return torch.cat([embed(to_float(part)) for part in images.split(chunk)])
+        features = torch.cat([embed(to_float(part)) for part in images.split(chunk)])
+    return features.to(torch.promote_types(features.dtype, torch.float32))  # half is too narrow
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -420,7 +452,7 @@ def patched_features(embed: Embed, images: Tensor, pixels: Tensor) -> Embed:
     pasted over pixels (n, P)."""
     # what lies around the patch is computed once, where the layers of embed can be followed
     local = local_features and local_features(embed, images, pixels)
-    return local or (lambda patch: embed(paste(images, patch, pixels)))
+    return local or (lambda patch: embed(_paste(images, patch, pixels)))
 
 
 class SignSteps:
@@ -504,6 +536,9 @@ def optimise(
                     # Eq. (7)
                     loss = effort.sign * squared_distance(features_of(patch), anchor)
                 if not last:
+                    if not loss.requires_grad:
+                        why = "has it no_grad, detach or numpy inside?"
+                        raise ValueError(f"embed: no gradient reaches the images: {why}")
                     grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
             losses.append(loss.detach())
         loss = torch.cat(losses).mean(0, keepdim=True) if shared else torch.cat(losses)
@@ -552,6 +587,7 @@ def tanh_attack(
     values = images.flatten(2).gather(2, pixels[:, None].expand(-1, C, -1))
     w = torch.atanh((2 * values - 1) * 0.999999)  # (B, C, P), of which tanh makes values, to 5e-7
     result, counts = AttackResult(images.clone(), images.new_empty(B)), torch.zeros(3).long()
+    result.direction = effort.direction
     with frozen(embed):
         for i in torch.arange(B, device=images.device).split(max(1, effort.chunk // R)):
             again = i.repeat(R)  # each image from R starts
@@ -559,7 +595,7 @@ def tanh_attack(
             first = start[:, i].flatten(0, 1)  # (R n, C, P)
             patch, loss, lost = optimise(embed, [batch], w[again], first, effort)
             winner = loss.view(R, -1).argmin(0) * len(i) + torch.arange(len(i)).to(i)  # (n,)
-            result.images[i] = paste(images[i], patch[winner], pixels[i])
+            result.images[i] = _paste(images[i], patch[winner], pixels[i])
             # measured on the images in float32, not taken from the loop: a wrong choice would show
             with torch.no_grad():
                 squared = squared_distance(embed(result.images[i]), anchor[i])
@@ -567,6 +603,18 @@ def tanh_attack(
             counts += lost.cpu()
     result.zero_gradients, result.nonfinite, result.gradients = map(int, counts)
     return result.warn_if_gradients_lost()
+
+
+def check_gradient(embed: Embed, images: Tensor) -> None:
+    """Raise ValueError where `tanh_attack` refuses the embedding, or could not follow its gradient
+    from any of these images to the last."""
+    anchor, everywhere = extract(embed, images)[-1], torch.ones(images.shape[2:]).bool()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step = tanh_attack(embed, images, anchor, everywhere, Effort(1, restarts=1))
+    if step.nonfinite or step.zero_gradients == step.gradients:
+        why = "does it round, or stop it with detach?"
+        raise ValueError(f"embed: the gradient for the images is zero or not finite: {why}")
 
 
 # Square with a search for its place, Sec. 3, App. C
@@ -586,6 +634,8 @@ def square_attack(
     images, anchor = check_inputs(embed, images, anchor)
     B, _, H, W = images.shape
     K = len(places)
+    if not places:
+        raise ValueError("places must be 1 or more, not 0")
     masks = torch.stack([square_mask(row, column, H, W) for row, column in places])
     several = images.repeat_interleave(K, 0), anchor.repeat_interleave(K, 0), masks.repeat(B, 1, 1)
     searched = tanh_attack(embed, *several, replace(search, restarts=1), rng)
@@ -618,7 +668,7 @@ def universal_patch(
         pattern, _, counts = optimise(embed, batches, w, start, effort)
     patched = apply_pattern(images, pattern, mask)
     distance = distances(embed, patched, anchor, effort.chunk)
-    result = AttackResult(patched, distance, *counts.tolist())
+    result = AttackResult(patched, distance, *counts.tolist(), direction=effort.direction)
     return pattern[0], result.warn_if_gradients_lost()
 
 
@@ -635,6 +685,8 @@ def random_patterns(
     chunk: int = 128,
 ) -> AttackResult:
     """Choose, for each image, the closest of so many uniform random fillings of the mask."""
+    if min(patterns, chunk) < 1:
+        raise ValueError(f"patterns and chunk must be 1 or more, not {patterns} and {chunk}")
     images, anchor = check_inputs(embed, images, anchor)
     C, P = images.shape[1], mask_pixels(mask, images).shape[1]
     result = AttackResult(images.clone(), images.new_empty(len(images)))
@@ -653,6 +705,7 @@ def random_patterns(
 
 def uniform_noise(images: Tensor, amount: float, rng: Rng) -> Tensor:
     """Add U(-amount, amount) to every pixel of the images, clipped to [0, 1]."""
+    check_pixels("images", images)
     noise = torch.rand(images.shape, generator=rng) * 2 - 1
     return (images + amount * noise.to(images)).clamp(0, 1)
 
@@ -693,12 +746,18 @@ def distal_attack(
 
 
 def strongest(*results: AttackResult) -> AttackResult:
-    """Keep, of several attacks on the same images, the one that came closest to each, as of both
-    optimisers; counters are summed; extra: strongest (B,), which."""
+    """Keep, of several attacks on the same images, the one that came closest to each, or farthest
+    where they evade, as of both optimisers; counters are summed; extra: strongest (B,), which.
+    Raises ValueError for attacks in different directions."""
+    directions = {result.direction for result in results}
+    if len(directions) != 1:
+        raise ValueError(f"results: directions {sorted(directions)}, wanted one")
     distance = torch.stack([result.distance for result in results])  # (A, B)
-    which, each = lowest(distance), torch.arange(distance.shape[1], device=distance.device)
+    sign = -1 if "evade" in directions else 1
+    which, each = lowest(sign * distance), torch.arange(distance.shape[1], device=distance.device)
     images = torch.stack([result.images for result in results])[which, each]
     best = AttackResult(images, distance[which, each], extra={"strongest": which})
+    best.direction = results[0].direction
     for result in results:
         best.add_counts(result)
     return best
@@ -716,7 +775,7 @@ def draw_transforms(n: int, config: Config, rng: Rng) -> Tensor:
     return unit * ranges + torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0])
 
 
-def transform(images: Tensor, transforms: Tensor) -> Tensor:
+def _transform(images: Tensor, transforms: Tensor) -> Tensor:
     """Transform images (N, C, H, W) by each of transforms (S, 5): (S * N, C, H, W), all by the
     first, then all by the second, ..."""
     N, C, H, W = images.shape
@@ -740,7 +799,7 @@ class Transformed(nn.Module):
         self.embed, self.transforms = embed, transforms
 
     def forward(self, images: Tensor) -> Tensor:
-        views = self.embed(transform(images, self.transforms))  # (S N, D) or (S N, V, D)
+        views = self.embed(_transform(images, self.transforms))  # (S N, D) or (S N, V, D)
         return views.unflatten(0, (-1, len(images))).transpose(0, 1).flatten(1, -2)
 
 
@@ -783,17 +842,19 @@ def run_attack(
     virtual   (D,), features of the autoencoded target, for `indirect`
     mask      (H, W) bool, for the attack `mask`
     """
-    images, anchors = check_inputs(embed, images, anchor)
+    check_pixels("images", images)
     C, H, W = images.shape[1:]
     views = 2 if isinstance(embed, Mirrored) else 1
     effort, scorer, inputs = effort_of(name, config, views), embed, (images, anchor)
     glasses, everywhere = eyeglasses_mask(H, W), torch.ones(H, W, dtype=torch.bool)
     own = {"eye_patch": eye_patch_mask(H, W), "noise": everywhere, "distal": everywhere}
     allowed = own.get(name, glasses) if mask is None else mask
-    result = AttackResult(images, anchors)  # its distances are measured below
+    result = AttackResult(images.detach(), images.new_zeros(len(images)))  # measured below
     match name:
-        case "clean":
-            pass
+        case "clean" | "noise":
+            check_inputs(embed, images, anchor)
+            if name == "noise":
+                result.images = uniform_noise(images, config.noise, rng)
         case "eyeglasses" | "evasion":
             result = tanh_attack(embed, *inputs, allowed, effort, rng)
         case "mask" if mask is not None:
@@ -809,8 +870,6 @@ def run_attack(
             result.extra["pattern"] = pattern.view(C, int(allowed.any(1).sum()), -1)
         case "random_eyeglasses":
             result = random_patterns(embed, *inputs, allowed, config.patterns, rng, effort.chunk)
-        case "noise":
-            result.images = uniform_noise(images, config.noise, rng)
         case "indirect" if virtual is not None:
             result = indirect_attack(embed, *inputs, virtual, allowed, effort, rng)
         case "distal":
@@ -1250,8 +1309,7 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
     images, person = (x[index].to(device) for x in (faces.images, faces.person))
     for flag, (embed, _) in loaded.items():
         with model.user_code(flag, f"fails on the first images, {device}"):
-            check_inputs(embed, to_float(images[:4]))
-        model.check_model(flag, embed, to_float(images[:4]))
+            check_gradient(embed, to_float(images[:4]))
     unknown = "nothing is known of the persons that it was trained on"
     print(f"{name}: {about}; {unknown}", flush=True)
     cosine, embeds, digests = config.distance == "cosine", [], []

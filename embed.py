@@ -618,7 +618,7 @@ def features(embed: Embed, images: Tensor, batch: int = 256) -> Tensor:
     """Compute the features (N, ...) of images uint8 (N, 3, H, W), a batch at a time."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}: give uint8, 0 to 255")
-    return torch.cat([embed(part.float() / 255) for part in images.split(batch)])
+    return torch.cat([embed(part.float() / 255).float() for part in images.split(batch)])
 
 
 def auroc(genuine: Tensor, intruder: Tensor) -> float:

@@ -78,7 +78,7 @@ def rounded(x): return flat((x * 255).round())
 def inplace(x): return flat(x.sub_(0.5))
 def late(x):
     seen.append(len(x))
-    return flat(x) / (len(seen) < 10)
+    return flat(x) / (len(seen) < 22)
 """
 
 
@@ -264,7 +264,7 @@ WRONG = {
     "net.py:Needs": "Needs is a type, wanted",
     "bad.py:fails": "fails on the first images, cpu: RuntimeError",
     "bad.py:stops": "fails on the first images, cpu: SystemExit: no licence",
-    "bad.py:deep": "gives Tensor [2, 3, 32, 32] for 2 images, wanted (2, D)",
+    "bad.py:deep": "gives Tensor [16, 3, 32, 32] for 16 images, wanted (16, D)",
     "bad.py:words": "gives str",
     "bad.py:restless": "answers an image differently alone and in a batch",
     "bad.py:batched": "answers an image differently alone and in a batch",
