@@ -69,13 +69,11 @@ except ImportError:
 
 
 try:
-    from tqdm import tqdm
-
     import data
     from data import model, run
     from generator import load_generator
 except ImportError:
-    data = model = run = load_generator = tqdm = None  # type: ignore[assignment]
+    data = model = run = load_generator = None  # type: ignore[assignment]
 
 Embed = Callable[[Tensor], Tensor]
 Rng = torch.Generator
@@ -927,6 +925,7 @@ COLUMNS += ("role", "distance")
 # what changes no number, or says only which rows to make
 NOT_SETTINGS = ("method", "attacks", "chunk", "model", "judge", "mask")
 MORE_COLUMNS = ("row", "col", "direct", "indirect", "judge")
+LINE_EVERY = 60.0  # seconds between the lines of an attack, at the least
 
 
 class JudgedPeople(NamedTuple):
@@ -991,6 +990,8 @@ def parse(argv: Sequence[str] | None):
                 raise run.UsageError(f"--{flag} {getattr(config, flag)}: it goes with --model")
     if config.person_folder and not config.data:
         raise run.UsageError("--person-folder: it goes with --data folder")
+    if config.target_images == 1:
+        raise run.UsageError("--target-images 1: no genuine pair: give 2 or more, or 0 for all")
     if config.seed < 0:
         config = replace(config, seed=record.get("seed", 0))
     if config.mask:
@@ -1093,14 +1094,19 @@ def effort_record(name: str, config: Config) -> dict[str, int]:
     return records.get(name, usual)
 
 
-def autoencode(path: Path, images: Tensor) -> Tensor:
-    """Reconstruct images by the generator of the run (Sec. 4.4). Raises run.UsageError."""
-    try:
-        lord, _ = load_generator(path, images.device)
-    except run.UsageError as error:
-        raise run.UsageError(f"--attacks indirect needs the run's generator: {error}") from None
-    with torch.no_grad():
-        return lord(images).clamp(0, 1)
+def choose_others(
+    config: Config, name: str, people: JudgedPeople, person: int
+) -> tuple[list[int], list[int]]:
+    """Choose the intruders of a target, and the images that its universal patch is trained on.
+    Raises run.UsageError where there are too few."""
+    faces, target = people.faces, people.faces.names[person]
+    tests = max(config.clean_intruders, config.intruders) if name == "clean" else config.intruders
+    sizes = tests, config.patch_train, stable_generator(config.seed, target, "intruders")
+    tested, training = choose_intruders(faces.person, person, people.near, people.far, *sizes)
+    if not tested or (name == "eye_patch" and not training):
+        why = f"too few images of persons other than {target}"
+        raise run.UsageError(f"--intruders {config.intruders}: {why}: add persons, or lower it")
+    return tested, training
 
 
 def attack_target(
@@ -1109,26 +1115,22 @@ def attack_target(
     embed: Embed,
     judge: Embed | None,
     people: JudgedPeople,
-    generator_file: Path,
+    lord: nn.Module | None,
     device: torch.device,
     person: int,
 ) -> tuple[list[str], list[list], dict, dict]:
     """Attack one target under each of the defences; return header, rows, statistics and examples.
 
     They depend on the seed and the target's name, not on which others are attacked, or where.
-    judge: a second model, which measures the same images. Raises run.UsageError.
+    judge: a second model, which measures the same images; lord: the generator, for `indirect`.
+    Raises run.UsageError.
     """
     began, faces, target = time.monotonic(), people.faces, people.faces.names[person]
 
     def load(index: Sequence[int]) -> Tensor:
         return to_float(faces.images[list(index)].to(device))
 
-    tests = max(config.clean_intruders, config.intruders) if name == "clean" else config.intruders
-    sizes = tests, config.patch_train, stable_generator(config.seed, target, "intruders")
-    tested, training = choose_intruders(faces.person, person, people.near, people.far, *sizes)
-    if not tested or (name == "eye_patch" and not training):
-        why = f"too few images of persons other than {target}"
-        raise run.UsageError(f"--intruders {config.intruders}: {why}: add persons, or lower it")
+    tested, training = choose_others(config, name, people, person)
     own = (faces.person == person).nonzero().flatten().tolist()[: config.target_images or None]
     features = extract(embed, load(own), config.chunk)
     rows: list[list] = []
@@ -1141,8 +1143,9 @@ def attack_target(
         chosen, needs = candidates.get(name, tested), {}
         if name == "eye_patch":
             needs["training"] = load(training)
-        if name == "indirect":
-            needs["virtual"] = extract(embed, autoencode(generator_file, anchor_image))[0]
+        if lord is not None and name == "indirect":
+            with torch.no_grad():
+                needs["virtual"] = extract(embed, lord(anchor_image).clamp(0, 1))[0]
         if name == "mask":
             needs["mask"] = read_mask(config)
         rng = stable_generator(config.seed, target, "eyeglasses" if name == "indirect" else name)
@@ -1213,8 +1216,8 @@ def write_rows(
     names, title = people.faces.names, f"{table.parents[1].name} {table.stem}"
     finished = [*run.open_table(table, about | effort, overwrite)]
     missing = [p for p in (*people.targets, *others) if names[p] not in finished]
-    groups = range(0, len(missing), run.world())
-    for first in tqdm(groups, title, unit="target", disable=True if run.rank() else None):
+    began = line_at = time.monotonic()
+    for first in range(0, len(missing), run.world()):
         part = None
         for person in missing[first:][run.rank() : run.rank() + 1]:
             with warnings.catch_warnings():  # metrics.py tells of the gradients, once
@@ -1225,6 +1228,11 @@ def write_rows(
                 add_example(table.with_suffix(".npz"), target, example, finished)
             run.append_rows(table, header, rows, target, stats)
             finished.append(target)
+        now, made = time.monotonic(), min(first + run.world(), len(missing))
+        if now - line_at >= LINE_EVERY and run.rank() == 0:
+            left = (now - began) / made * (len(missing) - made) / 60
+            print(f"{title}: {made} of {len(missing)} targets, left {left:.1f} min", flush=True)
+            line_at = now
     if run.rank() == 0:
         totals = run.read_json(table.with_suffix(".json"))
         line = "".join(f"{n} {what.replace('_', ' ')}, " for what, n in effort.items())
@@ -1233,26 +1241,58 @@ def write_rows(
         print(f"{title}: {line}", flush=True)
 
 
+def open_tables(
+    config: Config, people: JudgedPeople, out: Path, settings: dict, overwrite: bool
+) -> dict[Path, dict]:
+    """Open the table of each attack in `out`, and of clean where its rows are missing, before the
+    first attack runs; return what stands beside the rows. Raises run.UsageError."""
+    file, now = out / "clean.json", settings["config"]
+    clean = run.read_json(file) if file.exists() else {}
+    before = clean.get("config", {})
+    same = all(before.get(key) == now[key] for key in ("images", "embedding", "size", "distance"))
+    same = same and {*config.defences} <= {*before["defences"]}
+    names, tables = {people.faces.names[p] for p in people.targets}, {}
+    there = "clean" in config.attacks or (same and names <= {*clean["targets"]})
+    for name in config.attacks if there else ("clean", *config.attacks):
+        for person in people.targets:
+            choose_others(config, name, people, person)
+        about = {"attack": name, **settings, **effort_record(name, config)}
+        if name == "mask":
+            about["config"] = now | {"mask": run.digest(Path(config.mask))}
+        tables[out / f"{name}.csv"] = about
+    for table, about in tables.items():
+        run.open_table(table, about, overwrite)
+    run.barrier()
+    return tables
+
+
 def attack_method(
     config: Config,
     embed: Embed,
     judge: Embed | None,
     people: JudgedPeople,
-    out: Path,
-    settings: dict,
-    overwrite: bool,
+    tables: dict[Path, dict],
+    lord: nn.Module | None,
     device: torch.device,
 ) -> None:
-    """Make every attack on one embedding, rows in `out`."""
-    for name in config.attacks:
-        about = {"attack": name, **settings}
-        if name == "mask":
-            about["config"] = settings["config"] | {"mask": run.digest(Path(config.mask))}
-        generator_file = out.parents[1] / "generator.pt"
-        inputs = config, name, embed, judge, people, generator_file, device
+    """Make every attack on one embedding, rows in the tables."""
+    for table, about in tables.items():
+        inputs = config, table.stem, embed, judge, people, lord, device
         make = functools.partial(attack_target, *inputs)
-        effort = effort_record(name, config)
-        write_rows(out / f"{name}.csv", about, people, (), make, effort, overwrite)
+        write_rows(table, about, people, (), make, effort_record(table.stem, config), False)
+
+
+def print_table(folder: Path, rows: str, defences: Sequence[str], figures: Sequence[str]) -> int:
+    """Print the table of a run under one of the defences, and where it lies; return the status."""
+    if run.rank():
+        return 0
+    mirroring, selection = DEFENCES["both" if "both" in defences else defences[0]]
+    out = folder if rows == "attacks" else folder / rows
+    flags = ["--run", str(folder), "--rows", rows, "--out", str(out), "--figures", *figures]
+    flags += ["--mirroring", str(mirroring), "--selection", str(selection)]
+    code = run.run_stage("metrics", flags)
+    print(f"rows: {folder}/*/{rows}; the table again: {out}/tables.md", flush=True)
+    return code
 
 
 def choose_methods(method: Sequence[str], folder: Path) -> Sequence[str]:
@@ -1330,18 +1370,17 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
     settings = {"config": made_with, "seed": config.seed, "data": faces.data}
     settings |= {"model": config.model, "judge": config.judge} | run.machine(device)
     embed, judge = embeds[0], embeds[1] if config.judge else None
-    rows = args.run / name / people.folder
+    tables = open_tables(config, people, args.run / name / people.folder, settings, args.overwrite)
     with model.user_code(f"--model {config.model}"):
-        attack_method(config, embed, judge, people, rows, settings, args.overwrite, device)
-    if run.rank():
-        return 0
-    # what verify.py needs to compare two photographs by it
-    result = {key: made_with[key] for key in ("embedding", "size", "distance")}
-    result |= {"crop": faces.crop, "persons": len(persons), "data": faces.data}
-    result["threshold"] = genuine_threshold(embed, images, person)
-    run.write(args.run / name / "result.json", result)
+        # what verify.py needs to compare two photographs by it
+        result = {key: made_with[key] for key in ("embedding", "size", "distance")}
+        result |= {"crop": faces.crop, "persons": len(persons), "data": faces.data}
+        result["threshold"] = genuine_threshold(embed, images, person)
+        if run.rank() == 0:
+            run.write(args.run / name / "result.json", result)
+        attack_method(config, embed, judge, people, tables, None, device)
     figures = ["6", "roc", *(["7"] if "square" in config.attacks else [])]
-    return run.run_stage("metrics", ["--run", str(args.run), "--figures", *figures])
+    return print_table(args.run, people.folder, config.defences, figures)
 
 
 def attack_run(argv: Sequence[str] | None) -> int:
@@ -1356,11 +1395,19 @@ def attack_run(argv: Sequence[str] | None) -> int:
     methods = choose_methods(config.method, args.run)
     with run.rank_0_first():
         people = judged_people(config, args.run, record)
+    lord, work = None, []
+    if "indirect" in config.attacks:
+        try:
+            lord, _ = load_generator(args.run / "generator.pt", device)
+        except run.UsageError as error:
+            raise run.UsageError(f"--attacks indirect: needs the generator: {error}") from None
     for method in methods:
         embed, settings = load_method(config, args.run / method, people, device)
         out = args.run / method / people.folder
-        attack_method(config, embed, None, people, out, settings, args.overwrite, device)
-    return 0
+        work.append((embed, open_tables(config, people, out, settings, args.overwrite)))
+    for embed, tables in work:
+        attack_method(config, embed, None, people, tables, lord, device)
+    return print_table(args.run, people.folder, config.defences, ["2"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

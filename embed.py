@@ -868,15 +868,13 @@ def train(argv: Sequence[str] | None) -> int:
 
 
 def evaluate(config: Config, args) -> int:
-    """Attack the target persons, clean and under eyeglasses, and print the table."""
+    """Let attacks.py attack the target persons, clean and under eyeglasses, and print the table."""
     flags = ["--run", str(args.run), "--method", config.name, "--attacks=clean,eyeglasses"]
     flags += ["--preset", "demo" if config.preset == "demo" else "paper"]
     flags += ["--seed", str(config.seed)]
     flags += ["--device", args.device] if args.device else []
     flags += ["--overwrite"] if args.overwrite else []
-    if (code := run.run_stage("attacks", flags)) or run.rank():
-        return code
-    return run.run_stage("metrics", ["--run", str(args.run), "--figures", "2"])
+    return run.run_stage("attacks", flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

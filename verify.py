@@ -422,9 +422,11 @@ def verify(argv: Sequence[str] | None) -> int:
         verify_pair(config, args, args.run / names[0], device)
         return 0
     files = [args.run / name / config.rows / "clean.json" for name in names]
-    for file, clean in [(file, run.read_json(file, advice)) for file in files]:
+    every = [(file, run.read_json(file, advice)) for file in files]
+    for file, clean in every:
         write_rule(config, args, file, clean, device)
-    return 0
+    defences = every[0][1]["config"]["defences"]
+    return attacks.print_table(args.run, config.rows, defences, ["none"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

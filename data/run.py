@@ -530,8 +530,9 @@ def open_table(table: Path, settings: dict, overwrite: bool = False) -> dict[str
     path, old = table.with_suffix(".json"), {}
     if path.exists() and not overwrite:
         old = read_json(path)
-        check_same(path, old.get("config"), settings["config"])
-        settings = {k: old.get(k, v) for k, v in settings.items()}
+        if old.get("targets") != {}:  # nothing rests on the settings of a table without rows
+            check_same(path, old.get("config"), settings["config"])
+            settings = {k: old.get(k, v) for k, v in settings.items()}
     with reading(table, "delete it, and run the same command again"):
         text = table.read_bytes().decode(errors="replace") if table.exists() else ""
         lines = io.StringIO(text[: text.rfind("\n") + 1], newline="")  # only whole ones

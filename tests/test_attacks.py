@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -690,7 +691,6 @@ def command(trained, monkeypatch):
     flags += " --square-search-iterations 1 --intruders 3 --clean-intruders 6 --targets 3"
     flags += " --precision float32"
     monkeypatch.chdir(trained.parent)
-    monkeypatch.setattr(attacks, "tqdm", lambda items, *_, **__: items)
     return lambda *more: attacks.main(["--run", str(trained), *flags.split(), *more])
 
 
@@ -703,8 +703,10 @@ def test_command_writes_rows_sidecar_and_images(trained, command, capsys):
     names = [name for name in attacks.ATTACKS if name != "indirect"]
     flags = ("--attacks", ",".join(names), "--defences", "basic,both", "--targets", "2")
     assert command(*flags, "--overwrite") == 0
-    line = "ours eyeglasses: 4 iterations, 1 restarts, 2 targets, 12 pairs"
-    assert line in capsys.readouterr().out
+    line, out = "ours eyeglasses: 4 iterations, 1 restarts, 2 targets, 12 pairs", str(trained)
+    printed = capsys.readouterr().out
+    assert line in printed and all(f"\nours  {name} " in printed for name in names)
+    assert printed.endswith(f"rows: {out}/*/attacks; the table again: {out}/tables.md\n")
     manifest = json.loads((trained / "people.json").read_text())
     clean = rows(trained, "clean")
     assert len(clean) == 2 * 2 * (4 + 6) and tuple(clean[0]) == attacks.COLUMNS
@@ -827,6 +829,32 @@ def test_goes_on_after_a_stop_and_refuses_other_settings(trained, command, capsy
     photograph.rename(photograph.with_name("9.png"))
     assert command(*flags) == 2 and "people" in capsys.readouterr().err
     photograph.with_name("9.png").rename(photograph)
+
+
+def test_a_line_a_minute_says_how_long_it_will_take(trained, command, capsys, monkeypatch):
+    clock, append = [0.0], run.append_rows
+
+    def later(*inputs, seconds):
+        clock[0] += seconds
+        append(*inputs)
+
+    monkeypatch.setattr(attacks, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for seconds, wanted in {90: {1: "3.0", 2: "1.5", 3: "0.0"}, 40: {2: "0.7"}}.items():
+        monkeypatch.setattr(run, "append_rows", functools.partial(later, seconds=seconds))
+        assert command("--attacks", "noise,clean", "--overwrite") == 0
+        lines = [f"ours noise: {k} of 3 targets, left {t} min" for k, t in wanted.items()]
+        assert [x for x in capsys.readouterr().out.splitlines() if x[:10] == "ours noise"] == [
+            *lines,
+            "ours noise: 3 targets, 21 pairs, 0 s",
+        ]
+
+
+def test_an_attack_that_cannot_be_made_stops_those_before_it(command, capsys, interrupted_at):
+    wanted = {"indirect": "generator.pt", "eye_patch --intruders 500": "too few images"}
+    for words, named in wanted.items():
+        with interrupted_at(attacks, "attack_target", 1) as calls:
+            assert command("--overwrite", "--attacks", *f"clean,{words}".split()) == 2
+        assert not calls and named in capsys.readouterr().err
 
 
 def test_other_people_are_judged(trained, command, capsys):

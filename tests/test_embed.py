@@ -695,7 +695,7 @@ def test_the_whole_chain_prints_the_table_and_json(run_of, capsys):
     flags = [f for f in FLAGS if f != "--no-evaluation"]
     assert e.main([*flags, "--run", str(folder), *WEAK]) == 0
     out = capsys.readouterr().out
-    assert "eyeglasses" in out and "clean" in out
+    assert "eyeglasses" in out and "clean" in out and out.count("AU-ROC [95 %]") == 1
     assert metrics.main(["--run", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["weak-at-1"]
     for attack in ("clean", "eyeglasses"):

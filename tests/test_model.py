@@ -213,8 +213,13 @@ def test_goes_on_after_a_stop_and_refuses_another_model_or_size(home, judge, int
     shutil.copy(home / "net.py", home / "changing.py")
     with interrupted_at(attacks, "attack_target", 2):
         assert judge("changing.py:make", *flags)[0] == 130
+    known = json.loads((home / "stopped/changing-make/result.json").read_text())
+    assert known["threshold"] > 0  # before the first attack: verify.py needs no more
     with interrupted_at(attacks, "attack_target", 0) as calls:
-        assert judge("changing.py:make", *flags)[0] == 2 and len(calls) == 1  # no clean rows
+        status, out, _ = judge("changing.py:make", *flags)
+    assert status == 0 and len(calls) == 1 + 2  # clean rows too, whatever the flags
+    assert "\nchanging-make  clean " in out and "\nchanging-make  eyeglasses " in out
+    assert out.endswith("the table again: stopped/tables.md\n")
     status, out, _ = judge("changing.py:make", *flags, "--attacks", "clean,eyeglasses")
     assert status == 0 and "changing-make eyeglasses: " in out and "kept" in out
     status, _, errors = judge("changing.py:make", *flags, "--size", "48")
@@ -224,6 +229,28 @@ def test_goes_on_after_a_stop_and_refuses_another_model_or_size(home, judge, int
     assert status == 2 and "embedding (" in errors[0] and "--overwrite" in errors[0]
 
 
+def test_the_table_is_of_the_defence_and_what_cannot_end_does_not_begin(
+    home, judge, interrupted_at
+):
+    flags, rows = ("--run", "basic", "--attacks"), home / "basic/net-embed/attacks"
+    status, out, _ = judge("net.py:embed", *flags, "eyeglasses", "--defences", "basic")
+    figures = metrics.summary(home / "basic", 0, 0)["net-embed"]
+    line = next(line for line in out.splitlines() if line.startswith("net-embed  eyeglasses "))
+    assert status == 0 and line.split()[2] == f"{figures['eyeglasses']['auroc']:.3f}"
+    known = (rows.parent / "result.json").read_bytes()
+    for attack, more, named in (
+        ("square", "--defences mirroring", "clean.json: other settings: defences ("),
+        ("square", "--defences basic --target-images 1", "--target-images 1: no genuine pair"),
+        ("square,eyeglasses", "--defences basic --iterations 4", "iterations (3 before, 4 now)"),
+        ("square", "--defences basic --distance cosine", "clean.json: other settings: distance ("),
+    ):
+        with interrupted_at(attacks, "attack_target", 1) as calls:
+            status, _, errors = judge("net.py:embed", *flags, attack, *more.split())
+        assert (status, calls) == (2, []) and named in errors[0]
+    assert (rows.parent / "result.json").read_bytes() == known
+    assert not (rows / "square.csv").exists()
+
+
 def test_weights_that_the_file_reads_count_as_the_model(home, judge):
     """However the function reaches them."""
     (home / "reads.py").write_text(NET + READS)
@@ -231,7 +258,7 @@ def test_weights_that_the_file_reads_count_as_the_model(home, judge):
         for scale, wanted in ((1.0, 0), (1.0, 0), (1.5, 2)):
             torch.save({"scale": torch.tensor(scale)}, home / "weights.pt")
             flags = ("--attacks", "clean", "--run", f"reads-{name}")
-            status, out, errors = judge(f"reads.py:{name}", *flags)
+            status, _, errors = judge(f"reads.py:{name}", *flags)
             assert status == wanted, name
         assert "embedding (" in errors[0]
 
