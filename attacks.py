@@ -534,10 +534,13 @@ def optimise(
                     # Eq. (7)
                     loss = effort.sign * squared_distance(features_of(patch), anchor)
                 if not last:
-                    if not loss.requires_grad:
+                    part = None
+                    if loss.requires_grad:
+                        (part,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+                    if part is None:
                         why = "has it no_grad, detach or numpy inside?"
                         raise ValueError(f"embed: no gradient reaches the images: {why}")
-                    grad += torch.autograd.grad(loss.sum(), leaf)[0] / (total if shared else 1)
+                    grad += part / (total if shared else 1)
             losses.append(loss.detach())
         loss = torch.cat(losses).mean(0, keepdim=True) if shared else torch.cat(losses)
         better = loss.isfinite() & (loss < best_loss)  # NaN never wins

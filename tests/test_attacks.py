@@ -893,3 +893,144 @@ def test_bad_flags_are_one_line_and_exit_2(command, capsys, flags):
     error = capsys.readouterr().err.strip().splitlines()
     lines = [line for line in error if line.startswith("attacks.py:")]
     assert len(lines) == 1 and BAD[flags] in error[-1]
+
+
+# what a user's model may do, and what the functions beside the attacks refuse
+
+
+class Drops:
+    """Features with a path that is dropped at random, for each image, at inference too; its other
+    head still trains."""
+
+    def __init__(self, rate):
+        self.rate, self.other = rate, nn.Dropout().train()
+
+    def features(self, x):
+        keep = torch.rand(len(x), 1) >= self.rate
+        return EMBED(x) + keep * EMBED(x.flip(2))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_path_dropped_at_random_is_refused_each_time(n):
+    torch.manual_seed(0)
+    for rate in [0.2] * 30:
+        with pytest.raises(ValueError, match="alone and in a batch, or in another call: .* random"):
+            attacks.check_inputs(Drops(rate).features, X[:n], A)
+    for rate in (0.0, 1.0):
+        images, anchor = attacks.check_inputs(Drops(rate).features, X[:n], A)
+        assert torch.equal(images, X[:n]) and torch.equal(anchor, A.expand(n, -1))
+    named = Linear()
+    named.views = ["a list of that name"]
+    plain = CALLS["tanh"](EMBED, X[:n], A)
+    assert torch.equal(CALLS["tanh"](named, X[:n], A).distance, plain.distance)
+
+
+BLOCKED = {
+    "no_grad": torch.no_grad()(lambda x: EMBED(x)),
+    "inference_mode": torch.inference_mode()(lambda x: EMBED(x)),
+    "detach": lambda x: EMBED(x.detach()),
+    "numpy": lambda x: EMBED(torch.from_numpy(x.detach().numpy().copy())),
+}
+
+
+@pytest.mark.parametrize("blocked", BLOCKED)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_model_without_a_gradient_is_refused_where_one_is_followed(call, blocked):
+    if call not in ("tanh", "square", "universal", "indirect"):
+        assert CALLS[call](BLOCKED[blocked], X, A).distance.isfinite().all()
+        return
+    with pytest.raises(ValueError, match="^embed: no gradient reaches the images: has it no_grad"):
+        CALLS[call](BLOCKED[blocked], X, A)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_model_that_changes_its_images_is_refused(call):
+    with pytest.raises(ValueError, match="^embed: changes its images in place"):
+        CALLS[call](lambda x: EMBED(x.sub_(0.5)), X, A)
+
+
+def test_a_model_is_tried_by_one_step_before_an_attack():
+    normal = lambda x: nn.functional.normalize(EMBED(x), dim=1)
+    attacks.check_gradient(normal, X)  # a norm that is constant
+    bad = {
+        "no gradient reaches": lambda x: normal(x.detach()),
+        "the gradient for the images is zero": lambda x: normal((x * 255).round()),
+        "zero or not finite": lambda x: (EMBED(x) - EMBED(x).detach()).sqrt(),
+    }
+    for reason, embed in bad.items():
+        with pytest.raises(ValueError, match=f"^embed: .*{reason}"):
+            attacks.check_gradient(embed, X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_of_half_precision_become_float32(dtype):
+    """Their squares would be infinite in float16."""
+    embed = lambda x: (300 * EMBED(x)).to(dtype)
+    anchors = attacks.extract(embed, faces(2, 9))
+    assert anchors.dtype == torch.float32 and torch.equal(anchors, embed(faces(2, 9)).float())
+    far = embed(X).double() - anchors[0].double()
+    for anchor in (anchors[0], anchors[0].to(dtype)):
+        got = attacks.distances(embed, X, anchor)
+        assert got.dtype == torch.float32 and torch.allclose(got.double(), far.norm(dim=1))
+        for call, attack in CALLS.items():
+            result = attack(embed, X, anchor)
+            result = result[1] if call == "universal" else result
+            want = (embed(result.images).double() - anchors[0].double()).norm(dim=1)
+            assert torch.allclose(result.distance.double(), want) and want.max() > 256
+
+
+def test_functions_beside_the_attacks_refuse_what_would_be_wrong_without_a_word():
+    byte, values, P = (X * 255).byte(), torch.rand(3, 107), GLASSES.sum()
+    assert torch.equal(attacks.apply_pattern(X, values, GLASSES)[1][:, GLASSES], values)
+    larger = torch.rand(3, eyeglasses_mask(112, 112).sum())
+    fill = attacks.apply_pattern
+    wrong = {
+        "images: torch.uint8": lambda: fill(byte, values, GLASSES),
+        r"images: of shape \(3, 64, 64\)": lambda: fill(X[0], values, GLASSES),
+        "pattern: values from .* to 2": lambda: fill(X, values * 255, GLASSES),
+        "pattern: torch.uint8": lambda: fill(X, (values * 255).byte(), GLASSES),
+        rf"pattern: of shape .* wanted \(3, {P}\)": lambda: fill(X, larger, GLASSES),
+        "images: values from .* to 25": lambda: attacks.distances(EMBED, X * 255, A),
+        "images: torch.uint8, wanted": lambda: attacks.uniform_noise(byte, 0.1, seeded()),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+
+
+def test_numbers_and_places_that_do_nothing_are_refused_by_name():
+    inputs, efforts = (EMBED, X, A), (QUICK, QUICK, seeded())
+    random, square = attacks.random_patterns, attacks.square_attack
+    wrong = {
+        "iterations must be 1 or more, not -1": lambda: Effort(iterations=-1),
+        "restarts must be 1 or more, not 0": lambda: Effort(restarts=0),
+        "chunk must be 1 or more, not 0": lambda: Effort(chunk=0),
+        "patterns and .* 0 and 128": lambda: random(*inputs, GLASSES, 0, seeded()),
+        "patterns and .* 5 and 0": lambda: random(*inputs, GLASSES, 5, seeded(), chunk=0),
+        "chunk must .* 0": lambda: attacks.distances(*inputs, chunk=0),
+        "chunk must be": lambda: attacks.extract(EMBED, X, chunk=-1),
+        "places must": lambda: square(*inputs, [], *efforts),
+        r"place \(60, 15\): 10 x 10 .* 64 x 64": lambda: square(*inputs, [(60, 15)], *efforts),
+        r"place \(0, -1\)": lambda: attacks.square_mask(0, -1),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+    assert attacks.square_mask(54, 54)[54:, 54:].all()
+
+
+def test_the_strongest_of_attacks_that_evade_is_the_farthest():
+    near, far = (Effort(5, 0.3, 1, direction=way) for way in ("impersonate", "evade"))
+    results = {way: tanh_attack(EMBED, X, A, GLASSES, way) for way in (near, far)}
+    assert [results[way].direction for way in (near, far)] == ["impersonate", "evade"]
+    one, two = (
+        attacks.AttackResult(X, torch.tensor(d), direction="evade")
+        for d in ([1.0, 4.0, math.nan], [2.0, 3.0, 5.0])
+    )
+    best = attacks.strongest(one, two)
+    assert best.distance.tolist() == [2, 4, 5] and best.extra["strongest"].tolist() == [1, 0, 1]
+    assert best.direction == "evade" and attacks.strongest(best, one).distance[0] == 2
+    with pytest.raises(ValueError, match="^results: directions .'evade', 'impersonate'., wanted"):
+        attacks.strongest(*results.values())
+    pattern, result = attacks.universal_patch(EMBED, X, A, PATCH, far, seeded())
+    assert result.direction == "evade" and pattern.shape == (3, 384)
