@@ -30,6 +30,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's own folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 try:
     from kernels.patch_local import local_features
@@ -939,6 +943,7 @@ class JudgedPeople(NamedTuple):
     near: list[int]  # whose images attack first
     far: list[int]  # whose images the universal patch is trained on first
     folder: str  # of the rows
+    mask: Tensor | None = None  # of --mask
 
 
 def stable_generator(*parts: object) -> Rng:
@@ -998,7 +1003,6 @@ def parse(argv: Sequence[str] | None):
     if config.seed < 0:
         config = replace(config, seed=record.get("seed", 0))
     if config.mask:
-        read_mask(config)
         config = replace(config, attacks=(*config.attacks, "mask"))
     return config, args, record
 
@@ -1021,13 +1025,28 @@ def prepare_model(config: Config, args: Any) -> Config:
     return config
 
 
-def read_mask(config: Config) -> Tensor:
-    """Read --mask as (size, size) bool, True where a patch may be. Raises run.UsageError."""
-    white = data.load_image(config.mask, crop="none", size=config.size).float().mean(0) > 127
-    if white.all() or not white.any():
+def read_mask(config: Any, faces: Any, photographs: Sequence[Path]) -> Tensor:
+    """Read --mask as (size, size) bool, True where a patch may be, and say where that is: a picture
+    of that size as it is, one as large as a photograph in their crop. Raises run.UsageError."""
+    flag, side = f"--mask {config.mask}", config.size
+    sizes = {(side, side)}
+    for path in photographs:
+        with contextlib.suppress(OSError):  # its name had to be escaped
+            sizes.add(data.image_size(path))
+    with run.reading(config.mask, "give a picture"):
+        size = data.image_size(config.mask)
+    if size not in sizes:
+        wanted = " or ".join(f"{W} x {H}" for W, H in sorted(sizes)[:4])
+        why = f"{size[0]} x {size[1]} pixels: draw it {wanted}, as --size or a photograph"
+        raise run.UsageError(f"{flag}: {why}")
+    mask = data.load_mask(config.mask, "none" if size == (side, side) else faces.crop, side)
+    if mask.all() or not mask.any():
         advice = "paint white what a patch may change, all else black"
-        raise run.UsageError(f"--mask {config.mask}: it is of one colour: {advice}")
-    return white
+        raise run.UsageError(f"{flag}: it is of one colour: {advice}")
+    (top, left), (bottom, right) = (x.tolist() for x in mask.nonzero().aminmax(dim=0))
+    where = f"rows {top}-{bottom}, columns {left}-{right}"
+    print(f"{flag}: {int(mask.sum())} of {side} x {side} pixels may change, {where}", flush=True)
+    return mask
 
 
 def judged_people(config: Any, folder: Path, record: dict) -> JudgedPeople:
@@ -1062,12 +1081,19 @@ def judged_people(config: Any, folder: Path, record: dict) -> JudgedPeople:
             print(about, flush=True)
         if not near:
             why = f"nobody{' else' * bool(trained)} has {config.min_images} images"
-            raise run.UsageError(f"{about}: {why}: lower --min-images or add images")
+            most = max(n[p] for p in others) if others else 0
+            flags = f"--min-images {most}" if most > 1 else ""
+            raise run.UsageError(f"{about}: {why}: lower --min-images or add images", flags)
         if len(others) < 2:
             raise run.UsageError(f"{about}: one person alone has no intruders: add persons")
     order = [stable_generator(config.seed, faces.names[p]).initial_seed() for p in near]
     shuffled = [p for _, p in sorted(zip(order, near))]
-    return JudgedPeople(faces, sorted(shuffled[: config.targets]), near, far, rows)
+    targets, mask = sorted(shuffled[: config.targets]), None
+    if getattr(config, "mask", ""):
+        folder = Path(root or record.get("root", ""))
+        files = [folder / faces.files[i] for i in data.images_of(faces, targets)]
+        mask = read_mask(config, faces, files)
+    return JudgedPeople(faces, targets, near, far, rows, mask)
 
 
 def settings_of(config: Any, people: JudgedPeople) -> dict[str, Any]:
@@ -1150,7 +1176,7 @@ def attack_target(
             with torch.no_grad():
                 needs["virtual"] = extract(embed, lord(anchor_image).clamp(0, 1))[0]
         if name == "mask":
-            needs["mask"] = read_mask(config)
+            needs["mask"] = people.mask
         rng = stable_generator(config.seed, target, "eyeglasses" if name == "indirect" else name)
         views: Callable[[Embed], Embed] = Mirrored if mirroring else lambda embed: embed
         images = load(chosen)
@@ -1200,6 +1226,9 @@ def add_example(path: Path, target: str, example: dict, finished: Sequence[str])
         arrays[key] = [images[:fewest] for images in arrays[key]]
     stacked: dict[str, Any] = {key: np.stack(values) for key, values in arrays.items()}
     run.write(path, lambda file: np.savez_compressed(file, **stacked))
+    if "pattern" in example:
+        picture = path.with_suffix("") / f"{target}.png"
+        model.write_pattern(picture, example["pattern"], example["mask"])
 
 
 def write_rows(

@@ -134,8 +134,6 @@ COMMANDS = [
     # runs and files
     ("attacks --run=absent", "absent"),
     ("attacks --run=trained", "--method all"),
-    ("attacks --run=trained --mask=text", "text: not an image that Pillow reads"),
-    ("attacks --run=trained --mask=black.png", "--mask black.png: it is of one colour"),
     ("attacks --model=net.py:make", "give --data folder --root PHOTOS"),
     ("attacks --model=net.py:make --data=folder --root=people", "net.py"),
     ("attacks --model=net --data=folder --root=people", "--model net"),

@@ -307,6 +307,7 @@ WRONG = {
     "net.py:embed --root one": "one person alone has no intruders",
     "net.py:embed --root nowhere": "nowhere",
     "net.py:embed --mask nowhere.png": "nowhere.png",
+    "net.py:embed --mask bad.py": "bad.py: cannot be read (cannot identify image file",
     "net.py:embed --mask black.png": "of one colour",
     "net.py:embed --judge bad.py:detached": "--judge bad.py:detached: no gradient",
 }
@@ -316,7 +317,7 @@ WRONG = {
 def test_what_cannot_be_judged_is_one_line_and_writes_no_rows(home, judge, words):
     if not (home / "one").exists():
         write_people(home / "one", persons=1)
-        Image.new("RGB", (90, 60)).save(home / "black.png")
+        Image.new("RGB", (32, 32)).save(home / "black.png")
     model, *flags = words.split()
     status, _, errors = judge(model, *flags, "--run", "bad")
     assert status == 2 and len(errors) == 1, errors
@@ -366,11 +367,12 @@ def test_photographs_of_a_target_are_limited_and_persons_lie_two_folders_deep(ho
 
 
 def test_a_mask_of_ones_own_is_one_more_attack(home, judge):
-    picture = Image.new("L", (96, 96))
-    picture.paste(255, (24, 48, 60, 72))
+    picture = Image.new("L", (48, 48))
+    picture.paste(255, (12, 24, 30, 36))
     picture.save(home / "own.png")
     flags = ("--attacks", "clean", "--size", "48", "--run", "masked", "--mask", "own.png")
-    status = judge("net.py:embed", *flags)[0]
+    status, out, _ = judge("net.py:embed", *flags)
+    assert "--mask own.png: 216 of 48 x 48 pixels may change, rows 24-35, columns 12-29\n" in out
     folder = home / "masked/net-embed/attacks"
     with np.load(folder / "mask.npz") as shown:
         mask, changed = shown["mask"][0], (shown["clean"] != shown["attacked"]).any((1, 2))
@@ -473,3 +475,38 @@ def test_a_users_module_that_ours_hides_is_named(home, judge, monkeypatch, line,
     own = folder / ("metrics.py" if "metrics" in line else "data")
     assert status == 2 and len(errors) == 1
     assert f"imports {own}, and a module of that name is ours: rename yours" in errors[0]
+
+
+def test_the_universal_patch_is_a_picture_to_print_which_comes_back_as_a_mask(home, judge):
+    flags = "--size 64 --run printed --patch-train 4 --patch-iterations 3".split()
+    assert judge("net.py:embed", "--attacks", "clean,eye_patch", *flags)[0] == 0
+    folder, wanted = home / "printed/net-embed/attacks", attacks.eye_patch_mask().numpy()
+    with np.load(folder / "eye_patch.npz") as shown:
+        for target, attacked in zip(shown["target"], shown["attacked"].transpose(0, 1, 3, 4, 2)):
+            patch = np.asarray(Image.open(folder / f"eye_patch/{target}.png"))
+            assert (patch[..., 3] == 255 * wanted).all() and patch.shape == (64, 64, 4)
+            assert len(attacked) and (attacked[:, wanted] == patch[wanted][:, :3]).all()
+    printed = f"printed/net-embed/attacks/eye_patch/{target}.png"
+    status, out, errors = judge("net.py:embed", "--attacks", "clean", *flags, "--mask", printed)
+    line = "384 of 64 x 64 pixels may change, rows 26-37, columns 16-47"
+    assert status == 0 and f"--mask {printed}: {line}" in out, errors
+    with np.load(folder / "mask.npz") as shown:
+        assert (shown["mask"] == wanted).all()
+
+
+def test_a_mask_of_the_photographs_size_goes_through_their_crop(home, judge):
+    for p in range(3):
+        for k in range(4):
+            image = Image.open(home / f"people/p{p}/{k}.png").resize((250, 250))
+            (home / f"large/p{p}").mkdir(parents=True, exist_ok=True)
+            image.save(home / f"large/p{p}/{k}.png")
+    drawn = Image.new("L", (250, 250))
+    drawn.paste(255, (57, 39, 127, 109))  # of the crop lfw the upper left
+    drawn.save(home / "drawn.png")
+    flags = ("--attacks", "clean", "--size", "139", "--run", "large-run", "--mask")
+    status, out, _ = judge("net.py:embed", *flags, "drawn.png", root="large")
+    assert status == 0 and "4900 of 139 x 139 pixels may change, rows 0-69, columns 0-69" in out
+    drawn.resize((320, 240)).save(home / "squeezed.png")
+    status, _, errors = judge("net.py:embed", *flags, "squeezed.png", root="large")
+    wanted = "320 x 240 pixels: draw it 139 x 139 or 250 x 250, as --size or a photograph"
+    assert status == 2 and wanted in errors[0]
