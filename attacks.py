@@ -355,10 +355,9 @@ def check_pixels(name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
 def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]:
     """Return images and, for each of them, an anchor (N, D), without gradients.
 
-    Raises ValueError for what would become a wrong number without a word: images that
-    `check_pixels` refuses; anchors that are not finite features (D,) or (N, D) of one view; an
-    embed that changes its images, or whose features are not finite (N, D) or (N, V, D), or differ
-    alone or in another call by more than a thousandth of their norm (rounding: 2e-6).
+    Raises ValueError for images that `check_pixels` refuses; anchors that are not finite (D,) or
+    (N, D) of one view; an embed that changes its images, or whose features are not finite (N, D) or
+    (N, V, D), or differ alone or again by more than a thousandth of their norm (rounding: 2e-6).
     """
     check_pixels("images", images)
     # 16 that differ: with two, chance passed dropped paths in 17 of 30 calls
@@ -384,22 +383,18 @@ def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]
         raise ValueError(f"embed: answers an image differently {how}, random, or of the batch?")
     N, D = len(images), answers[0].shape[-1]
     for anchor in anchors:
-        if not getattr(anchor, "is_floating_point", bool)():
-            raise ValueError(f"anchor: {type(anchor).__name__}, wanted a float tensor")
-        if anchor.shape not in ((D,), (1, D), (N, D)) or not anchor.isfinite().all():
+        kind = tuple(anchor.shape) if isinstance(anchor, Tensor) else type(anchor).__name__
+        if kind not in ((D,), (1, D), (N, D)) or not anchor.isfinite().all():
             wanted = f"wanted finite features {(D,)} or {(N, D)} of one view"
-            raise ValueError(f"anchor: of shape {tuple(anchor.shape)}, {wanted}")
-    wide = (anchor.to(torch.promote_types(anchor.dtype, torch.float32)) for anchor in anchors)
-    return [images, *(anchor.detach().expand(N, -1) for anchor in wide)]
+            raise ValueError(f"anchor: {kind}, {wanted}")
+    return [images, *(anchor.detach().to(images).expand(N, -1) for anchor in anchors)]
 
 
 @torch.no_grad()
 def distances(embed: Embed, images: Tensor, anchor: Tensor, chunk: int = 128) -> Tensor:
     """Compute the distance (N,) of images (N, C, H, W) to an anchor (N, D) or (D,)."""
-    if chunk < 1:
-        raise ValueError(f"chunk must be 1 or more, not {chunk}")
     check_pixels("images", images)
-    anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32)).expand(len(images), -1)
+    anchor = anchor.to(images).expand(len(images), -1)
     with frozen(embed):
         parts = zip(images.split(chunk), anchor.split(chunk))
         return torch.cat([squared_distance(embed(x), a) for x, a in parts]).sqrt()
@@ -409,8 +404,6 @@ def distances(embed: Embed, images: Tensor, anchor: Tensor, chunk: int = 128) ->
 def extract(embed: Embed, images: Tensor, chunk: int = 128) -> Tensor:
     """Compute the features of images (N, C, H, W), uint8 or float in [0, 1]. Raises ValueError for
     what `check_inputs` refuses."""
-    if chunk < 1:
-        raise ValueError(f"chunk must be 1 or more, not {chunk}")
     check_inputs(embed, to_float(images[:1]))
     with frozen(embed):
         features = torch.cat([embed(to_float(part)) for part in images.split(chunk)])
@@ -538,10 +531,9 @@ def optimise(
                     # Eq. (7)
                     loss = effort.sign * squared_distance(features_of(patch), anchor)
                 if not last:
-                    part = None
-                    if loss.requires_grad:
-                        (part,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
-                    if part is None:
+                    reached = loss.requires_grad
+                    part = reached and torch.autograd.grad(loss.sum(), leaf, allow_unused=True)[0]
+                    if not isinstance(part, Tensor):
                         why = "has it no_grad, detach or numpy inside?"
                         raise ValueError(f"embed: no gradient reaches the images: {why}")
                     grad += part / (total if shared else 1)
@@ -673,7 +665,8 @@ def universal_patch(
         pattern, _, counts = optimise(embed, batches, w, start, effort)
     patched = apply_pattern(images, pattern, mask)
     distance = distances(embed, patched, anchor, effort.chunk)
-    result = AttackResult(patched, distance, *counts.tolist(), direction=effort.direction)
+    result = AttackResult(patched, distance, *counts.tolist())
+    result.direction = effort.direction
     return pattern[0], result.warn_if_gradients_lost()
 
 
@@ -690,8 +683,8 @@ def random_patterns(
     chunk: int = 128,
 ) -> AttackResult:
     """Choose, for each image, the closest of so many uniform random fillings of the mask."""
-    if min(patterns, chunk) < 1:
-        raise ValueError(f"patterns and chunk must be 1 or more, not {patterns} and {chunk}")
+    if patterns < 1:
+        raise ValueError(f"patterns must be 1 or more, not {patterns}")
     images, anchor = check_inputs(embed, images, anchor)
     C, P = images.shape[1], mask_pixels(mask, images).shape[1]
     result = AttackResult(images.clone(), images.new_empty(len(images)))

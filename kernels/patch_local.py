@@ -32,9 +32,8 @@ def is_plain(embed: Any) -> bool:
     forward of its own, or a hook on any of its layers may compute something else."""
     if "plain_forward" not in vars(type(embed)):  # which no subclass inherits
         return False
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    layers = [vars(layer) for layer in embed.modules()]
-    return not any("forward" in own or any(own[kind] for kind in hooks) for own in layers)
+    own = [item for layer in embed.modules() for item in vars(layer).items()]
+    return not any(key == "forward" or (key.endswith("hooks") and value) for key, value in own)
 
 
 def is_supported(embed: Any) -> bool:
