@@ -353,6 +353,21 @@ def test_cosine_is_asked_for_where_the_norm_says_nothing(home, judge):
     assert max(float(row["distance"]) for row in rows) <= 2
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_of_half_precision_is_judged_to_the_end(home, judge, dtype):
+    cast = f"\ndef half(images):\n    return embed(images).to(torch.{dtype})\n"
+    (home / f"{dtype}.py").write_text(NET + cast)
+    flags = ("--run", dtype, "--attacks", "clean,eyeglasses")
+    for distance in ("euclidean", "cosine"):
+        more = (*flags, "--distance", distance, "--overwrite")
+        assert [judge(f"{dtype}.py:{name}", *more)[0] for name in ("half", "embed")] == [0, 0]
+        for name in ("clean", "eyeglasses"):
+            half, full = (
+                pairs_of(home / dtype / f"{dtype}-{f}/attacks", name) for f in ("half", "embed")
+            )
+            assert half == pytest.approx(full, rel=0.02) and half != full
+
+
 def test_photographs_of_a_target_are_limited_and_persons_lie_two_folders_deep(home, judge):
     for p in range(4):
         shutil.copytree(home / f"people/p{p}", home / f"deep/p{p}/monday")
