@@ -24,12 +24,16 @@ import gzip
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's own folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 try:
     from data import run
@@ -349,6 +353,8 @@ def merits(one: Run, method: str, name: str, setting: tuple[int, int] = (1, 1)) 
         "fpr": float(detection_at_fpr(roc_of(setters, own))),
         "clean_same_pairs": float(auroc(roc_of(own_clean, same))) if same else math.nan,
     }
+    if base_of(name) == "rule":
+        figures["n_setters"] = len(validation)
     for far in FARS:
         enough = len(others) * far >= ERRORS - 1e-9
         for key, images in (("tar", genuine), ("asr", intruders)):
@@ -468,6 +474,7 @@ def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             line += f"  {counts(m)}"
             if "range" in m:
                 line += ", {} runs: {:.3f} to {:.3f}".format(m["runs"], *m["range"]["auroc"])
+            line += ", threshold of its own pairs" * (m.get("n_setters") == 0)
             lines.append(line)
     note = f"""
 pairs: targets / genuine pairs / intruders. detected: at an FPR (genuine refused) of at most 5 %.
@@ -570,9 +577,9 @@ def health(runs: Sequence[Run]) -> list[Check]:
 
 
 def health_lines(runs: Sequence[Run]) -> str:
-    """Format one line a check, to stand with every table."""
-    lines = [f"{c.status:<8} {c.name}: {c.detail}" for c in health(runs)]
-    return "\n".join(line.removesuffix(": ") for line in lines)
+    """Format one line a check that was made, to stand with every table."""
+    made = [c for c in health(runs) if c.status != NOT_RUN]
+    return "\n".join(f"{c.status:<8} {c.name}: {c.detail}" for c in made)
 
 
 # main
@@ -676,8 +683,11 @@ def summary(runs: Any, mirroring: int = 1, selection: int = 1) -> dict[str, dict
     result: dict[str, dict] = {}
     for method, attacks in names(runs).items():
         for name in attacks:
-            if figures := measure(runs, method, name, mirroring, selection, pr=True):
-                result.setdefault(method, {})[name] = figures
+            figures = measure(runs, method, name, mirroring, selection, pr=True)
+            shown = result.get(method, {})
+            # the bounds of a smaller patch that are those of a larger one add nothing
+            if figures and figures not in [shown.get(c) for c in CERTIFIED if name in CERTIFIED]:
+                result[method] = shown | {name: figures}
     if not result:
         raise run.UsageError(
             f"--run {runs[0].folder}: no clean rows with mirroring {mirroring} and selection "

@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if __name__ == "__main__":  # PYTHONSAFEPATH leaves the script's own folder out
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 try:
     from embed import Mirrored, load_embedding, smallest_delta, squared_distance
@@ -308,7 +312,9 @@ def verify_pair(config: Config, args: Any, folder: Path, device: torch.device) -
         setters = [r for r in csv.DictReader(table) if r["role"] == "validation"]
         genuine = [float(r["distance"]) for r in setters if r["mirroring"] == "1"]
         if not genuine:
-            raise ValueError("no validation persons, mirrored, to set the threshold")
+            why = "no pairs of others than the targets, mirrored, to set the threshold"
+            advice = "attacks.py with fewer --targets and --defences both, then verify.py"
+            raise run.UsageError(f"{rows}: {why}: {advice}")
         delta = smallest_delta(torch.tensor(genuine))
         patch, mask = (scale_size(settings[key], size) for key in ("rule_patch", "rule_mask"))
         boxes, holds = cover(size, size, patch, mask)
@@ -330,11 +336,11 @@ def verify_pair(config: Config, args: Any, folder: Path, device: torch.device) -
 
 
 def threshold_setters(people: attacks.JudgedPeople, most: int) -> list[int]:
-    """Choose the persons whose genuine pairs set the rule's threshold: not targets, of those left
-    the ones with the most images, two at least."""
+    """Choose the persons whose genuine pairs set the rule's threshold: not targets, those who could
+    be last, of the others the ones with the most images, two at least."""
     n = people.faces.person.bincount(minlength=len(people.faces.names)).tolist()
-    others = [p for p in people.far if n[p] > 1 and p not in people.targets]
-    return sorted(others, key=lambda p: (-n[p], p))[:most]
+    others = [p for p in {*people.near, *people.far} if n[p] > 1 and p not in people.targets]
+    return sorted(others, key=lambda p: (p in people.near, -n[p], p))[:most]
 
 
 def write_rule(config: Config, args: Any, file: Path, clean: dict, device: torch.device) -> None:
@@ -399,6 +405,9 @@ def write_rule(config: Config, args: Any, file: Path, clean: dict, device: torch
     settings |= {f"rule_{key}": getattr(config, key) for key in ("patch", "mask", "persons")}
     about |= {"attack": "rule", "config": settings, **run.machine(device)}
     setters, table = threshold_setters(people, config.persons), file.with_name("rule.csv")
+    if not setters and run.rank() == 0:
+        why = "nobody but the targets has two photographs: their own pairs set the rule's threshold"
+        print(f"{table}: {why}; fewer --targets of attacks.py leave some", flush=True)
     with model.user_code(f"--model {config.model}" if config.model else f"{file.parent}"):
         effort = {"masks": len(boxes)}
         attacks.write_rows(table, about, people, setters, certify_person, effort, args.overwrite)

@@ -139,7 +139,9 @@ def certificate(runs: Sequence[Run]) -> str:
         attacks = ("clean", "rule", "certified", "certified_4")
         each = [measure(runs, method, a) for a in attacks]
         if m := each[2]:
-            row = [LABELS.get(method, method), *(cell(v, False) for v in each), rate(m)]
+            label = LABELS.get(method, method)
+            label += ", threshold of its own pairs" * (m["n_setters"] == 0)
+            row = [label, *(cell(v, False) for v in each), rate(m)]
             body.append([*row, f"{m['fpr']:.1%}", str(m.get("runs", 1)), counts(m)])
     header = ["", "clean, F itself", "clean, under the rule", "certified", "certified, 4 x 4"]
     header += ["certain rejection", "at FRR", "runs", COUNTS]

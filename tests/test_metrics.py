@@ -241,6 +241,10 @@ def test_certified_rows_are_scores_of_genuine_pairs_and_bounds_of_intruders(run)
     assert ours["certified"]["auroc"] == auroc(roc(genuine, bounds)) == 11 / 16
     # eq. (1) with a threshold of the rule's own, above all four
     assert ours["certified"]["detected"] == 0.5 and ours["rule"]["detected"] == 0.75
+    lines = metrics.table({"ours": ours}).splitlines()
+    own = [line.split()[1] for line in lines if line.endswith(", threshold of its own pairs")]
+    assert own == ["rule", "certified"]
+    assert "| Ours, threshold of its own pairs |" in tables.certificate([metrics.read_run(run)])
     # persons who are not judged set it, where there are some: just above 0.25, beyond which half of
     # the targets' own and two of the bounds lie
     rule += [f"rule,1,1,0,v,7,{i},v,validation,{d},0" for i, d in enumerate((0.2, 0.25))]
@@ -248,9 +252,25 @@ def test_certified_rows_are_scores_of_genuine_pairs_and_bounds_of_intruders(run)
     ours = metrics.summary(run)["ours"]
     assert ours["certified"]["auroc"] == 11 / 16 and ours["certified"]["n_genuine"] == 4
     assert ours["certified"]["detected"] == 0.5 and ours["certified"]["fpr"] == 0.5
-    assert ours["rule"]["detected"] == 1
+    assert ours["rule"]["detected"] == 1 and "own pairs" not in metrics.table({"ours": ours})
     text = tables.certificate([metrics.read_run(run)])
     assert "| Ours | 1.000" in text and "0.688 [" in text and "| 50.0%" in text
+
+
+def test_bounds_that_add_nothing_and_checks_that_were_not_made_are_silent(run):
+    """Bounds of 8 x 8 as of the patch itself, of 4 x 4 higher, of 2 x 2 as of 4 x 4."""
+    rule = [f"rule,1,1,0,{t},7,{c},{t},genuine,0.3,0,0,0,0" for _, t, c, _ in CLEAN]
+    bounds = [(0.2, 0.2, 0.4, 0.4), (0.3, 0.3, 0.3, 0.3)]
+    rule += [
+        f"rule,1,1,0,{t},7,{c},p,intruder,0.5,{','.join(map(str, bounds[k % 2]))}"
+        for k, (_, t, c, _) in enumerate(INTRUDERS)
+    ]
+    write(run, "ours", "rule", rule, header=f"{HEADER},bound,bound_8,bound_4,bound_2")
+    shown = [*metrics.summary(run)["ours"]]
+    assert shown[-2:] == ["certified", "certified_4"] and "rule" in shown
+    one = metrics.Run(run, {"ours": {"eyeglasses": attack(FAR)}})
+    assert metrics.health_lines([one]) == ""
+    assert metrics.health_lines([metrics.Run(run, {"ours": HEALTH["zero gradient"][1]})]) != ""
 
 
 def test_what_passes_at_a_far_is_known_where_ten_errors_are_expected(tmp_path):

@@ -60,7 +60,7 @@ assert m.is_different(embed(x), embed(t)[0], 1e-3) and not m.is_different(embed(
     "metrics": "assert m.auroc(m.roc([1.0, 2.0], [3.0, 2.0])) == 0.875",
 }
 ALONE = """
-sys.path[0] = {folder!r}
+sys.path[:] = [{folder!r}, *path]
 import {name} as m
 {use}
 print("{name} works")
@@ -74,7 +74,7 @@ del sys.modules["{name}"]
 
 def test_each_script_alone(tmp_path):
     """Beside a copy of it stands nothing: its methods work, its command is one line."""
-    code, lines = BLOCK + "import runpy\n", ""
+    code, lines = BLOCK + "import runpy\npath = sys.path[1:]\n", ""
     for name, use in USE.items():
         folder = tmp_path / f"another project {name}"
         folder.mkdir()
@@ -88,6 +88,27 @@ def test_each_script_alone(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == (lines, "", 0)
     left = {path.name for path in tmp_path.glob("*/*")} - {"__pycache__"}
     assert left == {f"{name}.py" for name in USE}
+
+
+def test_each_script_where_python_leaves_its_folder_out(tmp_path):
+    """PYTHONSAFEPATH=1: data/ beside a script is there all the same."""
+    code = "import runpy, sys\npath, known = [*sys.path], {*sys.modules}\n"
+    code += f"assert {str(ROOT)!r} not in path\nfor name in {STAGES}:\n"
+    code += "    sys.path[:], sys.argv = path, [name, '--help']\n"
+    code += (
+        "    for module in ('data', 'embed', 'generator', 'attacks', 'data.run', 'data.model'):\n"
+    )
+    code += "        sys.modules.pop(module, None)\n"
+    code += "    try:\n"
+    code += f"        runpy.run_path(f'{ROOT}/{{name}}.py', run_name='__main__')\n"
+    code += "    except SystemExit as end:\n        print(name, 'ends with', end.code)\n"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    ends = [line for line in done.stdout.splitlines() if " ends with " in line]
+    assert ends == [f"{name} ends with 0" for name in STAGES], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["generator", "embed", "attacks", "verify"])

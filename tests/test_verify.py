@@ -15,6 +15,7 @@ from torch import nn
 import attacks as a
 import data
 import embed as e
+import metrics
 import verify as v
 from data import model, run
 
@@ -354,9 +355,12 @@ def test_rows_are_certificates_and_go_on(home, capsys, interrupted_at):
 
 def test_persons_with_the_most_images_set_the_threshold():
     faces = SimpleNamespace(person=torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 4]), names="abcde")
-    people = SimpleNamespace(faces=faces, far=[0, 1, 2, 3, 4], targets=[4])
+    people = SimpleNamespace(faces=faces, near=[4], far=[0, 1, 2, 3, 4], targets=[4])
     assert v.threshold_setters(people, 2) == [2, 1]
     assert v.threshold_setters(people, 9) == [2, 1, 3]  # one image makes no pair
+    # those who could be targets, but are none, come after the others
+    people = SimpleNamespace(faces=faces, near=[2, 4], far=[0, 1, 3], targets=[4])
+    assert v.threshold_setters(people, 9) == [1, 3, 2]
 
 
 def test_a_pair_is_decided_by_f_and_by_the_rule(home, capsys):
@@ -395,7 +399,7 @@ def test_a_pair_is_decided_by_f_and_by_the_rule(home, capsys):
     between = (bounds[1] + bounds[10]) / 2
     most = max(s for s, bound in bounds.items() if bound > between)
     assert f"{most} x {most} could change that; a larger one might" in answer(between)
-    assert "no validation persons" in answer(1, "genuine")
+    assert "no pairs of others than the targets" in answer(1, "genuine")
     config["embedding"] = "another"
     assert "rows of another model" in answer(1)
     rows.unlink()
@@ -462,5 +466,16 @@ def test_rows_of_a_model_are_of_its_clean_pairs(home, capsys, tmp_path):
     more = ["--data", "folder", "--root", str(tmp_path / "people"), "--size", "48"]
     assert a.main([*argv, *more, *CLEAN.split()]) == 0
     status, out, _ = command(capsys, *argv, *ROWS)
-    assert status == 0 and "net-embed rule: 25 masks, 2 targets, 13 pairs" in out  # 2 x (3 + 2) + 3
-    assert "under the rule" in command(capsys, *argv, home[0] / "a.png", home[0] / "b.png")[1]
+    # 2 x (3 + 2) of the targets, 3 of the last person, 3 of the one who is no target
+    assert status == 0 and "net-embed rule: 25 masks, 2 targets, 16 pairs" in out
+    pair = [home[0] / "a.png", home[0] / "b.png"]
+    assert "under the rule" in command(capsys, *argv, *pair)[1]
+    # where all are targets nobody is left
+    clean = CLEAN.replace("--targets 2", "--targets 9").split()
+    assert a.main([*argv, *more, *clean, "--min-images", "8", "--overwrite"]) == 0
+    status, out, _ = command(capsys, *argv, *ROWS, "--overwrite")
+    nobody = "nobody but the targets has two photographs: their own pairs set the rule's threshold"
+    assert status == 0 and nobody in out
+    assert "threshold of its own pairs" in metrics.table(metrics.summary(tmp_path))
+    status, _, err = command(capsys, *argv, *pair)
+    assert status == 2 and "no pairs of others than the targets" in err and "--targets" in err
