@@ -614,11 +614,13 @@ def train_step(
 
 
 @torch.no_grad()
-def features(embed: Embed, images: Tensor, batch: int = 256) -> Tensor:
-    """Compute the features (N, ...) of images uint8 (N, 3, H, W), a batch at a time."""
+def features(embed: Embed, images: Tensor) -> Tensor:
+    """Compute the features (N, ...) of images uint8 (N, 3, H, W), 256 of 64 x 64 at a time."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}: give uint8, 0 to 255")
-    return torch.cat([embed(part.float() / 255).float() for part in images.split(batch)])
+    batch = max(1, 256 * 64**2 // images.shape[2:].numel())  # as much memory at any size
+    parts = torch.cat([embed(part.float() / 255) for part in images.split(batch)])
+    return parts.to(torch.promote_types(parts.dtype, torch.float32))  # of a half precision model
 
 
 def auroc(genuine: Tensor, intruder: Tensor) -> float:
