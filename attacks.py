@@ -181,8 +181,7 @@ PRESETS["model"] = (
 
 @dataclass(frozen=True)
 class Effort:
-    """Say how hard an attack tries, and in which direction. Raises ValueError for another word or
-    a number below 1."""
+    """Say how hard an attack tries, and in which direction. Raises ValueError for other values."""
 
     iterations: int = 1000
     lr: float = 0.01
@@ -313,7 +312,8 @@ def apply_pattern(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
     """Paste a pattern (C, P), or one for each image (N, C, P), under mask (H, W) into images; both
     in [0, 1]. Raises ValueError for others."""
     check_pixels("images", images)
-    pixels, (N, C) = mask_pixels(mask, images), images.shape[:2]
+    pixels = mask_pixels(mask, images)
+    N, C = images.shape[:2]
     each = C, pixels.shape[1]
     check_pixels("pattern", pattern, each, (1, *each), (N, *each))
     return _paste(images, pattern.to(images).expand(N, -1, -1), pixels)
@@ -343,12 +343,12 @@ def frozen(embed: Embed) -> Iterator[None]:
 def check_pixels(name: str, x: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raise ValueError where x is not a float tensor in [0, 1], of one of these shapes or, without
     one, (N, C, H, W)."""
-    dtype, shape = getattr(x, "dtype", type(x).__name__), tuple(getattr(x, "shape", ()))
+    dtype = getattr(x, "dtype", type(x).__name__)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name}: {dtype}, wanted a tensor of float32 or float64")
-    if not (shape in shapes if shapes else len(shape) == 4 and x.numel()):
+    if not (x.shape in shapes if shapes else x.dim() == 4 and x.numel()):
         wanted = " or ".join(map(str, shapes)) or "(N, C, H, W)"
-        raise ValueError(f"{name}: of shape {shape}, wanted {wanted}")
+        raise ValueError(f"{name}: of shape {tuple(x.shape)}, wanted {wanted}")
     low, high = (float(end) for end in x.detach().aminmax())
     if not (low >= 0 and high <= 1):  # nor NaN
         raise ValueError(f"{name}: values from {low:.4g} to {high:.4g}, wanted [0, 1]")
@@ -363,9 +363,10 @@ def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]
     """
     check_pixels("images", images)
     # 16 that differ: with two, chance passed dropped paths in 17 of 30 calls
-    images, k = images.detach(), torch.arange(16)
-    ramp, share = torch.linspace(0, 1, images.shape[3]), k.view(-1, 1, 1, 1) / 16
-    batch = torch.lerp(images[k % len(images)], ramp.to(images), share.to(images))
+    k = torch.arange(16, device=images.device)
+    ramp = torch.linspace(0, 1, images.shape[3]).to(images)
+    share = (k / 16).to(images).view(-1, 1, 1, 1)
+    batch = torch.lerp(images[k % len(images)], ramp, share).detach()
     copy = batch.clone()
     with frozen(embed), torch.no_grad():
         answers = embed(copy), embed(batch.clone()), embed(batch[:1].clone())
@@ -389,7 +390,7 @@ def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]
         if kind not in ((D,), (1, D), (N, D)) or not anchor.isfinite().all():
             wanted = f"wanted finite features {(D,)} or {(N, D)} of one view"
             raise ValueError(f"anchor: {kind}, {wanted}")
-    return [images, *(anchor.detach().to(images).expand(N, -1) for anchor in anchors)]
+    return [images.detach(), *(anchor.detach().to(images).expand(N, -1) for anchor in anchors)]
 
 
 @torch.no_grad()
@@ -637,7 +638,8 @@ def square_attack(
         raise ValueError("places must be 1 or more, not 0")
     masks = torch.stack([square_mask(row, column, H, W) for row, column in places])
     several = images.repeat_interleave(K, 0), anchor.repeat_interleave(K, 0), masks.repeat(B, 1, 1)
-    searched = tanh_attack(embed, *several, replace(search, restarts=1), rng)
+    search = replace(search, restarts=1, direction=effort.direction)
+    searched = tanh_attack(embed, *several, search, rng)
     best = lowest(effort.sign * searched.distance.view(B, K), 1).cpu()  # (B,)
     result = tanh_attack(embed, images, anchor, masks[best], effort, rng)
     result.add_counts(searched)

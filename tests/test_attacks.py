@@ -1029,5 +1029,7 @@ def test_the_strongest_of_attacks_that_evade_is_the_farthest():
     assert best.direction == "evade" and attacks.strongest(best, one).distance[0] == 2
     with pytest.raises(ValueError, match="^results: directions .'evade', 'impersonate'., wanted"):
         attacks.strongest(*results.values())
+    far_places = [attacks.square_attack(EMBED, X, A, PLACES, far, e, seeded()) for e in (near, far)]
+    assert torch.equal(far_places[0].images, far_places[1].images)  # the search evades too
     pattern, result = attacks.universal_patch(EMBED, X, A, PATCH, far, seeded())
     assert result.direction == "evade" and pattern.shape == (3, 384)
