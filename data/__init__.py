@@ -115,6 +115,9 @@ def say(text: str, file: Any = None) -> None:
         print(f"data: {text}", file=file or sys.stderr, flush=True)
 
 
+warn = functools.cache(say)  # once a process, at whatever crop
+
+
 def load(
     name: str,
     root: File | None = None,
@@ -181,10 +184,10 @@ def load(
         listed = listed._replace(skipped=[*skipped, *listed.skipped])
         faces = read_faces(name, root, listed, crop, size, progress)
         for note in faces.notes[1:]:  # warnings, once a data set: the cache is silent
-            say(note)
+            warn(note)
         if faces.skipped:
             total = len(faces) + len(faces.skipped)
-            say(f"{len(faces.skipped)} of {total} files skipped: {first_three(faces.skipped)}")
+            warn(f"{len(faces.skipped)} of {total} files skipped: {first_three(faces.skipped)}")
         return faces
 
     faces = load_cached(cache, name, keys, signature, crop, make)

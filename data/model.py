@@ -25,7 +25,8 @@ from torch import Tensor
 from . import run
 
 Embed = Callable[[Tensor], Tensor]
-OURS = "generator|embed|attacks|verify|metrics|results|data|kernels"
+# how Python says that the user's module of this name is hidden by ours
+HIDDEN = r"(from|module|named) '(generator|embed|attacks|verify|metrics|results|data|kernels)\b"
 
 
 def model_name(text: str) -> str:
@@ -45,19 +46,11 @@ def user_code(flag: str, doing: str = "") -> Iterator[None]:
         text = " ".join(str(error).split())[:200]
         if isinstance(error, ValueError) and text.startswith("embed: "):
             raise run.UsageError(f"{flag}: {text.removeprefix('embed: ')}") from None
+        if isinstance(error, (ImportError, AttributeError)) and re.search(HIDDEN, text):
+            text += ": that module is ours, rename yours"
         if not doing:
             raise
         raise run.UsageError(f"{flag}: {doing}: {type(error).__name__}: {text}") from None
-
-
-def refuse_hidden(flag: str, folder: Path, file: str | None) -> None:
-    """Raise run.UsageError where the user's file imports a module of the folder that ours hides."""
-    text = Path(file).read_text(errors="replace") if file else ""
-    for name in re.findall(rf"^\s*(?:from|import)\s+({OURS})\b", text, re.MULTILINE):
-        for own in (folder / f"{name}.py", folder / name):
-            if own.exists() and folder != Path(run.__file__).resolve().parents[1]:
-                why = f"{file} imports {own}, and a module of that name is ours"
-                raise run.UsageError(f"{flag}: {why}: rename yours")
 
 
 def load_model(flag: str, text: str, device: torch.device) -> tuple[Embed, Path | None]:
@@ -79,16 +72,12 @@ def load_model(flag: str, text: str, device: torch.device) -> tuple[Embed, Path 
     with user_code(flag, "cannot be loaded"):
         if where.endswith(".py"):
             # last, and under another name: a file called embed.py must not hide ours
-            folder = Path(where).resolve().parent
-            sys.path.append(str(folder))
-            refuse_hidden(flag, folder, where)
+            sys.path.append(str(Path(where).resolve().parent))
             spec: Any = importlib.util.spec_from_file_location(f"of_user_{Path(where).stem}", where)
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
             sys.path.append(str(Path.cwd()))
-            package: Any = importlib.util.find_spec(where)
-            refuse_hidden(flag, Path.cwd(), package and package.origin)
             module = importlib.import_module(where)
         model = getattr(module, name, None)
         if model is None:

@@ -297,6 +297,7 @@ def test_copies_of_a_persons_photograph_are_one(folder, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert err.count("data: 2 exact copies of a person's own photographs left out\n") == count
         assert err.count("\n") == 2 * count and out.count("data: 8 photographs of 3 persons") == 1
+    assert len(load(folder, tmp_path, crop="centre")) == 8 and not capsys.readouterr().err
 
 
 def test_a_photograph_of_two_persons_is_nobodys(folder, tmp_path, capsys):
