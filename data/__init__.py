@@ -607,7 +607,8 @@ def open_run(config: Any, folder: File, overwrite: bool = False) -> tuple[Faces,
         now = {key: before[key] if n is None else n for key, n in zip(before, sizes)}
         before["split seed"], now["split seed"] = split.seed, config.split_seed
         if differences := run.differences(before, now):
-            raise UsageError(f"{manifest}: another split: {differences}: or use another --run")
+            problems.append(f"{manifest}: another split: {differences}: or use another --run")
+            flags = " ".join(f"--{key.replace(' ', '-')} {n}" for key, n in before.items())
     else:
         try:
             split = split_persons(faces, *sizes, config.split_seed)

@@ -578,6 +578,12 @@ def test_what_a_preset_asks_too_much_of_is_said_at_once(tmp_path, monkeypatch, c
         config, _ = script.parse(command.split())
         split = data.open_run(config, tmp_path / name)[1]
         assert [len(getattr(split, part)) for part in data.PARTS] == [6, 3, 3]
+    # of a run that the generator began, too
+    assert script.main([*argv.split(), "--run", "generator"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train persons (6 before, 9177 now)" in line and "--persons 2000: there are 6" in line
+    config, _ = script.parse(line.split(": python embed.py ")[1].split())
+    assert data.open_run(config, tmp_path / "generator")[1] == split
 
 
 # the manifest and the run
