@@ -151,9 +151,7 @@ class Config:
     eot_scale: float = 0.05  # not in the paper: its largest change of scale
     eot_rotation: float = 5.0  # not in the paper: its largest rotation, in degrees
     eot_brightness: float = 0.1  # not in the paper: its largest change of brightness
-    chunk: int = (
-        0  # not in the paper: images in a pass (0: 128 of 64 x 64 on a CPU, 2048 on a GPU)
-    )
+    chunk: int = 0  # not in the paper: images in a pass (0: 128 of 64 x 64 on a CPU, 2048 on a GPU)
     # not in the paper: of the iterations; auto takes bfloat16 where the device multiplies it faster
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -382,8 +380,9 @@ def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]
     first, again, alone = (views.flatten(1).float() for views in answers)
     apart = torch.cat([again - first, alone - first[:1]]).norm(dim=1).max()
     if apart > max(1e-3, torch.finfo(answers[0].dtype).eps) * first.norm(dim=1).mean():
-        how = "alone and in a batch, or in another call: is it in training mode (call model.eval())"
-        raise ValueError(f"embed: answers an image differently {how}, random, or of the batch?")
+        how = "alone and in a batch, or in another call"
+        why = "is it in training mode (call model.eval()), random, or does it look at its whole batch?"
+        raise ValueError(f"embed: answers an image differently {how}: {why}")
     N, D = len(images), answers[0].shape[-1]
     for anchor in anchors:
         kind = tuple(anchor.shape) if isinstance(anchor, Tensor) else type(anchor).__name__
