@@ -1287,6 +1287,8 @@ def open_tables(
         about = {"attack": name, **settings, **effort_record(name, config)}
         if name == "mask":
             about["config"] = now | {"mask": run.digest(Path(config.mask))}
+        if name == "indirect":
+            about["config"] = now | {"generator": run.digest(out.parents[1] / "generator.pt")}
         tables[out / f"{name}.csv"] = about
     for table, about in tables.items():
         run.open_table(table, about, overwrite)

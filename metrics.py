@@ -642,6 +642,12 @@ def read_rows(path: Path) -> list[Row]:
     return list(rows.values())
 
 
+@functools.cache
+def warn(line: str) -> None:
+    """Print a line on stderr, however often the rows are read."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def read_run(folder: Path | str, rows: str = "attacks") -> Run:
     """Read all rows of a run; raises run.UsageError for a folder without rows, or a bad row."""
     folder = Path(folder)
@@ -672,6 +678,13 @@ def read_run(folder: Path | str, rows: str = "attacks") -> Run:
                 "run attacks.py for this attack again"
             )
         method, name = key.split("/")
+        clean = tables.get(f"{method}/clean", (path, attack))[1].sidecar.get("config", {})
+        own = attack.sidecar.get("config", {})
+        shared = [k for k in ("embedding", "images") if k in own and k in clean]
+        if other := [k for k in shared if own[k] != clean[k]]:
+            advice = f"{path}: left out, rows of other {other[0]} than clean.csv's: make them again"
+            warn(f"WARNING: {advice} by attacks.py --attacks {name} --overwrite")
+            continue
         methods.setdefault(method, {})[name] = attack
     return Run(folder, methods, optional_json(folder / "people.json"))
 

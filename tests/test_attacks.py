@@ -2,6 +2,7 @@
 and seeds; then the real command on a small run."""
 
 import csv
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,8 +20,10 @@ from torch import nn
 import attacks
 import data
 import embed as embedding
+import generator
 from attacks import Config, Effort, Mirrored, eye_patch_mask, eyeglasses_mask, tanh_attack
 from data import run
+from tests.test_generator import TINY as TINY_GENERATOR
 
 
 def seeded(seed=0):
@@ -847,6 +850,19 @@ def test_a_line_a_minute_says_how_long_it_will_take(trained, command, capsys, mo
             *lines,
             "ours noise: 3 targets, 21 pairs, 0 s",
         ]
+
+
+def test_indirect_rows_are_of_the_generator_too(trained, command, capsys):
+    config = generator.Config(**TINY_GENERATOR)
+    flags = ("--attacks", "clean,indirect", "--overwrite")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = generator.Lord(config).state_dict()
+        parts = {"config": dataclasses.asdict(config), "lord": state, "train": []}
+        run.save(trained / "generator.pt", "generator", **parts)
+        assert command(*flags[: 3 - seed]) == 2 * seed
+    assert "indirect.json: other settings: generator (" in capsys.readouterr().err
+    (trained / "generator.pt").unlink()
 
 
 def test_an_attack_that_cannot_be_made_stops_those_before_it(command, capsys, interrupted_at):

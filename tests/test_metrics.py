@@ -191,6 +191,20 @@ def test_an_attack_that_met_fewer_pairs_is_not_in_worst(run):
     assert "worst" not in metrics.summary(run)["ours"]
 
 
+def test_rows_of_another_f_or_of_other_photographs_are_left_out(run, capsys):
+    inputs = {"embedding": "a1", "images": "b1"}
+    write(run, "ours", "clean", CLEAN + INTRUDERS, {"config": inputs})
+    changes = {"eyeglasses": {}, "square": {"embedding": "a2"}, "mask": {"images": "b2"}}
+    for name, change in changes.items():
+        write(run, "ours", name, attacked(0.0, 2.0, 0.3, 4.0), {"config": inputs | change})
+    for _ in range(2):
+        assert {"clean", "eyeglasses"} == {*metrics.summary(run)["ours"]} - {*metrics.DERIVED}
+    lines = capsys.readouterr().err.splitlines()  # once
+    assert ["mask.csv: left out" in lines[0], "square.csv: left out" in lines[1]] == [True] * 2
+    assert "other images than clean.csv's" in lines[0] and len(lines) == 2
+    assert "other embedding than" in lines[1] and "--attacks square --overwrite" in lines[1]
+
+
 def test_summary_takes_only_the_setting_asked_for(run):
     other = [(*r[:3], 1.0, 0, 1) for r in CLEAN + INTRUDERS]
     write(run, "ours", "clean", CLEAN + INTRUDERS + other)
