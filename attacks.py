@@ -381,7 +381,7 @@ def check_inputs(embed: Embed, images: Tensor, *anchors: Tensor) -> list[Tensor]
     apart = torch.cat([again - first, alone - first[:1]]).norm(dim=1).max()
     if apart > max(1e-3, torch.finfo(answers[0].dtype).eps) * first.norm(dim=1).mean():
         how = "alone and in a batch, or in another call"
-        why = "is it in training mode (call model.eval()), random, or does it look at its whole batch?"
+        why = "is it in training mode (call model.eval()), random, or does the batch count?"
         raise ValueError(f"embed: answers an image differently {how}: {why}")
     N, D = len(images), answers[0].shape[-1]
     for anchor in anchors:
