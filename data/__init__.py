@@ -10,8 +10,8 @@
 In: image files. Out: `Faces` with images uint8 (N, 3, size, size), RGB, size 64 by default, in
 CelebA's frame: eye centres on average at row 33.4, columns 22.3 and 41.2 of 64. An image that
 cannot be used never stops a load: it is skipped, named with its reason in `Faces.skipped` and
-counted on stderr when the images are read. Measured on LFW, 7,487 photographs: 6 s of CPU time the first time, 0.3 s from
-the cache, n = 3.
+counted on stderr when the images are read. Measured on LFW, 7,487 photographs: 6 s of CPU time the
+first time, 0.3 s from the cache, n = 3.
 """
 
 from __future__ import annotations

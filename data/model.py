@@ -153,7 +153,7 @@ def picture_for(path: Path, images: Tensor) -> None:
 
 
 def write_pattern(path: Path, pattern: Any, mask: Any) -> None:
-    """Write a universal patch, uint8 (3, h, w), as a PNG to print: clear outside its mask (H, W)."""
+    """Write a universal patch, uint8 (3, h, w), as a PNG to print, clear outside mask (H, W)."""
     picture = np.zeros((*mask.shape, 4), np.uint8)
     picture[mask, :3], picture[mask, 3] = pattern.reshape(3, -1).T, 255
     run.write(path, functools.partial(Image.fromarray(picture).save, format="PNG"))
