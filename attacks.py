@@ -8,7 +8,7 @@
 
 In:  people.json, run.json and <method>/embedding.pt of a run; or --model and photographs.
 Out: <method>/attacks/<attack>.csv, one row a compared pair, with .json (settings, counters,
-     versions) and .npz (example images) beside it, for metrics.py.
+     versions) and .npz (example images) beside it; last, the table of metrics.py.
 
 Intruders are images of the other target persons and, if those are too few, of the validation
 persons; the universal patch is trained on validation persons first. Nobody who was trained on takes

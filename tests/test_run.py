@@ -257,6 +257,9 @@ def test_a_folder_that_a_process_writes_is_kept_for_it_until_it_ends(tmp_path, m
                 with pytest.raises(run.UsageError, match=who):
                     second()
             run.open_table(tmp_path / "weak-at/attacks/clean.csv", SETTINGS)  # another folder
+            with monkeypatch.context() as patch:
+                patch.setenv("RANK", "1")  # of torchrun's processes the first alone
+                run.lock(tmp_path / "ours")
         finally:
             process.kill()
     for second in [*begin.values()] * 2:  # one's own is no other's
