@@ -447,6 +447,14 @@ def test_real_pairs_need_two_images_of_a_person():
         assert torch.equal(e.training_images(config, alone, split), torch.arange(3))
 
 
+def test_persons_and_images_choose_what_trains():
+    some = type("Faces", (), {"person": torch.tensor([0, 1, 2, 0, 1, 2, 3]), "names": ()})
+    split = data.Split((0, 2), (1,), (3,), 0)
+    for persons, images, wanted in ((0, 0, [0, 2, 3, 5]), (1, 0, [0, 3]), (0, 1, [0, 2])):
+        config = settings("ours", persons=persons, images=images)
+        assert e.training_images(config, some, split).tolist() == wanted
+
+
 # a step
 
 
@@ -653,7 +661,7 @@ def test_a_vgg_file_that_moved_is_the_same_training(run_of, capsys):
 
 def test_the_best_weights_are_kept_by_the_validation_persons(run_of, monkeypatch):
     """Also the rates and step sizes of each step, and whose images train and validate."""
-    folder, scores = run_of("best"), iter([0.5, 0.9, 0.7])
+    folder, scores = run_of("best"), iter([0.5, 0.9, 0.6, 0.7])
     states, rates, samplers = [], [], []
     train_step = e.train_step
 
@@ -670,12 +678,13 @@ def test_the_best_weights_are_kept_by_the_validation_persons(run_of, monkeypatch
     monkeypatch.setattr(e, "train_step", step)
     monkeypatch.setattr(e, "validate", validate)
     flags = [*FLAGS, "--run", str(folder), *WEAK, "--lr", "0.01", "--lr-end", "0.001"]
+    flags += ["--steps", "8"]
     assert e.main([*flags, "--attack-alpha", "60", "--attack-warmup", "3"]) == 0
     saved = run.load(folder / "weak-at-1/embedding.pt", "embedding")
     assert saved["step"] == 4 and equal(saved["model"], states[1])
     assert not equal(states[1], states[2])
-    assert [alpha for _, alpha in rates] == [0, 20, 40, 60, 60, 60]
-    by_hand = [0.001 + 0.0045 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert [alpha for _, alpha in rates] == [0, 20, 40, 60, 60, 60, 60, 60]
+    by_hand = [0.001 + 0.0045 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     assert [lr for lr, _ in rates] == pytest.approx(by_hand)
     found, split = data.open_run(e.parse(FLAGS)[0], folder)
     parts = {len(split.train): split.train, len(split.validation): split.validation}

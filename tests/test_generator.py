@@ -244,6 +244,16 @@ def test_resumed_training_equals_an_unbroken_one_bit_for_bit():
             assert torch.equal(one, other)
 
 
+def test_an_epoch_takes_each_image_once_in_an_order_of_its_own():
+    t, taken = trainer(), []  # 16 images, two steps an epoch
+    stage1, stage2 = t.stage1, t.stage2
+    t.stage1 = lambda index, *more: taken.append(index.tolist()) or stage1(index, *more)
+    t.stage2 = lambda index, *more: taken.append(index.tolist()) or stage2(index, *more)
+    epochs(t, 5)
+    orders = {(*first, *second) for first, second in zip(taken[::2], taken[1::2])}
+    assert len(orders) == 5 and all(sorted(order) == [*range(16)] for order in orders)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_non_finite_step_names_itself_and_the_images(what):
     t, order = trainer(), []
@@ -283,6 +293,8 @@ def test_probes_read_what_is_there_and_only_that():
 def test_psnr_and_pairs():
     a = torch.zeros(2, 3, 4, 4)
     assert g.psnr(a, a + 0.1) == pytest.approx(20.0, abs=1e-4)
+    apart = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)  # of each image, then their mean
+    assert g.psnr(a, a + apart) == pytest.approx((20 + 40) / 2, abs=1e-3)
     person = torch.tensor([0, 0, 1, 2])
     x, t = g.draw_pairs(person, 0)
     assert 250 < len(x) == len(t) < 400 and not (person[x] == person[t]).any()
@@ -367,6 +379,9 @@ def test_the_command_trains_stops_resumes_and_reports(
 
     faces, split = data.open_run(g.Config(**content["config"]), run)
     assert content["train"] == [faces.names[p] for p in split.train]
+    unseen = faces.images[data.images_of(faces, split.validation)]
+    copies = g.decode(trainers[-1].lord, *g.encode(trainers[-1].lord, unseen))
+    assert json.loads(log[-1])["psnr_unseen"] == pytest.approx(g.psnr(copies, unseen / 255))
     report = json.loads((run / "generator/result.json").read_text())
     assert report["persons"] == 6 and report["images"] == 60 and "psnr_true_u" in report
 

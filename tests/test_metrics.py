@@ -186,6 +186,13 @@ def test_summary_by_hand(run):
     assert ours["worst"]["of"] == ["eyeglasses", "square"]
 
 
+def test_clean_same_pairs_are_the_attacked_ones_alone(run):
+    write(run, "ours", "clean", [*CLEAN, *INTRUDERS, ("intruder", "b", 14, 0.0)])  # not attacked
+    ours = metrics.summary(run)["ours"]
+    assert ours["clean"]["clean_same_pairs"] == 16 / 20
+    assert ours["eyeglasses"]["clean_same_pairs"] == 1
+
+
 def test_an_attack_that_met_fewer_pairs_is_not_in_worst(run):
     write(run, "ours", "square", attacked(0.0, 0.0, 0.0))
     assert "worst" not in metrics.summary(run)["ours"]
@@ -324,6 +331,9 @@ def test_several_runs_give_mean_range_and_paired_differences(tmp_path):
     assert both["auroc"] == np.mean(areas) and both["range"]["auroc"] == sorted(areas)
     # without one manifest the same name is another person in each run
     assert both["n_targets"] == 16 and both["n_genuine"] == 80 and both["runs"] == 2
+    # a run without the rows counts for nothing
+    write(tmp_path / "2", "no-at", "clean", near + far)
+    assert metrics.measure([*runs, metrics.read_run(tmp_path / "2")], "ours", "clean") == both
     width = [m["interval"][1] - m["interval"][0] for m in (both, *each)]
     assert width[0] < min(width[1:])
     # noise that both methods share leaves no width
