@@ -1136,12 +1136,12 @@ def choose_others(
 
 def attack_target(
     config: Config,
-    name: str,
     embed: Embed,
     judge: Embed | None,
     people: JudgedPeople,
     lord: nn.Module | None,
     device: torch.device,
+    name: str,
     person: int,
 ) -> tuple[list[str], list[list], dict, dict]:
     """Attack one target under each of the defences; return header, rows, statistics and examples.
@@ -1296,20 +1296,11 @@ def open_tables(
     return tables
 
 
-def attack_method(
-    config: Config,
-    embed: Embed,
-    judge: Embed | None,
-    people: JudgedPeople,
-    tables: dict[Path, dict],
-    lord: nn.Module | None,
-    device: torch.device,
-) -> None:
-    """Make every attack on one embedding, rows in the tables."""
+def fill_tables(tables: dict, config: Config, people: JudgedPeople, make: Callable) -> None:
+    """Make every attack on one embedding, by make(name, person)."""
     for table, about in tables.items():
-        inputs = config, table.stem, embed, judge, people, lord, device
-        make = functools.partial(attack_target, *inputs)
-        write_rows(table, about, people, (), make, effort_record(table.stem, config), False)
+        effort, attack = effort_record(table.stem, config), functools.partial(make, table.stem)
+        write_rows(table, about, people, (), attack, effort, False)
 
 
 def print_table(folder: Path, rows: str, defences: Sequence[str], figures: Sequence[str]) -> int:
@@ -1408,7 +1399,8 @@ def attack_model(config: Config, args: Any, device: torch.device) -> int:
         result["threshold"] = genuine_threshold(embed, images, person)
         if run.rank() == 0:
             run.write(args.run / name / "result.json", result)
-        attack_method(config, embed, judge, people, tables, None, device)
+        make = functools.partial(attack_target, config, embed, judge, people, None, device)
+        fill_tables(tables, config, people, make)
     figures = ["6", "roc", *(["7"] if "square" in config.attacks else [])]
     return print_table(args.run, people.folder, config.defences, figures)
 
@@ -1437,7 +1429,8 @@ def attack_run(argv: Sequence[str] | None) -> int:
         out = args.run / method / people.folder
         work.append((embed, open_tables(config, people, out, settings, args.overwrite)))
     for embed, tables in work:
-        attack_method(config, embed, None, people, tables, lord, device)
+        make = functools.partial(attack_target, config, embed, None, people, lord, device)
+        fill_tables(tables, config, people, make)
     return print_table(args.run, people.folder, config.defences, ["2"])
 
 
