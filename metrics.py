@@ -458,7 +458,7 @@ def counts(m: Mapping[str, Any] | None) -> str:
 
 def table(result: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Format a summary as text: a line for each method and attack."""
-    left = max(len(method) for method in result) + 2
+    left = max(map(len, ("method", *result))) + 2
     right = max(len(name) for attacks in result.values() for name in attacks) + 2
     rates = [f"{key}_at_far_{far:g}" for key in ("tar", "asr") for far in FARS]
     heads = "".join(f"{key} {far:.0%}".rjust(8) for key in ("TAR", "ASR") for far in FARS)
