@@ -786,6 +786,8 @@ def load_generated(config: Config, path: Path, faces, split, sampler: Sampler) -
 
 def training_images(config: Config, faces, split) -> Tensor:
     """Choose the indices of the images that F is trained on. Raises run.UsageError."""
+    if len(split.train) < 2:
+        raise run.UsageError("one train person alone has no t: add persons, or hold out fewer")
     index = data.images_of(faces, split.train[: config.persons or None], config.images)
     real = config.method in ("mixed", "weak-at", "doa")
     if real and config.images != 1 and int(faces.person[index].bincount().max()) < 2:

@@ -453,6 +453,8 @@ def test_persons_and_images_choose_what_trains():
     for persons, images, wanted in ((0, 0, [0, 2, 3, 5]), (1, 0, [0, 3]), (0, 1, [0, 2])):
         config = settings("ours", persons=persons, images=images)
         assert e.training_images(config, some, split).tolist() == wanted
+    with pytest.raises(run.UsageError, match="one train person alone"):
+        e.training_images(settings("ours"), some, data.Split((0,), (1,), (3,), 0))
 
 
 # a step
