@@ -708,7 +708,7 @@ def test_command_writes_rows_sidecar_and_images(trained, command, capsys):
     assert command(*flags, "--overwrite") == 0
     line, out = "ours eyeglasses: 4 iterations, 1 restarts, 2 targets, 12 pairs", str(trained)
     printed = capsys.readouterr().out
-    assert line in printed and all(f"\nours  {name} " in printed for name in names)
+    assert line in printed and all(f"\nours    {name} " in printed for name in names)
     assert printed.endswith(f"rows: {out}/*/attacks; the table again: {out}/tables.md\n")
     manifest = json.loads((trained / "people.json").read_text())
     clean = rows(trained, "clean")

@@ -316,7 +316,7 @@ def test_rows_are_certificates_and_go_on(home, capsys, interrupted_at):
         status, out, _ = command(capsys, *argv)
     assert status == 0 and len(calls) == 6 and file.read_text().startswith(begun)
     assert "mixed rule: 25 masks, 2 targets, 38 pairs" in out  # 2 x (2 x (3 + 2) + 3 x 3)
-    assert "\nmixed  certified " in out and out.endswith(f"{folder}/tables.md\n")
+    assert "\nmixed   certified " in out and out.endswith(f"{folder}/tables.md\n")
     rows = [*csv.DictReader(file.read_text().splitlines())]
     assert list(rows[0]) == [*a.COLUMNS, "row", "col", "bound", *(f"bound_{s}" for s in v.SMALLER)]
     roles = [row["role"] for row in rows]
