@@ -6,7 +6,8 @@
     python verify.py --run RUN                                # the rule's rows, all target persons
 
 In:  result.json (the threshold) and embedding.pt of a run, or result.json of attacks.py --model;
-     for the rows <method>/attacks/clean.json too, whose persons, pairs and defences they are of.
+     for the rows <method>/attacks/clean.json too, of whose persons and pairs they are, with both
+     defences of Sec. 4.2 where it has them.
 Out: for two photographs distance, threshold and answer; for a run <method>/attacks/rule.csv, for
      metrics.py, with the genuine pairs that set the rule's threshold.
 
@@ -344,8 +345,8 @@ def threshold_setters(people: attacks.JudgedPeople, most: int) -> list[int]:
 
 
 def write_rule(config: Config, args: Any, file: Path, clean: dict, device: torch.device) -> None:
-    """Write the rows `rule` of the same persons, pairs and defences as a clean.json. Raises
-    run.UsageError where people or F have changed since."""
+    """Write the rows `rule` of a clean.json's persons and pairs, with both defences where it has
+    them. Raises run.UsageError where people or F have changed since."""
     advice = "judge them again by attacks.py --overwrite"
     with run.reading(file, advice):
         settings = dict(clean["config"])
@@ -370,6 +371,8 @@ def write_rule(config: Config, args: Any, file: Path, clean: dict, device: torch
         now = made_with["config"]
     if changes := run.differences(settings, settings | now):
         raise run.UsageError(f"{file}: other images or another model: {changes}: {advice}")
+    defence = "both" if "both" in whom.defences else whom.defences[0]
+    mirroring, selection = attacks.DEFENCES[defence]
     faces, smaller = people.faces, [side for side in SMALLER if side < min(config.patch)]
     header = [*attacks.COLUMNS, "row", "col", "bound", *(f"bound_{side}" for side in smaller)]
 
@@ -383,23 +386,22 @@ def write_rule(config: Config, args: Any, file: Path, clean: dict, device: torch
             tested, _ = attacks.choose_intruders(faces.person, person, *others, rng)
         own = (faces.person == person).nonzero().flatten().tolist()[: whom.target_images or None]
         features = extract(embed, faces.images[own].to(device))
+        best = attacks.select_anchor(features) if selection else 0
+        candidates = [i for i in own if i != own[best]] + tested
+        images = faces.images[candidates].to(device).float() / 255
+        views = Mirrored(embed) if mirroring else embed
+        known = certify(MaskedVerifier(views, features[best], boxes), holds, images)
+        columns = size - patch[1] + 1  # places in a row
+        values = [known.score, known.place // columns, known.place % columns, known.bound]
+        for side in smaller:
+            values.append(bound_patch(known, boxes, scale_size((side,), size), size, size))
         rows = []
-        for mirroring, selection in (attacks.DEFENCES[defence] for defence in whom.defences):
-            best = attacks.select_anchor(features) if selection else 0
-            candidates = [i for i in own if i != own[best]] + tested
-            images = faces.images[candidates].to(device).float() / 255
-            views = Mirrored(embed) if mirroring else embed
-            known = certify(MaskedVerifier(views, features[best], boxes), holds, images)
-            columns = size - patch[1] + 1  # places in a row
-            values = [known.score, known.place // columns, known.place % columns, known.bound]
-            for side in smaller:
-                values.append(bound_patch(known, boxes, scale_size((side,), size), size, size))
-            for candidate, *numbers in zip(candidates, *(v.tolist() for v in values)):
-                other = faces.names[int(faces.person[candidate])]
-                role = "genuine" if other == target else "intruder"
-                role = role if person in people.targets else "validation"
-                row = ["rule", mirroring, selection, whom.seed, target, own[best], candidate, other]
-                rows.append([*row, role, *numbers])
+        for candidate, *numbers in zip(candidates, *(v.tolist() for v in values)):
+            other = faces.names[int(faces.person[candidate])]
+            role = "genuine" if other == target else "intruder"
+            role = role if person in people.targets else "validation"
+            row = ["rule", mirroring, selection, whom.seed, target, own[best], candidate, other]
+            rows.append([*row, role, *numbers])
         return header, rows, {"seconds": time.monotonic() - began}, {}
 
     settings |= {f"rule_{key}": getattr(config, key) for key in ("patch", "mask", "persons")}

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import itertools
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -309,18 +310,21 @@ def command(capsys, *argv):
 def test_rows_are_certificates_and_go_on(home, capsys, interrupted_at):
     folder, images, split = home
     file, argv = folder / "mixed" / "attacks" / "rule.csv", ["--run", folder, *ROWS]
-    with interrupted_at(v, "certify", 5):  # both defences of two persons before
+    with interrupted_at(v, "certify", 3):  # two persons before
         assert command(capsys, *argv)[0] == 130
     begun = file.read_text()
     with interrupted_at(v, "certify", 0) as calls:
         status, out, _ = command(capsys, *argv)
-    assert status == 0 and len(calls) == 6 and file.read_text().startswith(begun)
-    assert "mixed rule: 25 masks, 2 targets, 38 pairs" in out  # 2 x (2 x (3 + 2) + 3 x 3)
+    assert status == 0 and len(calls) == 3 and file.read_text().startswith(begun)
+    assert (
+        "mixed rule: 25 masks, 2 targets, 19 pairs" in out
+    )  # 2 x (3 + 2) + 3 x 3, with both defences alone
     assert "\nmixed   certified " in out and out.endswith(f"{folder}/tables.md\n")
     rows = [*csv.DictReader(file.read_text().splitlines())]
     assert list(rows[0]) == [*a.COLUMNS, "row", "col", "bound", *(f"bound_{s}" for s in v.SMALLER)]
     roles = [row["role"] for row in rows]
-    assert [roles.count(role) for role in ("genuine", "intruder", "validation")] == [12, 8, 18]
+    assert [roles.count(role) for role in ("genuine", "intruder", "validation")] == [6, 4, 9]
+    assert {(row["mirroring"], row["selection"]) for row in rows} == {("1", "1")}
     # the settings of the clean rows, the first of their pairs
     clean = file.with_name("clean.csv")
     before, after = (run.read_json(x.with_suffix(".json"))["config"] for x in (clean, file))
@@ -333,24 +337,39 @@ def test_rows_are_certificates_and_go_on(home, capsys, interrupted_at):
     assert len(judged) == 12 + 2 * 2 * 3
     # as attacks.py chooses them
     person = torch.arange(len(images)) // 10
-    for row in rows[3], rows[8], rows[13]:  # intruders, mirrored and selected or not
+    for row in rows[3], rows[8]:  # the first intruder of each target
         p, several = int(row["anchor"]) // 10, a.stable_generator(0, row["target"], "intruders")
         own = small_f()(images[10 * p : 10 * p + 4])
-        best = int(torch.cdist(own, own).square().sum(0).argmin()) * int(row["selection"])
+        best = int(torch.cdist(own, own).square().sum(0).argmin())
         assert int(row["anchor"]) == 10 * p + best
         tested, _ = a.choose_intruders(person, p, split.target, split.validation, 2, 0, several)
         assert int(row["candidate"]) == tested[0]
     boxes, _ = v.cover(64, 64, (20, 20), (29, 29))
     masks = masks_of(boxes, 64, 64)
-    for row in rows[4], rows[9], rows[-1]:  # an intruder, mirrored and not; one of validation
+    for row in rows[4], rows[9], rows[-1]:  # two intruders, one of validation
         anchor = small_f()(images[[int(row["anchor"])]])[0]
-        image, mirroring = images[int(row["candidate"])], int(row["mirroring"])
-        d = brute_force(small_f(), anchor, image, boxes, mirroring)
+        d = brute_force(small_f(), anchor, images[int(row["candidate"])], boxes, 1)
         known = d[holding(masks, int(row["row"]), int(row["col"]), 20, 20)].max()
         two = min(d[holding(masks, r, c, 2, 2)].max() for r, c in places(64, 64, 2, 2))
         numbers = torch.tensor([float(row[key]) for key in ("distance", "bound", "bound_2")])
         torch.testing.assert_close(numbers, torch.stack([d.max(), known, two]))
+
+
+def test_rows_without_defences_are_certificates_too(home, tmp_path):
+    folder, images, _ = home
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    flags = ["--run", str(copy), "--overwrite"]
+    assert a.main([*flags, "--defences", "basic", *CLEAN.split()]) == 0
+    assert v.main([*flags, *map(str, ROWS)]) == 0
+    with open(copy / "mixed/attacks/rule.csv") as file:
+        rows = [*csv.DictReader(file)]
     assert any(float(row["bound_8"]) < float(row["bound_2"]) for row in rows)
+    row = rows[4]
+    assert (row["mirroring"], row["selection"], row["role"]) == ("0", "0", "intruder")
+    anchor = small_f()(images[[int(row["anchor"])]])[0]
+    boxes, _ = v.cover(64, 64, (20, 20), (29, 29))
+    d = brute_force(small_f(), anchor, images[int(row["candidate"])], boxes, 0)
+    assert float(row["distance"]) == pytest.approx(float(d.max()))
 
 
 def test_persons_with_the_most_images_set_the_threshold():
