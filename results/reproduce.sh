@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every method, attack, table and figure of the paper on the rendered faces; what is finished is kept.
+# Every method, attack, table and figure of the paper; what is finished is kept.
 #     results/reproduce.sh [method ...]     # ours transfer mixed no-at weak-at doa-4 doa-10, figure5
 #     SEEDS="0 1 2" results/reproduce.sh mixed weak-at
-# After `generator.py --images 2 --epochs 300 --encoder-epochs 100 --run runs/long-0`, else G is the demo's, of all images:
-#     RUN=runs/long FLAGS="--images 2 --steps 2000 --lr 1e-3 --lr-end 1e-3" results/reproduce.sh mixed weak-at doa-10
-# One photograph of each of 300 more persons, whom the demo's G never saw:
-#     RUN=runs/photographs-1 OTHERS=300 FLAGS="--synthetic-persons 670 --images 1" results/reproduce.sh ours transfer weak-at
+# One photograph of each person, not twelve; G is data/demo's in both, made of 2,400 other persons:
+#     RUN=runs/photographs-1 FLAGS="--images 1" results/reproduce.sh ours transfer mixed no-at weak-at doa-10 figure5
+# That G again, 110 minutes of one core:
+#     results/reproduce.sh generator
 # After `generator.py --data folder --root LFW --run runs/lfw-0`:
 #     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 3000" results/reproduce.sh transfer weak-at doa-10
 # One photograph of each of half of LFW's train persons; G is made of the other half:
@@ -18,15 +18,6 @@ methods=("$@")
 read -ra more <<<"${FLAGS:-}"
 for seed in ${SEEDS:-0}; do
   run=${RUN:-runs/synthetic-demo}-$seed
-  [ -z "${OTHERS:-}" ] || [ -f "$run/people.json" ] || python - "$run" "$OTHERS" <<'EOF'
-import dataclasses, sys
-import data
-demo = data.load("synthetic")
-split = data.split_persons(demo, None, 40, 30)
-count = len(demo.names), len(demo.names) + int(sys.argv[2])
-faces = data.load("synthetic", persons=count[1])
-data.write_manifest(f"{sys.argv[1]}/people.json", faces, dataclasses.replace(split, train=range(*count)))
-EOF
   [ -z "${HALVES:-}" ] || [ -f "$run/generator.pt" ] || {
     python - "$RUN-G" "$run" "$HALVES" <<'EOF'
 import dataclasses, sys
@@ -40,6 +31,17 @@ EOF
     cp "$RUN-G/generator.pt" "$run/generator.pt"
   }
   for method in "${methods[@]}"; do
+    if [ "$method" = generator ]; then # data/demo/generator.pt
+      python - runs/generator <<'EOF'
+import dataclasses, sys
+import data
+split = data.split_persons(data.load("synthetic"), None, 40, 30)
+faces = data.load("synthetic", persons=2770, images_per_person=6)
+data.write_manifest(f"{sys.argv[1]}/people.json", faces, dataclasses.replace(split, train=range(370, 2770)))
+EOF
+      python generator.py --run runs/generator --synthetic-persons 2770 --synthetic-images 6
+      continue
+    fi
     train=(python embed.py --run "$run" --seed "$seed" "${more[@]}" --no-evaluation)
     if [ "$method" = figure5 ]; then # App. A's step settings, halved as the demo's: steps and 255ths
       for pair in "4 52.5" "10 24" "20 12"; do
@@ -52,7 +54,7 @@ EOF
       *) "${train[@]}" --method "$method" ;;
     esac
     attacks=clean,eyeglasses,square,eye_patch,evasion defences=both
-    [ "$method" != ours ] || attacks=all defences=all
+    [ "$method" != ours ] || attacks+=,indirect,distal,random_eyeglasses,noise defences=all
     python attacks.py --run "$run" --method "$method" --attacks "$attacks" --defences "$defences"
     python verify.py --run "$run" --method "$method" # the certificate
     case $method in weak-at* | doa-*) # Fig. 3, by networks that never saw a generated image

@@ -162,19 +162,24 @@ def test_every_command_of_reproduce_is_understood(tmp_path, monkeypatch):
     python.chmod(0o755)
     monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    subprocess.run(["bash", "results/reproduce.sh", *methods, "figure5"], check=True)
+    subprocess.run(["bash", "results/reproduce.sh", *methods, "figure5", "generator"], check=True)
     trained, attacked, certified, figures = [], [], [], []
     for script, *flags in map(str.split, Path("commands").read_text().splitlines()):
         if script == "embed.py":
             config, _ = embed.parse(flags)
             assert str(config.run) == folder
             trained.append(config.name)
+        elif script == "generator.py":
+            _, args = importlib.import_module("generator").parse(flags)
+            assert args.run == Path("runs/generator")
         elif script == "attacks.py":
             attacked += attacks.parse(flags)[0].method
             assert attacked[-1] in trained
         elif script == "verify.py":
             certified += verify.parse(flags)[0].method
             assert certified[-1] in trained
+        elif script == "-":
+            assert flags == ["runs/generator"]
         elif script == "-m":
             assert flags[:2] == ["results.figures", folder] and flags[2] in attacked
             figures.append(flags[2])
