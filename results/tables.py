@@ -24,7 +24,7 @@ import numpy as np
 
 import metrics
 from data import PARTS, run
-from metrics import METHODS, NOT_RUN, Run, by_pair, counts, measure, names
+from metrics import METHODS, NOT_RUN, Run, counts, measure, names
 
 HERE = Path(__file__).resolve().parent
 PATCHES = ("eyeglasses", "square", "eye_patch")
@@ -307,37 +307,53 @@ def where() -> str:
     return markdown(header, body)
 
 
+def plural(seeds: int) -> str:
+    """Format a number of seeds."""
+    return f"{seeds} seed{'s' * (seeds > 1)}"
+
+
 def overview() -> str:
     """README.md's table: every setting by method, without an attack and under the worst."""
     methods = [m for m in METHODS if m in LABELS and m != "doa-4"]
     body = []
     for setting, folder in WHERE:
         runs = runs_of(folder)
-        row = [f"{setting}; {len(runs)} seed{'s' * (len(runs) > 1)}"]
+        row = [f"{setting}; {plural(len(runs))}"]
         for method in methods:
-            both = [measure(runs, method, attack) for attack in ("clean", "worst")]
-            whole = all(m and m.get("runs", 1) == len(runs) for m in both)  # no mixture of seeds
-            row.append(" / ".join(f"{m['auroc']:.3f}" for m in both if m) if whole else NOT_RUN)
+            both = [m for a in ("clean", "worst") if (m := measure(runs, method, a))]
+            cells = " / ".join(f"{m['auroc']:.3f}" for m in both)
+            seeds = sum(method in one.methods for one in runs)
+            fewer = f" ({plural(seeds)})" if seeds < len(runs) else ""
+            row.append(f"{cells}{fewer}" if len(both) == 2 else NOT_RUN)
         body.append(row)
     return markdown(["AU-ROC, clean / worst", *(LABELS[m] for m in methods)], body)
 
 
 def paper() -> str:
-    """The sections of the report on twelve photographs that a claim rests on."""
+    """The sections of the report on twelve photographs that a claim rests on, and the gains."""
+    runs = runs_of("photographs-12")
+    every = sections(runs)
+    every["What companions gain"] = gained(runs)
     left_out = ("Attacks as run", "Beyond the paper", "Cost")
-    every = {k: v for k, v in sections(runs_of("photographs-12")).items() if k not in left_out}
-    return "\n\n".join(f"### {title}\n\n{table}" for title, table in every.items())
+    kept = {k: v for k, v in every.items() if k not in left_out}
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in kept.items())
 
 
-def regime(folder: str) -> str:
-    """Every method of a folder of seeds on the same pairs, what ours gain, and the cost."""
-    runs, attacks = runs_of(folder), ("clean", *PATCHES, "worst", "evasion")
+def gained(runs: Sequence[Run]) -> str:
+    """Every method of companions less every other one, under every attack, on the same pairs."""
+    attacks = ("clean", *PATCHES, "worst", "evasion")
     attacks += ("certified",) if any("rule" in a for a in runs[0].methods.values()) else ()
     ours = [m for m in names(runs) if m in METHODS[:3]]
     baselines = [m for m in ("weak-at", "doa-10", "no-at") if m in names(runs)]
     header = ["AU-ROC", *(a.replace("_", " ") for a in attacks), "runs"]
-    gained = markdown(header, gains(runs, ours, baselines, attacks))
-    return f"{comparison(lines_of(runs), attacks[:5])}\n\n{gained}\n\n{costs(runs)}"
+    return markdown(header, gains(runs, ours, baselines, attacks))
+
+
+def regime(folder: str) -> str:
+    """Every method of a folder of seeds on the same pairs, what companions gain, and the cost."""
+    runs = runs_of(folder)
+    table = comparison(lines_of(runs), ("clean", *PATCHES, "worst"))
+    return f"{table}\n\n{gained(runs)}\n\n{costs(runs)}"
 
 
 def one_photograph() -> str:
@@ -350,18 +366,11 @@ def lfw_others() -> str:
     return regime("lfw-others")
 
 
-def strength() -> str:
-    """Eyeglasses at the demo's and at the paper's strength, on the pairs that met both."""
-    lines, (demo, *_), (strong,) = [], runs_of("demo"), runs_of("strength")
-    for method, attacks in strong.methods.items():
-        met = by_pair(attacks["eyeglasses"].rows)
-        weak = dict(demo.methods[method])
-        same = [r for r in weak["eyeglasses"].rows if (r.target, r.candidate) in met]
-        weak["eyeglasses"] = weak["eyeglasses"]._replace(rows=same)
-        pairs = {"80 x 1": Run(demo.folder, {method: weak}, demo.people), "1000 x 5": strong}
-        for effort, one in pairs.items():
-            lines.append(Line(f"{LABELS[method]}, attacked {effort}", [one], method))
-    return comparison(lines, ("clean", "eyeglasses"))
+def generators() -> str:
+    """The generators that were tried, from results/generators.csv."""
+    with open(HERE / "generators.csv", newline="", encoding="utf-8") as file:
+        header, *body = csv.reader(file)
+    return markdown(header, body)
 
 
 def identity() -> str:
@@ -389,7 +398,7 @@ def models() -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"results": overview, "models": models},
     "results/README.md": {
-        f.__name__: f for f in (where, one_photograph, lfw_others, paper, strength, identity)
+        f.__name__: f for f in (where, paper, one_photograph, lfw_others, generators, identity)
     },
 }
 
