@@ -116,6 +116,15 @@ def test_with_one_photograph_of_each_generated_companions_win_in_the_rows(folder
         assert 0 < low < mean < high, (ours, other, attack)
 
 
+def test_with_twelve_photographs_mixed_is_more_robust_in_the_rows():
+    runs = tables.runs_of("photographs-12")
+    for other, attack in itertools.product(
+        ("weak-at", "doa-10"), ("eyeglasses", "square", "worst", "evasion")
+    ):
+        _, low, _ = metrics.difference(runs, "mixed", other, attack)
+        assert low > 0, (other, attack)
+
+
 def test_the_figure_by_photographs_shows_the_measures():
     pytest.importorskip("matplotlib")
     from results import figures
