@@ -39,7 +39,7 @@ split = data.split_persons(data.load("synthetic"), None, 40, 30)
 faces = data.load("synthetic", persons=2770, images_per_person=6)
 data.write_manifest(f"{sys.argv[1]}/people.json", faces, dataclasses.replace(split, train=range(370, 2770)))
 EOF
-      python generator.py --run runs/generator --synthetic-persons 2770 --synthetic-images 6
+      python generator.py --run runs/generator --synthetic-persons 2770 --synthetic-images 6 --encoder-epochs 25
       continue
     fi
     train=(python embed.py --run "$run" --seed "$seed" "${more[@]}" --no-evaluation)
