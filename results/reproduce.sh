@@ -6,10 +6,19 @@
 #     RUN=runs/photographs-1 FLAGS="--images 1" results/reproduce.sh ours transfer mixed no-at weak-at doa-10 figure5
 # That G again, 110 minutes of one core:
 #     results/reproduce.sh generator
-# After `generator.py --data folder --root LFW --run runs/lfw-0`:
-#     RUN=runs/lfw FLAGS="--data folder --root LFW --steps 3000" results/reproduce.sh transfer weak-at doa-10
-# One photograph of each of half of LFW's train persons; G is made of the other half:
-#     RUN=runs/lfw-others HALVES=LFW FLAGS="--data folder --root LFW --steps 2000 --images 1" results/reproduce.sh ours weak-at
+# LFW, one photograph of each of half of its train persons; G is made of the other half:
+#     export RUN=runs/lfw-others HALVES=LFW FLAGS="--data folder --root LFW --steps 2000 --images 1"
+#     results/reproduce.sh ours transfer mixed weak-at
+#     FLAGS+=" --attack-steps 10 --attack-alpha 16 --select best" results/reproduce.sh doa-10
+# All of LFW, after `generator.py --data folder --root LFW --run runs/lfw-0 --epochs 30 --encoder-epochs 10`:
+#     export RUN=runs/lfw HALVES= FLAGS="--data folder --root LFW --steps 2000"
+#     results/reproduce.sh ours weak-at
+#     FLAGS+=" --attack-steps 10 --attack-alpha 16" results/reproduce.sh mixed
+#     FLAGS+=" --attack-steps 10 --attack-alpha 16 --attack-warmup 1000" results/reproduce.sh transfer
+#     FLAGS+=" --attack-steps 10 --attack-alpha 16 --select best" results/reproduce.sh doa-10
+# A public descriptor:
+#     python attacks.py --run runs/model --model FILE.py:NAME --data folder --root LFW --size 64 --targets 20 --attacks clean,eyeglasses,square
+#     python verify.py --run runs/model --model FILE.py:NAME --mask 14
 # Plain commands, each of which goes on after a stop; on two cores start it twice with other methods.
 set -euo pipefail
 cd "$(dirname "$0")/.."
