@@ -379,7 +379,7 @@ def generators() -> str:
     shares = ("y_nearer_to_x_than_t", "u_nearer_to_x_than_to_t", "u_nearer_to_t_than_x_is")
     for label, size, steps, folder in (
         ("of half of LFW", "785 x 4.3", "4,160", "lfw-others/seed-0"),
-        ("of all of LFW", "1,570 x 4.3", "4,240", "lfw/seed-0"),
+        ("of all of LFW", "1,570 x 4.3", "4,200", "lfw/seed-0"),
     ):
         made = trainings(HERE / folder)["generator"]["result"]
         judged = run.read_json(HERE / folder / "generator/identity-facenet128-embed.json")
