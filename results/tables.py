@@ -139,12 +139,13 @@ def detection(runs: Sequence[Run]) -> str:
 
 def certificate(runs: Sequence[Run]) -> str:
     """Make the table of verify.py's rule: what no patch can reach."""
-    body = []
+    body, attacks = [], ("clean", "rule", "certified", "certified_4")
     for method in names(runs):
         judged = [one for one in runs if "rule" in one.methods.get(method, ())]
-        if judged and (m := measure(judged, method, "certified")):
-            each = [measure(judged, method, a) for a in ("clean", "rule")]
-            each += [m, measure(judged, method, "certified_4")]
+        if not judged:
+            continue
+        each = [measure(judged, method, a) for a in attacks]
+        if m := each[2]:
             label = LABELS.get(method, method)
             label += ", threshold of its own pairs" * (m["n_setters"] == 0)
             row = [label, *(cell(v, False) for v in each), rate(m)]
