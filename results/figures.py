@@ -92,14 +92,14 @@ def load_quadruplets(one: Run) -> list[list[np.ndarray]]:
 
 
 def figure_1(one: Run) -> Any:
-    """One quadruplet x, y, t, u."""
+    """Show one quadruplet x, y, t, u."""
     x, y, t, u = load_quadruplets(one)[0]
     real = [(x, "x, real"), (y, "y = G(E_cl(x), E_co(x))")]
     return sheet([real, [(t, "t, real, another person"), (u, "u = G(E_cl(x), E_co(t))")]], 2.1)
 
 
 def figure_9(one: Run, across: int = 6, down: int = 4) -> Any:
-    """Quadruplets, each x y over t u."""
+    """Show quadruplets, each x y over t u."""
     blocks = []
     for four in load_quadruplets(one)[: across * down]:
         x, y, t, u = (np.pad(i, ((1, 1), (1, 1), (0, 0)), constant_values=1) for i in four)
@@ -127,7 +127,7 @@ def limit(axis: Any, starts: Sequence[float]) -> None:
 
 
 def figure_2(one: Run) -> Any:
-    """Train and test loss of each method, below it the AU-ROC of the same pairs, on one scale."""
+    """Plot each method's train and test loss, below it the AU-ROC of the same pairs."""
     logs = trainings(one.folder)
     curves = {m: curve(logs.get(m, {}), "val_loss") for m in METHODS if m != "no-at"}
     curves = {m: c for m, c in curves.items() if len(c[0])}
@@ -156,7 +156,7 @@ def figure_2(one: Run) -> Any:
 
 
 def figure_3(one: Run) -> Any:
-    """Distances of real-real and real-generated pairs of different persons, a panel a network."""
+    """Plot real-real and real-generated distances of different persons, a panel a network."""
     panels = {}
     for path in sorted(one.folder.glob("*/figure3.csv")):
         kinds: dict[str, list[float]] = {}
@@ -188,7 +188,7 @@ def first(one: Run, name: str) -> Path:
 
 
 def figure_4(one: Run, across: int = 8) -> Any:
-    """Targets over the images made from noise (distal attack)."""
+    """Show targets over the images made from noise (distal attack)."""
     targets, made, distance = load_arrays(first(one, "distal"), "anchor", "attacked", "distance")
     above = [(picture(target), "target") for target in targets[:across]]
     below = [(picture(i[0]), f"from noise\ndistance {d[0]:.2f}") for i, d in zip(made, distance)]
@@ -196,7 +196,7 @@ def figure_4(one: Run, across: int = 8) -> Any:
 
 
 def figure_5(one: Run) -> Any:
-    """Test loss of weak AT by the steps of its inner attack; a dot where it would stop early."""
+    """Plot weak AT's test loss by the steps of its inner attack; a dot where it would stop early."""
     curves = {}
     for method, training in trainings(one.folder).items():
         made, points = settings_of(training), curve(training, "val_loss")
@@ -218,7 +218,7 @@ def figure_5(one: Run) -> Any:
 
 
 def figure_6(one: Run) -> Any:
-    """The masks, in black over a face they were used on."""
+    """Show the masks, in black over a face they were used on."""
     row = []
     for name in [a for a in PATCHES if first(one, a).exists()] or PATCHES[:1]:
         mask, faces = load_arrays(first(one, name), "mask", "clean")
@@ -230,7 +230,7 @@ def figure_6(one: Run) -> Any:
 
 
 def figure_7(one: Run) -> Any:
-    """The square's search region, and how often each place was the best, over the mean face."""
+    """Show the square's search region, and how often each place was best, over the mean face."""
     from matplotlib.patches import Rectangle
 
     placed: dict[str, list[tuple[int, int]]] = {}
@@ -266,7 +266,7 @@ def figure_7(one: Run) -> Any:
 
 
 def figure_8(one: Run, down: int = 4, across: int = 5) -> Any:
-    """Targets, their universal patches, and these on intruders they were not trained on."""
+    """Show targets, their universal patches, and these on intruders not trained on."""
     arrays = load_arrays(first(one, "eye_patch"), "anchor", "pattern", "attacked")
     titles = ["target", "universal patch", "patched intruders", *[""] * across]
     rows = []
@@ -278,7 +278,7 @@ def figure_8(one: Run, down: int = 4, across: int = 5) -> Any:
 
 
 def figure_roc(one: Run, across: int = 3) -> Any:
-    """TAR against FAR, a panel a method; faint where fewer than ten intruders pass."""
+    """Plot TAR against FAR, a panel a method; faint where fewer than ten intruders pass."""
     every = ("clean", *PATCHES, "worst", "rule", "certified")
     panels: dict[str, dict[str, tuple]] = {}
     for method, attacks in names([one]).items():
@@ -309,7 +309,7 @@ def figure_roc(one: Run, across: int = 3) -> Any:
 
 
 def figure_photographs(attacks: Sequence[str] = ("clean", "eyeglasses", "worst")) -> Any:
-    """AU-ROC of each method by the number of photographs of each train person; 95 % bars."""
+    """Plot each method's AU-ROC by the number of photographs of each train person; 95 % bars."""
     figure, axes = canvas(1, len(attacks), 3.0 * len(attacks), 3.2, sharey=True)
     at = photographs()
     methods = names([one for runs in at.values() for one in runs])

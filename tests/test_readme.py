@@ -29,6 +29,15 @@ def test_every_generated_block_is_known_and_fill_replaces_it_alone():
     assert tables.fill(text, "t", "new") == text.replace("old", "new")
 
 
+def test_every_difference_that_the_text_gives_stands_in_a_table():
+    figure = r"[+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]"
+    block = r"(?s)<!-- .*?: python -m .*?<!-- end of .*? -->"
+    both = "".join((ROOT / file).read_text(encoding="utf-8") for file in tables.BLOCKS)
+    said = re.findall(figure, re.sub(block, "", both))
+    assert len(said) > 10
+    assert {*said} <= {*re.findall(figure, "".join(re.findall(block, both)))}
+
+
 def test_every_function_beside_the_paper_exists():
     """README.md: "| paper section | `file.py` `function`, `function`; `file.py` `function` |"."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
