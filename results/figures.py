@@ -62,7 +62,7 @@ def canvas(rows: int, columns: int, width: float, height: float, **how: Any) -> 
     """Make a figure of so many inches and its axes (rows, columns)."""
     from matplotlib.figure import Figure  # which may not be installed
 
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
     return figure, figure.subplots(rows, columns, squeeze=False, **how)
 
 
@@ -98,7 +98,7 @@ def figure_1(one: Run) -> Any:
     return sheet([real, [(t, "t, real, another person"), (u, "u = G(E_cl(x), E_co(t))")]], 2.1)
 
 
-def figure_9(one: Run, across: int = 6, down: int = 4) -> Any:
+def figure_9(one: Run, across: int = 4, down: int = 2) -> Any:
     """Show quadruplets, each x y over t u."""
     blocks = []
     for four in load_quadruplets(one)[: across * down]:
@@ -187,7 +187,7 @@ def first(one: Run, name: str) -> Path:
     return next((path for path in every if path.exists()), every[-1])
 
 
-def figure_4(one: Run, across: int = 8) -> Any:
+def figure_4(one: Run, across: int = 4) -> Any:
     """Show targets over the images made from noise (distal attack)."""
     targets, made, distance = load_arrays(first(one, "distal"), "anchor", "attacked", "distance")
     above = [(picture(target), "target") for target in targets[:across]]
@@ -196,7 +196,7 @@ def figure_4(one: Run, across: int = 8) -> Any:
 
 
 def figure_5(one: Run) -> Any:
-    """Plot weak AT's test loss by the steps of its inner attack; a dot where it would stop early."""
+    """Plot weak AT's test loss by the steps of its inner attack; a dot where it stops early."""
     curves = {}
     for method, training in trainings(one.folder).items():
         made, points = settings_of(training), curve(training, "val_loss")
@@ -265,7 +265,7 @@ def figure_7(one: Run) -> Any:
     return figure
 
 
-def figure_8(one: Run, down: int = 4, across: int = 5) -> Any:
+def figure_8(one: Run, down: int = 2, across: int = 5) -> Any:
     """Show targets, their universal patches, and these on intruders not trained on."""
     arrays = load_arrays(first(one, "eye_patch"), "anchor", "pattern", "attacked")
     titles = ["target", "universal patch", "patched intruders", *[""] * across]
@@ -337,7 +337,8 @@ FIGURES["roc"] = figure_roc
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.05)
+    how = {"bbox_inches": "tight", "pad_inches": 0.05, "pil_kwargs": {"optimize": True}}
+    figure.savefig(buffer, format="png", **how)
     run.write(path, buffer.getvalue())
 
 

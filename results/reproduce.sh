@@ -4,12 +4,12 @@
 #     SEEDS="0 1 2" results/reproduce.sh mixed weak-at
 # One photograph of each person, not twelve; G is data/demo's in both, made of 2,400 other persons:
 #     RUN=runs/photographs-1 FLAGS="--images 1" results/reproduce.sh ours transfer mixed no-at weak-at doa-10 figure5
-# That G again, 110 minutes of one core:
+# That G again, two hours of one core:
 #     results/reproduce.sh generator
 # LFW, one photograph of each of half of its train persons; G is made of the other half:
 #     export RUN=runs/lfw-others HALVES=LFW FLAGS="--data folder --root LFW --steps 2000 --images 1"
-#     SEEDS="0 1" results/reproduce.sh ours mixed weak-at; SEEDS="0 2" results/reproduce.sh transfer; results/reproduce.sh no-at
-#     FLAGS+=" --attack-steps 10 --attack-alpha 16 --select best" SEEDS="0 1" results/reproduce.sh doa-10
+#     SEEDS="0 1 2" results/reproduce.sh ours mixed weak-at; SEEDS="0 2" results/reproduce.sh transfer; results/reproduce.sh no-at
+#     FLAGS+=" --attack-steps 10 --attack-alpha 16 --select best" SEEDS="0 1 2" results/reproduce.sh doa-10
 # All of LFW, after `generator.py --data folder --root LFW --run runs/lfw-0 --epochs 30 --encoder-epochs 10`:
 #     export RUN=runs/lfw HALVES= FLAGS="--data folder --root LFW --steps 2000"
 #     results/reproduce.sh ours weak-at no-at

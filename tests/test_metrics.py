@@ -265,7 +265,9 @@ def test_certified_rows_are_scores_of_genuine_pairs_and_bounds_of_intruders(run)
     lines = metrics.table({"ours": ours}).splitlines()
     own = [line.split()[1] for line in lines if line.endswith(", threshold of its own pairs")]
     assert own == ["rule", "certified"]
-    assert "| Ours, threshold of its own pairs |" in tables.certificate([metrics.read_run(run)])
+    assert "| Ours, threshold of its own pairs |" in tables.certificate(
+        tables.lines_of([metrics.read_run(run)])
+    )
     # persons who are not judged set it, where there are some: just above 0.25, beyond which half of
     # the targets' own and two of the bounds lie
     rule += [f"rule,1,1,0,v,7,{i},v,validation,{d},0" for i, d in enumerate((0.2, 0.25))]
@@ -274,7 +276,7 @@ def test_certified_rows_are_scores_of_genuine_pairs_and_bounds_of_intruders(run)
     assert ours["certified"]["auroc"] == 11 / 16 and ours["certified"]["n_genuine"] == 4
     assert ours["certified"]["detected"] == 0.5 and ours["certified"]["fpr"] == 0.5
     assert ours["rule"]["detected"] == 1 and "own pairs" not in metrics.table({"ours": ours})
-    text = tables.certificate([metrics.read_run(run)])
+    text = tables.certificate(tables.lines_of([metrics.read_run(run)]))
     assert "| Ours | 1.000" in text and "0.688 [" in text and "| 50.0%" in text
 
 

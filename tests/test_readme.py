@@ -34,7 +34,7 @@ def test_every_difference_that_the_text_gives_stands_in_a_table():
     block = r"(?s)<!-- .*?: python -m .*?<!-- end of .*? -->"
     both = "".join((ROOT / file).read_text(encoding="utf-8") for file in tables.BLOCKS)
     said = re.findall(figure, re.sub(block, "", both))
-    assert len(said) > 10
+    assert len(said) > 5
     assert {*said} <= {*re.findall(figure, "".join(re.findall(block, both)))}
 
 
@@ -129,8 +129,9 @@ def test_the_evidence_is_small():
     "folder, seeds, every, others",
     [
         ("photographs-1", 3, "ours transfer mixed", "weak-at doa-10"),
-        ("lfw-others", 2, "ours", "weak-at"),
-        ("lfw-others", 1, "transfer", "weak-at doa-10"),
+        ("lfw-others", 3, "ours", "weak-at doa-10"),
+        ("lfw-others", 3, "mixed", "weak-at"),
+        ("lfw-others", 2, "transfer", "weak-at doa-10"),
     ],
 )
 def test_with_one_photograph_of_each_generated_companions_win_in_the_rows(
@@ -140,10 +141,9 @@ def test_with_one_photograph_of_each_generated_companions_win_in_the_rows(
     for ours, other in itertools.product(every.split(), others.split()):
         runs = [one for one in tables.runs_of(folder) if {ours, other} <= {*one.methods}]
         assert len(runs) == seeds
-        certified = ["certified"] if folder == "photographs-1" else []  # of seed 0
+        certified = ["certified"] if (folder, other) == ("photographs-1", "weak-at") else []
         for attack in [*attacks, *certified]:
-            some = runs[:1] if attack == "certified" else runs
-            mean, low, high = metrics.difference(some, ours, other, attack)
+            mean, low, high = metrics.difference(runs, ours, other, attack)
             assert 0 < low < mean < high, (ours, other, attack)
 
 
