@@ -8,7 +8,7 @@
 #     results/reproduce.sh generator
 # LFW, one photograph of each of half of its train persons; G is made of the other half:
 #     export RUN=runs/lfw-others HALVES=LFW FLAGS="--data folder --root LFW --steps 2000 --images 1"
-#     SEEDS="0 1 2" results/reproduce.sh ours mixed weak-at; SEEDS="0 2" results/reproduce.sh transfer; results/reproduce.sh no-at
+#     SEEDS="0 1 2" results/reproduce.sh ours mixed weak-at; SEEDS="0 2" results/reproduce.sh transfer; SEEDS="0 1" results/reproduce.sh no-at
 #     FLAGS+=" --attack-steps 10 --attack-alpha 16 --select best" SEEDS="0 1 2" results/reproduce.sh doa-10
 # All of LFW, after `generator.py --data folder --root LFW --run runs/lfw-0 --epochs 30 --encoder-epochs 10`:
 #     export RUN=runs/lfw HALVES= FLAGS="--data folder --root LFW --steps 2000"
